@@ -1,0 +1,150 @@
+"""Crossguard attacks, defends and measures CLIP-like vision-language models.
+
+Every public name is here, and every frozen dataclass of numbers, strings, tuples and words among them is a
+word: of scripts, of the command line, of experiment files and of reports. To add one is to export it: a name
+in `_EXPORTS` (and a line for type checkers). Names load when first used, so that importing the package loads
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "errors": "CrossguardError",
+    "words": "build show WordError",
+    "budgets": "Linf L2 Words Characters Both Budget PixelBudget TextBudget",
+    "goals": "Untargeted Targeted Drift CrossEntropy Margin Goal Loss",
+    "data": "Prompts Labelled Dataset",
+    "models.base": "VisionLanguageModel DualEncoder",
+    "models.huggingface": "HuggingFace",
+    "models.embedded": "Tiny",
+    "models.fresh": "Fresh",
+    "models.wrapper": "Wrapper BitDepth",
+    "datasets.embedded": "Scenes",
+    "datasets.folders": "Images",
+    "datasets.parquet": "Parquet",
+    "datasets.shards": "Shards",
+    "datasets.known": "CIFAR10 CIFAR100 STL10 ImageNet",
+    "datasets.combined": "Concat",
+    "attacks.base": "Attack ImageAttack TextAttack ImageVictim",
+    "attacks.gradient": "PGD",
+    "attacks.text": "Substitute",
+    "attacks.candidates": "MaskedLM",
+    "attacks.joint": "Independent Joint",
+    "defenses.recipe": "Recipe",
+    "defenses.finetuning": "FTStandard TeCoA MMCoA Contrastive",
+    "defenses.fit": "Fit",
+    "tasks.base": "Task",
+    "tasks.zero_shot": "ZeroShot",
+    "evaluate": "evaluate",
+    "report": "Report",
+    "experiment": "Experiment",
+    "testing": "check_attack check_model",
+}
+
+VOCABULARY: dict[str, str] = {
+    name: f"crossguard.{module}" for module, exported in _EXPORTS.items() for name in exported.split()
+}
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from crossguard.attacks.base import Attack as Attack
+    from crossguard.attacks.base import ImageAttack as ImageAttack
+    from crossguard.attacks.base import ImageVictim as ImageVictim
+    from crossguard.attacks.base import TextAttack as TextAttack
+    from crossguard.attacks.candidates import MaskedLM as MaskedLM
+    from crossguard.attacks.gradient import PGD as PGD
+    from crossguard.attacks.joint import Independent as Independent
+    from crossguard.attacks.joint import Joint as Joint
+    from crossguard.attacks.text import Substitute as Substitute
+    from crossguard.budgets import L2 as L2
+    from crossguard.budgets import Both as Both
+    from crossguard.budgets import Budget as Budget
+    from crossguard.budgets import Characters as Characters
+    from crossguard.budgets import Linf as Linf
+    from crossguard.budgets import PixelBudget as PixelBudget
+    from crossguard.budgets import TextBudget as TextBudget
+    from crossguard.budgets import Words as Words
+    from crossguard.data import Dataset as Dataset
+    from crossguard.data import Labelled as Labelled
+    from crossguard.data import Prompts as Prompts
+    from crossguard.datasets.combined import Concat as Concat
+    from crossguard.datasets.embedded import Scenes as Scenes
+    from crossguard.datasets.folders import Images as Images
+    from crossguard.datasets.known import CIFAR10 as CIFAR10
+    from crossguard.datasets.known import CIFAR100 as CIFAR100
+    from crossguard.datasets.known import STL10 as STL10
+    from crossguard.datasets.known import ImageNet as ImageNet
+    from crossguard.datasets.parquet import Parquet as Parquet
+    from crossguard.datasets.shards import Shards as Shards
+    from crossguard.defenses.finetuning import Contrastive as Contrastive
+    from crossguard.defenses.finetuning import FTStandard as FTStandard
+    from crossguard.defenses.finetuning import MMCoA as MMCoA
+    from crossguard.defenses.finetuning import TeCoA as TeCoA
+    from crossguard.defenses.fit import Fit as Fit
+    from crossguard.defenses.recipe import Recipe as Recipe
+    from crossguard.errors import CrossguardError as CrossguardError
+    from crossguard.evaluate import evaluate as evaluate
+    from crossguard.experiment import Experiment as Experiment
+    from crossguard.goals import CrossEntropy as CrossEntropy
+    from crossguard.goals import Drift as Drift
+    from crossguard.goals import Goal as Goal
+    from crossguard.goals import Loss as Loss
+    from crossguard.goals import Margin as Margin
+    from crossguard.goals import Targeted as Targeted
+    from crossguard.goals import Untargeted as Untargeted
+    from crossguard.models.base import DualEncoder as DualEncoder
+    from crossguard.models.base import VisionLanguageModel as VisionLanguageModel
+    from crossguard.models.embedded import Tiny as Tiny
+    from crossguard.models.fresh import Fresh as Fresh
+    from crossguard.models.huggingface import HuggingFace as HuggingFace
+    from crossguard.models.wrapper import BitDepth as BitDepth
+    from crossguard.models.wrapper import Wrapper as Wrapper
+    from crossguard.report import Report as Report
+    from crossguard.tasks.base import Task as Task
+    from crossguard.tasks.zero_shot import ZeroShot as ZeroShot
+    from crossguard.testing import check_attack as check_attack
+    from crossguard.testing import check_model as check_model
+    from crossguard.words import WordError as WordError
+    from crossguard.words import build as build
+    from crossguard.words import show as show
+
+__all__ = ["VOCABULARY", "__version__", *sorted(VOCABULARY)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def plugins() -> dict[str, Any]:
+    """The entry points of the group `crossguard` of installed packages: word -> entry point, unloaded."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group="crossguard")}
+
+
+def __getattr__(name: str) -> Any:
+    if name in VOCABULARY:
+        value = getattr(importlib.import_module(VOCABULARY[name]), name)
+    elif not name.startswith("_") and name in (found := plugins()):
+        value = found[name].load()
+    else:
+        raise AttributeError(f"module 'crossguard' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *VOCABULARY})
+
+
+class _Package(ModuleType):
+    """Importing the module `crossguard.evaluate` would hide the function of that name; the function wins."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and value.__name__ == VOCABULARY.get(name)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

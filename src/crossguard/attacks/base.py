@@ -1,0 +1,204 @@
+"""What an attack is and what it may ask: victims map inputs to outputs and count the questions; attacks only call them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from crossguard.budgets import Budget, PixelBudget, TextBudget, Words
+from crossguard.errors import CrossguardError
+from crossguard.goals import Drift, Goal
+from crossguard.seeds import by_position
+from crossguard.shapes import Embeddings, Images, Labels, PerImage, Seeds
+
+
+@dataclass(frozen=True)
+class Queries:
+    """How often each sample of a batch was asked about: plain forwards, and gradients (a forward and a backward each)."""
+
+    forwards: Labels
+    gradients: Labels
+
+    @staticmethod
+    def none(count: int) -> Queries:
+        return Queries(torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class ImageVictim:
+    """Images in, outputs (logits or embeddings) out, for the samples of one batch. Any callable on images makes one."""
+
+    answer: Callable[[Images], Tensor]
+    queries: Queries | None = None
+    rows: Tensor | None = None  # which samples of the batch these are; all, if None
+
+    def __call__(self, images: Images) -> Tensor:
+        """The outputs, without a gradient."""
+        self._count("forwards", len(images))
+        with torch.no_grad():
+            return self.answer(images)
+
+    def ascend(self, images: Images, goal: Goal) -> tuple[Images, PerImage, Tensor]:
+        """The gradient of the goal's loss with respect to the pixels, the loss and the outputs, all detached.
+
+        The losses are summed, never averaged, and the gradient is taken of the pixels alone: no parameter gets a `.grad`.
+        """
+        self._count("gradients", len(images))
+        pixels = images.detach().requires_grad_(True)
+        with torch.enable_grad():
+            outputs = self.answer(pixels)
+            losses = goal.loss(outputs)
+            (gradient,) = torch.autograd.grad(losses.sum(), pixels)
+        if not bool(torch.isfinite(losses).all()):
+            raise CrossguardError("the victim answered with numbers that are not finite (NaN or infinity)")
+        return gradient, losses.detach(), outputs.detach()
+
+    def at(self, keep: Tensor) -> ImageVictim:
+        """The same victim for some of the samples (a mask or indices)."""
+        if self.queries is None:
+            return self
+        rows = torch.arange(len(self.queries.forwards)) if self.rows is None else self.rows
+        return ImageVictim(self.answer, self.queries, rows[keep.cpu()])
+
+    def _count(self, kind: str, count: int) -> None:
+        if self.queries is not None:
+            counter: Tensor = getattr(self.queries, kind)
+            if self.rows is None:
+                counter += 1
+            else:
+                counter[self.rows[:count]] += 1
+
+
+class TextVictim(Protocol):
+    """Strings in, raw embeddings out, shape (n, d), in as few forwards as memory allows."""
+
+    def __call__(self, texts: Sequence[str]) -> Embeddings: ...
+
+
+@dataclass(frozen=True)
+class PairVictim:
+    """What an attack may ask where images meet texts, for the samples of one batch.
+
+    `before` answers images against the clean texts, `after` against the texts as the attack rewrote them; `encode` gives the
+    images' raw embeddings. All three share one counter.
+    """
+
+    before: ImageVictim
+    after: ImageVictim
+    encode: ImageVictim
+
+
+class Attack(ABC):
+    """How an adversary searches. Where images meet texts, a task calls `rewrite` once for all its texts and `perturb` for every
+    batch of images; what an attack does not touch comes back as it was. `on` says which parts of a budget it spends."""
+
+    on: ClassVar[tuple[str, ...]] = ()
+
+    def rewrite(
+        self, victim: TextVictim, texts: Sequence[str], budget: Budget, rivals: Sequence[frozenset[str]]
+    ) -> list[str]:
+        """The texts after the attack; unchanged, unless the attack is on texts."""
+        del victim, budget, rivals
+        return list(texts)
+
+    def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
+        """The images after the attack; unchanged, unless the attack is on images."""
+        del victim, goal, budget, seeds
+        return images
+
+    def spends(self, budget: Budget) -> tuple[PixelBudget | None, TextBudget | None]:
+        """The parts of the budget this attack uses; raises where one that it needs is missing."""
+        image = budget.image if "image" in self.on else None
+        text = budget.text if "text" in self.on else None
+        if "image" in self.on and image is None:
+            raise CrossguardError(f"{self} changes pixels, but {budget} allows no change of pixels; try 'Linf(8/255)'")
+        if "text" in self.on and text is None:
+            hint = "'Words(1)'" if self.on == ("text",) else "'Both(Linf(8/255), Words(1))'"
+            raise CrossguardError(f"{self} changes texts, but {budget} allows no change of texts; try {hint}")
+        return image, text
+
+
+class ImageAttack(Attack):
+    """An attack on pixels: `attack(victim, clean, goal, budget)` returns images inside the budget."""
+
+    on = ("image",)
+
+    def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
+        pixels, _ = self.spends(budget)
+        assert pixels is not None
+        return self(victim.before, images, goal, pixels, seeds)
+
+    def __call__(
+        self,
+        victim: ImageVictim | Callable[[Images], Tensor],
+        clean: Images,
+        goal: Goal,
+        budget: PixelBudget,
+        seeds: Seeds | None = None,
+    ) -> Images:
+        """Adversarial images, detached, of the shape of `clean`.
+
+        Args:
+            seeds: one key per sample for its noise; by position in the batch, if not given.
+        """
+        if not isinstance(budget, PixelBudget):
+            raise CrossguardError(f"{self} changes pixels, but {budget} is no budget of pixels; try 'Linf(8/255)'")
+        if not isinstance(victim, ImageVictim):
+            victim = ImageVictim(victim)
+        seeds = by_position(len(clean)) if seeds is None else seeds
+        return self.search(victim, clean.detach(), goal, budget, seeds).detach()
+
+    @abstractmethod
+    def search(
+        self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds
+    ) -> Images: ...
+
+
+class TextAttack(Attack):
+    """An attack on strings: `attack(victim, clean, goal, budget)` returns strings inside the budget."""
+
+    on = ("text",)
+
+    def rewrite(
+        self, victim: TextVictim, texts: Sequence[str], budget: Budget, rivals: Sequence[frozenset[str]]
+    ) -> list[str]:
+        _, words = self.spends(budget)
+        return self(victim, texts, None, words, rivals)
+
+    def __call__(
+        self,
+        victim: TextVictim,
+        clean: Sequence[str],
+        goal: Goal | None = None,
+        budget: TextBudget | None = None,
+        rivals: Sequence[frozenset[str]] | None = None,
+    ) -> list[str]:
+        """Adversarial strings, one for each clean one.
+
+        Args:
+            goal: what to climb; drift from the clean embeddings, if not given.
+            budget: how much may change; one word, if not given.
+            rivals: for each string the words that would turn it into another class (`Prompts.rivals`).
+        """
+        texts = list(clean)
+        if not texts:
+            return []
+        budget = Words(1) if budget is None else budget
+        if not isinstance(budget, TextBudget):
+            raise CrossguardError(f"{self} changes texts, but {budget} is no budget of texts; try 'Words(1)'")
+        if rivals is not None and len(rivals) != len(texts):
+            raise CrossguardError(f"{len(rivals)} sets of rival words were given for {len(texts)} texts")
+        with torch.no_grad():
+            if goal is None:
+                goal = Drift(victim(texts))
+            return self.search(victim, texts, goal, budget, rivals or [frozenset()] * len(texts))
+
+    @abstractmethod
+    def search(
+        self, victim: TextVictim, clean: list[str], goal: Goal, budget: TextBudget, rivals: Sequence[frozenset[str]]
+    ) -> list[str]: ...

@@ -1,0 +1,138 @@
+"""The projected-gradient family: one search for every norm, goal and victim; FGSM, BIM, MI-FGSM and CW-PGD are its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from crossguard.attacks.base import ImageAttack, ImageVictim
+from crossguard.budgets import PixelBudget
+from crossguard.errors import CrossguardError
+from crossguard.goals import Goal, Loss
+from crossguard.seeds import fold
+from crossguard.shapes import Images, PerImage, Seeds
+
+
+@dataclass(frozen=True)
+class PGD(ImageAttack):
+    """Projected gradient ascent on the goal's loss (Madry et al. 2018).
+
+    Settings of the same search: FGSM (Goodfellow et al. 2015) is `PGD(steps=1, step=1, random_start=False)`, BIM (Kurakin et
+    al. 2017) `PGD(random_start=False)`, MI-FGSM (Dong et al. 2018) `PGD(momentum=1, random_start=False)`, and the CW attack of
+    the CLIP literature `PGD(loss=Margin())`. MMCoA trains against `PGD(steps=10, step=1, best=False, stop=False)`.
+
+    Args:
+        steps: gradient steps of each start.
+        step: length of a step as a fraction of the budget.
+        momentum: decay of the accumulated gradient, each one normalized by its mean absolute value before it is added.
+        random_start: start at a random point of the budget instead of the clean image.
+        restarts: independent starts; the strongest result of each image counts. Later starts are always random.
+        best: return the iterate that won or else had the highest loss, instead of the last one. Costs one forward a start.
+        stop: images that have reached the goal leave the batch. Only for goals with an end; their result cannot change.
+        loss: climb this loss of the logits instead of the goal's own.
+    """
+
+    steps: int = 10
+    step: float = 0.25
+    momentum: float = 0.0
+    random_start: bool = True
+    restarts: int = 1
+    best: bool = True
+    stop: bool = True
+    loss: Loss | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise CrossguardError(f"PGD(steps={self.steps}) does nothing; give 1 or more steps")
+        if not self.step > 0:
+            raise CrossguardError(f"PGD(step={self.step}) does not climb; give a positive fraction of the budget, such as 0.25")
+        if self.momentum < 0:
+            raise CrossguardError(f"PGD(momentum={self.momentum}) is not possible; give 0 or more")
+        if self.restarts < 1:
+            raise CrossguardError(f"PGD(restarts={self.restarts}) is not possible; give 1 or more")
+        if self.stop and not self.best:
+            raise CrossguardError("PGD(best=False) returns the last iterate, so nothing may stop early; add stop=False")
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        if self.loss is not None:
+            goal = goal.climbing(self.loss)
+        if budget.eps == 0.0:
+            return clean.clone()
+        found = _Found.nothing(clean)
+        for start in range(self.restarts):
+            keep = found.open(self.stop)
+            if len(keep) == 0:
+                break
+            noise = fold(seeds, start) if start else seeds
+            self._climb(found, keep, victim.at(keep), clean[keep], goal.at(keep), budget, noise[keep.cpu()], start > 0)
+        return found.images
+
+    def _climb(
+        self,
+        found: _Found,
+        rows: torch.Tensor,
+        victim: ImageVictim,
+        clean: Images,
+        goal: Goal,
+        budget: PixelBudget,
+        seeds: Seeds,
+        random: bool,
+    ) -> None:
+        """One start for the images at `rows`; what it finds goes into `found`."""
+        images = clean
+        if self.random_start or random:
+            images = budget.project(clean + budget.sample(seeds, clean), clean)
+        velocity = torch.zeros_like(clean) if self.momentum else None
+        length = self.step * budget.eps
+        for _ in range(self.steps):
+            gradient, losses, outputs = victim.ascend(images, goal)
+            if self.best:
+                won = goal.reached(outputs)
+                found.offer(rows, images, losses, won)
+                if self.stop and bool(won.any()):
+                    keep = (~won).nonzero()[:, 0]
+                    if len(keep) == 0:
+                        return
+                    rows, images, clean, gradient = rows[keep], images[keep], clean[keep], gradient[keep]
+                    victim, goal = victim.at(keep), goal.at(keep)
+                    velocity = None if velocity is None else velocity[keep]
+            if velocity is not None:
+                norm = gradient.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
+                velocity = self.momentum * velocity + gradient / norm
+                gradient = velocity
+            images = budget.project(images + length * budget.ascent(gradient), clean)
+        if self.best:
+            outputs = victim(images)
+            found.offer(rows, images, goal.loss(outputs), goal.reached(outputs))
+        else:
+            found.images[rows] = images
+
+
+@dataclass
+class _Found:
+    """The strongest image of each sample so far: one that reached the goal, or else the one of the highest loss."""
+
+    images: Images
+    losses: PerImage
+    won: torch.Tensor
+
+    @staticmethod
+    def nothing(clean: Images) -> _Found:
+        count = len(clean)
+        return _Found(
+            clean.clone(),
+            torch.full((count,), -torch.inf, device=clean.device),
+            torch.zeros(count, dtype=torch.bool, device=clean.device),
+        )
+
+    def open(self, stop: bool) -> torch.Tensor:
+        """The samples that are still worth attacking."""
+        return (~self.won).nonzero()[:, 0] if stop else torch.arange(len(self.won), device=self.won.device)
+
+    def offer(self, rows: torch.Tensor, images: Images, losses: PerImage, won: torch.Tensor) -> None:
+        better = (won & ~self.won[rows]) | ((won == self.won[rows]) & (losses > self.losses[rows]))
+        chosen = rows[better]
+        self.images[chosen] = images[better]
+        self.losses[chosen] = losses[better]
+        self.won[chosen] = won[better]

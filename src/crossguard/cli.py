@@ -1,0 +1,389 @@
+"""The command line. It speaks words; what a user got wrong is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import sys
+from abc import ABC
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from typer.core import TyperGroup
+
+from crossguard import __version__, files
+from crossguard.errors import CrossguardError
+from crossguard.experiment import Cell, Experiment, Watch, read
+
+if TYPE_CHECKING:
+    from crossguard.report import Report
+
+
+class _Group(TyperGroup):
+    """All commands, with one place where errors become sentences."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader (`| head`) has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("crossguard: interrupted; run the same command to continue")
+            raise typer.Exit(130) from None
+        except CrossguardError as error:
+            sentence = str(error)
+            _debug()
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            sentence = f"{where}{files.reason(error)}"
+            _debug()
+        _say(f"crossguard: error: {sentence}")
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="crossguard",
+    help="Attack, defend and measure CLIP-like vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Go on without images that cannot be read, and count them.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0 if all is well, 2 with a sentence if the input is wrong, 130 if stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
+    app(list(arguments) if arguments is not None else None, prog_name="crossguard")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"crossguard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("eval")
+def evaluate_command(
+    task: Annotated[str, typer.Option(help="What is asked: ZeroShot(Scenes('object')).")],
+    model: Annotated[str, typer.Option(help="Who answers: Tiny(), HuggingFace('path or id').")],
+    attack: Annotated[str, typer.Option(help="How the adversary searches: PGD(steps=100).")] = "None",
+    budget: Annotated[str, typer.Option(help="How far it may go: Linf(8/255).")] = "None",
+    surrogate: Annotated[
+        str, typer.Option(help="The model that it attacks; the answering one, if None.")
+    ] = "None",
+    limit: Annotated[int | None, typer.Option(help="How many samples; all, if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
+    batch: Annotated[int, typer.Option(help="Samples at once; results do not depend on it.")] = 128,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the report with every outcome.")] = None,
+    skip_broken: _SkipBroken = False,
+) -> None:
+    """Answer one question: how often is the model right, clean and under attack?"""
+    _at_least("--limit", limit, 1)
+    _at_least("--batch", batch, 1)
+    _at_least("--seed", seed, 0)
+    if out is not None:
+        if out.is_dir():
+            raise CrossguardError(f"--out {out} is a folder; give the name of a file in it")
+        files.check_writable(out.parent)
+    texts = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
+    chosen = {kind: _read(f"--{kind}", kind, text) for kind, text in texts.items()}
+    if skip_broken:
+        chosen["task"] = _skipping("--task", chosen["task"])
+
+    from crossguard.evaluate import evaluate
+
+    with _Bar() as bar:
+        bar.step("evaluating")
+        report = evaluate(
+            chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
+            limit=limit, seed=seed, batch=batch, progress=bar.progress,
+        )  # fmt: skip
+    if out is not None:
+        report.save(out)
+    _print_report(report)
+    if out is not None:
+        typer.echo(f"written to {out}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="How to train: MMCoA(), TeCoA(epochs=3).")],
+    model: Annotated[str, typer.Option(help="What to start from: Tiny().")],
+    data: Annotated[str, typer.Option(help="What to learn from: Scenes('object', 'train').")],
+    out: Annotated[
+        Path, typer.Option(help="The folder of the checkpoint; a run that was stopped goes on there.")
+    ],
+    skip_broken: _SkipBroken = False,
+) -> None:
+    """Train a model, or go on with a run that was stopped; prints the word that reads the result."""
+    from crossguard.words import show
+
+    chosen_recipe = _read("--recipe", "Recipe", recipe)
+    chosen_model = _read("--model", "model", model)
+    chosen_data = _read("--data", "Dataset", data)
+    if skip_broken:
+        chosen_data = _skipping("--data", chosen_data)
+    files.check_writable(out)
+    trained = chosen_recipe.fit(chosen_model, chosen_data, out)
+    typer.echo(show(trained, short=True))
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="A TOML file with a grid of words.", metavar="FILE.toml")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the answers; runs/<name of the file>, if not given.")
+    ] = None,
+) -> None:
+    """Answer every question of an experiment; what was answered is not asked again."""
+    experiment = Experiment.load(file)
+    folder = Path("runs") / file.stem if out is None else out
+    with _Bar() as bar:
+        experiment.run(folder, bar)
+    _print_table(folder, None)
+
+
+@app.command()
+def table(
+    folder: Annotated[Path, typer.Argument(help="A folder of reports.", metavar="FOLDER")],
+    form: Annotated[str | None, typer.Option("--format", help="markdown, csv, json or latex.")] = None,
+) -> None:
+    """Print the reports of a folder as a table."""
+    _print_table(folder, form)
+
+
+@app.command()
+def words(
+    name: Annotated[str | None, typer.Argument(help="One word, to be shown with its fields.")] = None,
+) -> None:
+    """List the words: everything that can be named on the command line and in experiment files."""
+    if name is None:
+        _print_vocabulary()
+    else:
+        _print_word(name)
+
+
+# Printing
+
+
+class _Bar(Watch):
+    """Progress on standard error: a bar on a terminal, a line per cell elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, markup=False, highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.cells = self.samples = None
+        self.done = self.total = 0
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def step(self, description: str) -> None:
+        """A bar of samples, with this description."""
+        if self.samples is not None:
+            self.bar.remove_task(self.samples)
+        self.samples = self.bar.add_task(description, total=None)
+
+    def start(self, cells: int, answered: int) -> None:
+        self.cells = self.bar.add_task("cells", total=cells, completed=answered)
+        self.done, self.total = answered, cells
+        self.line(f"{cells} cells, {answered} answered already")
+
+    def asks(self, cell: Cell) -> None:
+        self.step(cell.label)
+
+    def progress(self, done: int, total: int) -> None:
+        if self.samples is not None:
+            self.bar.update(self.samples, completed=done, total=total)
+
+    def answers(self, cell: Cell, report: Report) -> None:
+        self.advance()
+        self.line(f"[{self.done}/{self.total}] {cell.label}: clean {report.clean}, robust {report.robust}")
+
+    def fails(self, cell: Cell, error: CrossguardError) -> None:
+        self.advance()
+        self.line(f"[{self.done}/{self.total}] {cell.label}: not answered: {error}")
+
+    def waits(self, cells: int) -> None:
+        self.step(f"waiting for another process ({cells} cells)")
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.cells is not None:
+            self.bar.advance(self.cells)
+
+    def line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+
+def _print_report(report: Report) -> None:
+    lines = report.lines()
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        typer.echo(f"{name:<{width}}  {value}")
+    for note in report.notes:
+        typer.echo(f"- {note}")
+
+
+def _print_table(folder: Path, form: str | None) -> None:
+    from crossguard.table import FORMATS, Answers, pretty, render
+
+    if form is not None and form not in FORMATS:
+        raise CrossguardError(f"unknown format {form!r}; give one of {', '.join(FORMATS)}")
+    answers = Answers.load(folder)
+    if form is None and sys.stdout.isatty():
+        Console(markup=False, highlight=False).print(pretty(answers))
+    else:
+        typer.echo(render(answers, form or "markdown"), nl=False)
+
+
+def _print_vocabulary() -> None:
+    import crossguard
+    from crossguard.words import WordError, find, is_word, names
+
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name in names():
+        try:
+            value = getattr(crossguard, name)
+        except (ImportError, AttributeError) as error:
+            groups.setdefault("cannot be loaded", []).append((name, str(error)))
+            continue
+        try:
+            if is_word(value):
+                groups.setdefault(_kind(value), []).append((name, _first_sentence(find(name))))
+        except WordError as error:
+            groups.setdefault("cannot be loaded", []).append((name, str(error)))
+    width = max(len(name) for listed in groups.values() for name, _ in listed)
+    for kind, listed in groups.items():
+        typer.echo(f"{kind}")
+        for name, line in listed:
+            typer.echo(f"  {name:<{width}}  {line}")
+        typer.echo()
+    typer.echo("'crossguard words NAME' shows the fields of a word.")
+
+
+def _print_word(name: str) -> None:
+    from crossguard.words import REQUIRED, fields, find, show, type_text
+
+    kind = find(name)
+    listed = fields(kind)
+    typer.echo(f"{name} ({_kind(kind)})")
+    typer.echo()
+    for field in listed:
+        default = "" if field.default is REQUIRED else f" = {show(field.default, short=True)}"
+        typer.echo(f"  {field.name}: {type_text(field.type)}{default}")
+    if not listed:
+        typer.echo("  no fields")
+    typer.echo()
+    typer.echo(inspect.cleandoc(kind.__doc__ or ""))
+
+
+def _kind(word: type) -> str:
+    """What sort of thing a word is, in plain words: the most general class of this package above it."""
+    roots = [one for one in word.__mro__ if ABC in one.__bases__]
+    name = roots[0].__name__ if roots else "other"
+    if name == "VisionLanguageModel":
+        return "model"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+
+
+def _first_sentence(kind: type) -> str:
+    paragraph = " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
+    return re.split(r"(?<! al)\.\s+(?=[A-Z`(])", paragraph)[0].rstrip(".")
+
+
+# Checking
+
+
+def _read(option: str, kind: str, text: str) -> Any:
+    try:
+        return read(kind, text)
+    except CrossguardError as error:
+        raise CrossguardError(f"{option}: {error}") from error
+
+
+def _at_least(option: str, value: int | None, least: int) -> None:
+    from crossguard.words import LARGEST
+
+    if value is not None and not least <= value <= LARGEST:
+        raise CrossguardError(f"{option} must be a whole number of at least {least}, not {value}")
+
+
+def _skipping(option: str, word: Any) -> Any:
+    """The word with `skip_broken` set wherever something in it has that field."""
+    changed = _with_skip_broken(word)
+    if changed is word:
+        raise CrossguardError(f"--skip-broken: nothing in {option} reads files that could be broken")
+    return changed
+
+
+def _with_skip_broken(word: Any) -> Any:
+    if isinstance(word, tuple):
+        items = tuple(_with_skip_broken(item) for item in word)
+        return items if any(new is not old for new, old in zip(items, word, strict=True)) else word
+    if not dataclasses.is_dataclass(word) or isinstance(word, type):
+        return word
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(word):
+        held = getattr(word, field.name)
+        new = True if field.name == "skip_broken" else _with_skip_broken(held)
+        if field.init and (new is not held or field.name == "skip_broken"):
+            changes[field.name] = new
+    return dataclasses.replace(word, **changes) if changes else word
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True, markup=False, highlight=False).print(Text(sentence), soft_wrap=True)
+
+
+def _debug() -> None:
+    """With CROSSGUARD_DEBUG=1, the traceback that an error sentence leaves out."""
+    if os.environ.get("CROSSGUARD_DEBUG", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exc()

@@ -1,0 +1,155 @@
+"""What the adversary wants: a loss to climb and the moment it has won. Goals know outputs, never models or pixels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossguard.errors import CrossguardError
+from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage
+
+
+class Loss(ABC):
+    """A per-image quantity of logits that an adversary climbs. Never averaged: a mean over a large batch underflows in half
+    precision and turns into a weak attack."""
+
+    @abstractmethod
+    def away(self, logits: Logits, labels: Labels) -> PerImage:
+        """Large when the answer is far from `labels`."""
+
+    @abstractmethod
+    def towards(self, logits: Logits, targets: Labels) -> PerImage:
+        """Large when the answer is near `targets`."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """Cross-entropy of the logits, with the model's own logit scale inside (Madry et al. 2018)."""
+
+    def away(self, logits: Logits, labels: Labels) -> PerImage:
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+
+    def towards(self, logits: Logits, targets: Labels) -> PerImage:
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class Margin(Loss):
+    """Best other logit minus the logit of the label (Carlini and Wagner 2017, without their confidence): positive means beaten."""
+
+    def away(self, logits: Logits, labels: Labels) -> PerImage:
+        return -margin(logits, labels)
+
+    def towards(self, logits: Logits, targets: Labels) -> PerImage:
+        return margin(logits, targets)
+
+
+class Goal(ABC):
+    """A loss to climb, per image, and a test of having won."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor) -> PerImage:
+        """The adversary climbs this; one value per sample."""
+
+    @abstractmethod
+    def reached(self, outputs: Tensor) -> Mask:
+        """Where the adversary has won; nowhere, for a goal without an end."""
+
+    @abstractmethod
+    def at(self, keep: Tensor) -> Goal:
+        """The same goal for some of the samples (a mask or indices)."""
+
+    def climbing(self, loss: Loss) -> Goal:
+        """The same goal, climbing another loss on the way."""
+        raise CrossguardError(f"{type(self).__name__} has a loss of its own and cannot climb {loss}")
+
+
+@dataclass(frozen=True)
+class Untargeted(Goal):
+    """Any answer but the label."""
+
+    labels: Labels
+    criterion: Loss = field(default_factory=CrossEntropy)
+
+    def loss(self, outputs: Tensor) -> PerImage:
+        return self.criterion.away(outputs, self.labels)
+
+    def reached(self, outputs: Tensor) -> Mask:
+        return outputs.argmax(1) != self.labels
+
+    def at(self, keep: Tensor) -> Untargeted:
+        return replace(self, labels=self.labels[keep])
+
+    def climbing(self, loss: Loss) -> Untargeted:
+        return replace(self, criterion=loss)
+
+
+@dataclass(frozen=True)
+class Targeted(Goal):
+    """One particular wrong answer."""
+
+    targets: Labels
+    criterion: Loss = field(default_factory=CrossEntropy)
+
+    def loss(self, outputs: Tensor) -> PerImage:
+        return self.criterion.towards(outputs, self.targets)
+
+    def reached(self, outputs: Tensor) -> Mask:
+        return outputs.argmax(1) == self.targets
+
+    def at(self, keep: Tensor) -> Targeted:
+        return replace(self, targets=self.targets[keep])
+
+    def climbing(self, loss: Loss) -> Targeted:
+        return replace(self, criterion=loss)
+
+
+@dataclass(frozen=True)
+class Drift(Goal):
+    """Away from what the sample's embedding was: the label-free goal of BERT-Attack in MMCoA and of Co-Attack.
+
+    The loss is 1 - cosine. The reference code climbs KL(softmax(clean) || softmax(new)) of unit embeddings, which ranks
+    candidates alike (KL is (1 - cosine) / d within about 1 %) but lives at 1e-6 to 1e-4, where half precision is blind.
+    """
+
+    clean: Embeddings
+
+    def loss(self, outputs: Tensor) -> PerImage:
+        return 1.0 - F.cosine_similarity(outputs.float(), self.clean.float(), dim=1)
+
+    def reached(self, outputs: Tensor) -> Mask:
+        return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
+
+    def at(self, keep: Tensor) -> Drift:
+        return replace(self, clean=self.clean[keep])
+
+
+@dataclass(frozen=True)
+class Endless(Goal):
+    """The same goal without an end. Whoever crafts on one victim to be judged by another must not stop at the first one's
+    boundary: that would be a weak attack by accident."""
+
+    goal: Goal
+
+    def loss(self, outputs: Tensor) -> PerImage:
+        return self.goal.loss(outputs)
+
+    def reached(self, outputs: Tensor) -> Mask:
+        return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
+
+    def at(self, keep: Tensor) -> Endless:
+        return Endless(self.goal.at(keep))
+
+    def climbing(self, loss: Loss) -> Endless:
+        return Endless(self.goal.climbing(loss))
+
+
+def margin(logits: Logits, labels: Labels) -> PerImage:
+    """The logit of the label minus the best other logit: how much is left before the answer changes."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return own - others.amax(1)

@@ -1,0 +1,182 @@
+"""Stock dual encoders of `transformers`: CLIP, SigLIP, VisionTextDualEncoder and whatever else speaks `get_image_features`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossguard.errors import CrossguardError
+from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, check_finite
+from crossguard.shapes import Embeddings, Images
+
+
+@dataclass(frozen=True)
+class HuggingFace(Checkpoint):
+    """A dual encoder in `transformers` format: a local folder, or a hub id such as 'openai/clip-vit-base-patch32'.
+
+    Weights are read from safetensors only, in float32. A hub id is looked up in the local cache first; `HF_HUB_OFFLINE` is
+    respected.
+    """
+
+    path: str
+
+    def load(self) -> DualEncoder:
+        return _load(self.path)
+
+    def stamp(self) -> object:
+        weights = sorted(Path(self.path).glob("*.safetensors"))
+        return tuple((file.name, file.stat().st_mtime_ns) for file in weights)
+
+
+class TransformersEncoder(DualEncoder):
+    """A `transformers` dual encoder with its tokenizer and its image processor made differentiable.
+
+    Args:
+        model: any model with `get_image_features`, `get_text_features` and a `logit_scale`.
+        tokenizer: the family's tokenizer.
+        processor: the family's image processor; only its numbers are used, and it is saved with the checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, processor: Any) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.preprocess = _preprocess(processor)
+        self.padded = getattr(model.config, "model_type", "") in ("siglip", "siglip2")
+        self.length = _context_length(model.config, tokenizer)
+
+    def encode_image(self, images: Images) -> Embeddings:
+        pixels = self.preprocess(images)
+        return _features(self.model.get_image_features(pixel_values=pixels))
+
+    def encode_text(self, texts: Sequence[str]) -> Embeddings:
+        # SigLIP was trained on texts padded to its full context, without a mask; the others mask their padding.
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length" if self.padded else True,
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
+        )
+        device = self.scale.device
+        names = ("input_ids",) if self.padded else ("input_ids", "attention_mask")
+        return _features(self.model.get_text_features(**{name: tokens[name].to(device) for name in names}))
+
+    @property
+    def scale(self) -> Tensor:
+        return self.model.logit_scale.exp()
+
+    @property
+    def bias(self) -> Tensor:
+        bias = getattr(self.model, "logit_bias", None)
+        return torch.zeros((), device=self.model.logit_scale.device) if bias is None else bias
+
+    def towers(self) -> dict[str, dict[str, nn.Parameter]]:
+        towers: dict[str, dict[str, nn.Parameter]] = {"image": {}, "text": {}, "head": {}}
+        for name, parameter in self.model.named_parameters():
+            kind = "head" if name.startswith("logit_") else "image" if name.startswith("vis") else "text"
+            towers[kind][name] = parameter
+        return towers
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def _load(path: str) -> DualEncoder:
+    import transformers
+
+    _check_source(path)
+    quiet = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        model, info = transformers.AutoModel.from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        processor = transformers.AutoImageProcessor.from_pretrained(path)
+    except CrossguardError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises many kinds; the user needs one sentence
+        raise CrossguardError(_explain(path, error)) from error
+    finally:
+        transformers.logging.set_verbosity(quiet)
+    speaks = all(callable(getattr(model, name, None)) for name in ("get_image_features", "get_text_features"))
+    if not speaks or getattr(model, "logit_scale", None) is None:
+        kind = getattr(config, "model_type", type(model).__name__)
+        raise CrossguardError(f"{path} holds a {kind!r} model, which is no dual encoder; give a CLIP or SigLIP checkpoint")
+    missing = sorted(str(key) for key in info["missing_keys"])
+    if missing:
+        raise CrossguardError(f"the weights in {path} lack {len(missing)} tensors of its architecture, e.g. {missing[0]!r}")
+    check_finite(model, path)
+    return TransformersEncoder(model, tokenizer, processor).eval()
+
+
+def _check_source(path: str) -> None:
+    here = Path(path)
+    if here.is_file():
+        raise CrossguardError(
+            f"{path} is a file; give the folder of a transformers checkpoint (config.json, model.safetensors, tokenizer). "
+            "Pickle files (.pt, .pth, .bin) are never read"
+        )
+    if here.is_dir():
+        if not (here / "config.json").is_file():
+            raise CrossguardError(f"{path} has no config.json, so it is no transformers checkpoint")
+        if not any(here.glob("*.safetensors")):
+            pickles = sorted(file.name for file in here.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
+            found = f"only {pickles[0]}, a pickle file, which is never read" if pickles else "no weights"
+            raise CrossguardError(f"{path} holds {found}; convert or download the weights as model.safetensors")
+    elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or not path.strip():
+        raise CrossguardError(f"there is no folder {path!r}; give the folder of a checkpoint or a hub id")
+
+
+def _explain(path: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "size mismatch" in text or "mismatched" in text.lower() or "shape" in text.lower():
+        return f"the weights in {path} have other shapes than its config.json says: {text[:160]}"
+    if Path(path).is_dir():
+        return f"the checkpoint in {path} cannot be read: {text[:200]}"
+    where = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return (
+        f"{path!r} is neither a folder here nor in the hub cache ({where}), and the hub cannot be reached; "
+        f"download it where there is a network (hf download {path}) and pass the folder"
+    )
+
+
+def _features(output: Any) -> Embeddings:
+    """Since transformers 5 `get_*_features` returns an output object whose pooled part holds the features; before, a tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _preprocess(processor: Any) -> Preprocess:
+    size, crop = processor.size, getattr(processor, "crop_size", None)
+    mean, std = (tuple(float(value) for value in values) for values in (processor.image_mean, processor.image_std))
+    if not getattr(processor, "do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    modes = {2: "bilinear", 3: "bicubic"}
+    resample = int(processor.resample)
+    if resample not in modes:
+        raise CrossguardError(f"the image processor resizes with Pillow filter {resample}; only bilinear (2) and bicubic (3) are known")
+    short = size["shortest_edge"] if "shortest_edge" in size else None
+    if short is not None:
+        crop = crop if getattr(processor, "do_center_crop", True) and crop is not None else {"height": short, "width": short}
+        return Preprocess(int(crop["height"]), int(crop["width"]), int(short), mean, std, modes[resample])  # type: ignore[arg-type]
+    return Preprocess(int(size["height"]), int(size["width"]), None, mean, std, modes[resample])  # type: ignore[arg-type]
+
+
+def _context_length(config: Any, tokenizer: Any) -> int:
+    """The longest text the tower can read: what the positions allow, or what the tokenizer says if that is less."""
+    positions = int(getattr(config.text_config, "max_position_embeddings", 77))
+    return min(positions, int(tokenizer.model_max_length))

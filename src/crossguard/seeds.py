@@ -1,0 +1,59 @@
+"""Noise that belongs to a sample, not to a batch: every sample has a 64-bit key, and all its randomness follows from it.
+
+Drawing from a global generator ties a sample's noise to the batch it happens to sit in. Here noise is a pure function of
+(key, position), computed by a counter-based hash, so batch size, order, device and number of processes cannot change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from crossguard.shapes import Seeds
+
+
+def derive(*parts: object) -> int:
+    """A 63-bit seed from anything with a stable `str`: the same parts give the same seed on every machine."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def keys(ids: Iterable[str], *parts: object) -> Seeds:
+    """One key per sample id, mixed with `parts` (run seed, attack, ...)."""
+    return torch.tensor([derive(sample, *parts) for sample in ids], dtype=torch.int64)
+
+
+def by_position(count: int) -> Seeds:
+    """The keys of samples that have no names: their place in the batch."""
+    return torch.arange(count, dtype=torch.int64)
+
+
+def fold(seeds: Seeds, number: int) -> Seeds:
+    """New keys for the `number`-th use (restart, EOT sample) of the same samples."""
+    return _mix(seeds * -7046029254386353131 + number)
+
+
+def uniform(seeds: Seeds, shape: torch.Size | tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Uniform float32 noise in [0, 1) of shape (n, *shape), a pure function of each sample's key."""
+    seeds = seeds.to(device)
+    count = math.prod(shape)
+    counter = torch.arange(count, dtype=torch.int64, device=seeds.device)
+    bits = _mix(_mix(seeds)[:, None] + counter[None, :] * -7046029254386353131)
+    return ((bits >> 40) & 0xFFFFFF).to(torch.float32).div_(2.0**24).view(len(seeds), *shape)
+
+
+def normal(seeds: Seeds, shape: torch.Size | tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Standard normal float32 noise of shape (n, *shape), by Box-Muller from two uniform draws."""
+    radius = torch.sqrt(-2.0 * torch.log1p(-uniform(fold(seeds, 1), shape, device)))
+    return radius * torch.cos(2.0 * math.pi * uniform(fold(seeds, 2), shape, device))
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014) in wrapping 64-bit arithmetic."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)

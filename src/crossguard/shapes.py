@@ -1,0 +1,14 @@
+"""Every tensor shape of the package, named once; jaxtyping and beartype check them under pytest and cost users nothing."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Images = Float[Tensor, "n 3 h w"]  # pixels in [0, 1], float32
+Embeddings = Float[Tensor, "n d"]  # raw, not on the sphere
+Logits = Float[Tensor, "n classes"]
+Labels = Int[Tensor, " n"]
+PerImage = Float[Tensor, " n"]
+Mask = Bool[Tensor, " n"]
+Seeds = Int[Tensor, " n"]  # one 64-bit key per sample, from which all its noise is drawn

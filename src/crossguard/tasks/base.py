@@ -1,0 +1,57 @@
+"""What a task is: data, the victim that answers, the score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from crossguard.attacks.base import Attack, Queries
+from crossguard.budgets import Budget
+from crossguard.data import Labelled
+from crossguard.models.base import VisionLanguageModel
+from crossguard.shapes import Labels, Logits, Seeds
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model said to one batch, clean and attacked: logits, the size of each perturbation, the questions it took."""
+
+    clean: Logits
+    adversarial: Logits
+    size: Tensor
+    queries: Queries
+
+
+class Trial(ABC):
+    """One model on one task under one attack: everything that is prepared once, before the batches come."""
+
+    notes: Sequence[str] = ()
+
+    @abstractmethod
+    def answer(self, batch: Labelled, seeds: Seeds) -> Answers:
+        """Asks the model about a batch, before and after the attack."""
+
+
+class Task(ABC):
+    """Data with a victim and a score. A task prepares a trial; it does not know which attack or defense takes part in it."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    @abstractmethod
+    def batches(self, size: int, indices: Sequence[int]) -> Iterator[Labelled]:
+        """The samples at `indices`, in order."""
+
+    @abstractmethod
+    def labels(self) -> Labels:
+        """The right answers of all samples."""
+
+    @abstractmethod
+    def prepare(
+        self, model: VisionLanguageModel, attack: Attack | None, budget: Budget | None, surrogate: VisionLanguageModel | None
+    ) -> Trial:
+        """Everything that happens once: prompts are encoded and, where the attack is on texts, rewritten."""

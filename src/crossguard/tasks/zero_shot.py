@@ -1,0 +1,156 @@
+"""Zero-shot classification: an image is what its most similar class prompt says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from crossguard.attacks.base import Attack, ImageVictim, PairVictim, Queries
+from crossguard.attacks.text import collisions
+from crossguard.budgets import Budget
+from crossguard.data import Dataset, Labelled, Prompts
+from crossguard.errors import CrossguardError
+from crossguard.goals import Endless, Goal, Untargeted
+from crossguard.models.base import VisionLanguageModel
+from crossguard.shapes import Labels, Logits, Seeds
+from crossguard.tasks.base import Answers, Task, Trial
+
+
+@dataclass(frozen=True)
+class ZeroShot(Task):
+    """Classify the images of `data` by the class prompts of `data`.
+
+    An attack on texts rewrites the prompts of all classes once, the same for every image, as in the MMCoA paper; an attack on
+    images sees each image with its label.
+
+    Args:
+        templates: prompt templates with `{}` for the class name; several make an ensemble; the data's own, if empty.
+    """
+
+    data: Dataset
+    templates: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(self, size: int, indices: Sequence[int]) -> Iterator[Labelled]:
+        return self.data.batches(size, indices)
+
+    def labels(self) -> Labels:
+        return self.data.labels()
+
+    def prepare(
+        self, model: VisionLanguageModel, attack: Attack | None, budget: Budget | None, surrogate: VisionLanguageModel | None
+    ) -> Trial:
+        prompts = self.data.prompts(self.templates or None)
+        labels = self.labels()
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(prompts.names):
+            wrong = int(labels.max()) if int(labels.max()) >= len(prompts.names) else int(labels.min())
+            raise CrossguardError(f"label {wrong} is outside the list of {len(prompts.names)} class names")
+        notes = _doubts(prompts)
+        if attack is None:
+            return _ZeroShotTrial(prompts, prompts, model, None, None, False, notes)
+        if budget is None:
+            raise CrossguardError(f"{attack} needs a budget, such as 'Linf(8/255)'")
+        pixels, words = attack.spends(budget)
+        crafting = model if surrogate is None else surrogate
+        rivals = prompts.rivals()
+        flat = attack.rewrite(crafting.encode_text, prompts.flat, budget, rivals)
+        if words is not None:
+            words.check(flat, prompts.flat)
+            notes += _text_notes(flat, prompts, rivals)
+        del pixels
+        return _ZeroShotTrial(prompts, prompts.rewritten(flat), model, attack, budget, surrogate is not None, notes, crafting)
+
+
+@dataclass
+class _ZeroShotTrial(Trial):
+    before: Prompts
+    after: Prompts
+    model: VisionLanguageModel
+    attack: Attack | None
+    budget: Budget | None
+    elsewhere: bool  # crafted on a surrogate, judged on the model
+    notes: list[str] = field(default_factory=list)
+    crafting: VisionLanguageModel | None = None
+
+    def __post_init__(self) -> None:
+        same = self.before.texts == self.after.texts
+        self.clean = self.model.classifier(self.before)
+        self.rewritten = self.clean if same else self.model.classifier(self.after)
+        crafting = self.crafting or self.model
+        self.craft_before = self.clean if crafting is self.model else crafting.classifier(self.before)
+        if crafting is self.model:
+            self.craft_after = self.rewritten
+        else:
+            self.craft_after = self.craft_before if same else crafting.classifier(self.after)
+
+    def answer(self, batch: Labelled, seeds: Seeds) -> Answers:
+        device = self.model.device
+        images, labels = batch.images.to(device), batch.labels.to(device)
+        queries = Queries.none(len(batch))
+        with torch.no_grad():
+            clean = _finite(self.clean(images))
+        adversarial, size = images, torch.zeros(len(batch))
+        if self.attack is not None and self.budget is not None:
+            goal: Goal = Untargeted(labels)
+            adversarial = self.attack.perturb(
+                self._victim(queries), images, Endless(goal) if self.elsewhere else goal, self.budget, seeds
+            ).to(device)
+            pixels, words = self.attack.spends(self.budget)
+            if pixels is not None:
+                size = pixels.check(adversarial, images).cpu()
+            elif words is not None:
+                changed = [
+                    max(words.size(new, old) for new, old in zip(after, before, strict=True))
+                    for after, before in zip(self.after.texts, self.before.texts, strict=True)
+                ]
+                size = torch.tensor([float(changed[label]) for label in batch.labels.tolist()])
+        with torch.no_grad():
+            answer = clean if adversarial is images and self.rewritten is self.clean else _finite(self.rewritten(adversarial))
+        return Answers(clean.cpu(), answer.cpu(), size, queries)
+
+    def _victim(self, queries: Queries) -> PairVictim:
+        crafting = self.crafting or self.model
+        return PairVictim(
+            ImageVictim(self.craft_before, queries),
+            ImageVictim(self.craft_after, queries),
+            ImageVictim(crafting.encode_image, queries),
+        )
+
+
+def _finite(logits: Logits) -> Logits:
+    if not bool(torch.isfinite(logits).all()):
+        raise CrossguardError("the model answered with logits that are not finite; its weights or its input are damaged")
+    return logits.float()
+
+
+def _doubts(prompts: Prompts) -> list[str]:
+    twice = prompts.duplicates
+    if not twice:
+        return []
+    return [
+        f"{len(twice)} class name(s) occur more than once ({', '.join(twice[:3])}): those classes cannot be told apart, so "
+        "accuracy is bounded below 100 %; give them different names"
+    ]
+
+
+def _text_notes(flat: list[str], prompts: Prompts, rivals: Sequence[frozenset[str]]) -> list[str]:
+    clean = prompts.flat
+    struck = collisions(flat, clean, rivals)
+    notes = []
+    if any(struck):
+        first = struck.index(True)
+        notes.append(
+            f"{sum(struck)} of {len(flat)} adversarial prompts name another class ({clean[first]!r} became {flat[first]!r}): "
+            "the right answer to them is arguable, so the number is ill-posed; forbid them with "
+            "Substitute(collisions='forbid')"
+        )
+    changed = sum(new != old for new, old in zip(flat, clean, strict=True))
+    if changed < len(flat):
+        notes.append(f"{len(flat) - changed} of {len(flat)} prompts stayed as they were: the attack found no candidate for them")
+    return notes
+
+

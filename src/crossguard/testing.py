@@ -1,0 +1,137 @@
+"""The contract every attack and every model must meet, ours and yours: `check_attack(mine)`, `check_model(mine)`.
+
+Each check raises an AssertionError that says what was broken. They need no data, no network and a few seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossguard import words
+from crossguard.attacks.base import Attack, ImageAttack, ImageVictim, Queries, TextAttack
+from crossguard.budgets import L2, Linf, PixelBudget, TextBudget, Words
+from crossguard.data import Prompts
+from crossguard.goals import Drift, Untargeted, margin
+from crossguard.models.base import VisionLanguageModel
+from crossguard.shapes import Embeddings, Images, Logits
+
+PIXEL_BUDGETS: tuple[PixelBudget, ...] = (Linf(8 / 255), L2(0.5))
+
+
+def check_attack(attack: Attack) -> None:
+    """The contract of an attack: stays inside its budget, leaves its input, the parameters and their gradients alone, repeats
+    under a seed, does not depend on the batch, hurts, and does nothing with a budget of zero."""
+    if words.is_word(type(attack)):
+        assert words.build(words.show(attack)) == attack, f"{attack} does not survive being written and read"
+    if isinstance(attack, ImageAttack):
+        for budget in PIXEL_BUDGETS:
+            _check_image_attack(attack, budget)
+    elif isinstance(attack, TextAttack):
+        _check_text_attack(attack, Words(1))
+
+
+def check_model(model: VisionLanguageModel, size: int = 32) -> None:
+    """The contract of a model or wrapper: pixels in [0, 1] in, finite embeddings out, a gradient to the pixels, a batch that
+    equals its singles, and a classifier with one logit per class."""
+    if words.is_word(type(model)):
+        assert words.build(words.show(model)) == model, f"{model} does not survive being written and read"
+    images = _pictures(3, size)
+    prompts = Prompts.of(("circle", "square", "star"), ("a photo of a {}", "a picture of a {}"))
+    embeddings = model.encode_image(images)
+    texts = model.encode_text(prompts.flat)
+    assert embeddings.ndim == 2 and len(embeddings) == 3, f"embeddings of 3 images have shape {tuple(embeddings.shape)}"
+    assert texts.shape == (6, embeddings.shape[1]), f"6 texts have shape {tuple(texts.shape)}"
+    assert bool(torch.isfinite(embeddings).all() and torch.isfinite(texts).all()), "an embedding is not finite"
+    singles = torch.cat([model.encode_image(images[i : i + 1]) for i in range(3)])
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    assert torch.allclose(embeddings, singles, **close), "a batch of images does not equal its singles"
+    single_texts = torch.cat([model.encode_text([text]) for text in prompts.flat])
+    assert torch.allclose(texts, single_texts, **close), "a batch of texts does not equal its singles"
+    other = model.encode_image(_pictures(1, size + 8))
+    assert other.shape == (1, embeddings.shape[1]), "an image of another size has embeddings of another shape"
+    answer = model.classifier(prompts)
+    logits = answer(images)
+    assert logits.shape == (3, 3), f"the classifier of 3 classes gave {tuple(logits.shape)} for 3 images"
+    gradient, _, _ = ImageVictim(answer).ascend(images, Untargeted(logits.argmax(1).detach()))
+    assert bool(gradient.flatten(1).any(1).all()), "the gradient with respect to the pixels is zero"
+
+
+class LinearVictim(nn.Module):
+    """Logits linear in the pixels: the loss an attack can reach is known in closed form, so an attack can be measured exactly.
+
+    For two classes the margin moves by `w . delta`, so within a ball of size eps (away from the box) the best loss is
+    `margin - eps * dual_norm(w)`, and the distance to the boundary is `margin / dual_norm(w)`.
+    """
+
+    def __init__(self, classes: int = 2, size: int = 6, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(classes, 3 * size * size, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def forward(self, images: Images) -> Logits:
+        return images.flatten(1) @ self.weight.T + self.bias
+
+
+def _check_image_attack(attack: ImageAttack, budget: PixelBudget) -> None:
+    victim = LinearVictim(4)
+    images = _pictures(5, 6)
+    labels = victim(images).argmax(1).detach()
+    before = [images.clone(), *(parameter.detach().clone() for parameter in victim.parameters())]
+    seeds = torch.arange(5) + 100
+    queries = Queries.none(5)
+    goal = Untargeted(labels)
+    made = attack(ImageVictim(victim, queries), images, goal, budget, seeds)
+    assert not made.requires_grad, "the adversarial images still ask for a gradient"
+    budget.check(made, images)
+    after = [images, *(parameter.detach() for parameter in victim.parameters())]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True)), "the attack changed its input or the model"
+    assert all(parameter.grad is None for parameter in victim.parameters()), "the attack left gradients in the parameters"
+    assert int((queries.forwards + queries.gradients).min()) > 0, "the attack asked nothing of its victim"
+    assert torch.equal(made, attack(victim, images, goal, budget, seeds)), "the same seeds gave other images"
+    singles = [attack(victim, images[i : i + 1], goal.at(torch.tensor([i])), budget, seeds[i : i + 1]) for i in range(5)]
+    assert torch.allclose(made, torch.cat(singles), atol=1e-5), "an image's perturbation depends on its batch"
+    with torch.no_grad():
+        worse = margin(victim(made), labels) < margin(victim(images), labels)
+    assert bool(worse.all()), f"{attack} with {budget} did not lower the margin of every image"
+    nothing = attack(victim, images, goal, type(budget)(0.0), seeds)
+    assert torch.equal(nothing, images), "a budget of zero changed the images"
+
+
+def _check_text_attack(attack: TextAttack, budget: TextBudget) -> None:
+    texts = ["a photo of a red circle", "", "word", "a photo of a blue square 🎈", "the of a", "a  double  space"]
+
+    def victim(asked: Sequence[str]) -> Embeddings:
+        return torch.stack([_bag(text) for text in asked])
+
+    made = attack(victim, texts, None, budget)
+    budget.check(made, texts)
+    assert made == attack(victim, texts, None, budget), "the same texts gave another answer"
+    assert made == [attack(victim, [text], None, budget)[0] for text in texts], "a text's answer depends on its batch"
+    assert attack(victim, texts, None, type(budget)(0)) == texts, "a budget of zero changed the texts"
+    changed = [i for i, (new, old) in enumerate(zip(made, texts, strict=True)) if new != old]
+    if changed:
+        loss = Drift(victim(texts)).loss(victim(made))
+        assert bool((loss[changed] > 0).all()), "a changed text did not drift from its clean embedding"
+
+
+def _bag(text: str) -> Tensor:
+    """A bag of words: each word has a direction of its own."""
+    from crossguard.seeds import derive, uniform
+
+    total = torch.full((16,), 0.1)
+    for word in text.split():
+        total += uniform(torch.tensor([derive(word)]), (16,))[0] - 0.5
+    return total
+
+
+def _pictures(count: int, size: int) -> Images:
+    """Images away from the borders of the pixel range."""
+    from crossguard.seeds import by_position, uniform
+
+    return 0.3 + 0.4 * uniform(by_position(count), (3, size, size))
+
+

@@ -1,0 +1,504 @@
+"""The text form of all that can be named: `build` reads a word such as `PGD(steps=100)`, `show` writes it.
+
+A word is a frozen dataclass of the vocabulary (the exports of `crossguard`). What it holds is words, numbers,
+strings, True, False, None and tuples of these, so the text says everything and equal words have equal texts.
+Text is parsed, never executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import inspect
+import math
+import operator
+import types
+import typing
+import warnings
+from abc import ABC
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+from crossguard.errors import CrossguardError
+
+LONGEST = 10_000  # characters of a word: more is a mistake, and parsing it would take long
+DEEPEST = 40  # brackets and operators inside each other
+LARGEST = 2**63 - 1  # whole numbers beyond this mean nothing to a tensor
+
+
+class WordError(CrossguardError):
+    """A text that is not a word, or an object that has no text."""
+
+
+class Field(NamedTuple):
+    """A field of a word: its name, its type and its default (`REQUIRED`, if there is none)."""
+
+    name: str
+    type: Any
+    default: Any
+    positional: bool
+
+
+REQUIRED = dataclasses.MISSING
+
+
+def build(text: str) -> Any:
+    """The object that a text names: `build("PGD(steps=100)")`. A name alone is called: `PGD` means `PGD()`.
+
+    Allowed are names of the vocabulary, numbers, strings, True, False, None, `+ - * /` of numbers, tuples
+    (lists become tuples) and nested calls with positional and keyword arguments. Anything else raises
+    `WordError`, and nothing is ever executed.
+    """
+    if not isinstance(text, str):
+        raise WordError(f"a word is a text such as 'PGD(steps=10)', and {_quote(text)} was given")
+    if not text.strip():
+        raise WordError("the word is empty; give one such as 'PGD(steps=10)'")
+    if len(text) > LONGEST:
+        raise WordError(f"the word {_quote(text)} has {len(text)} characters, and {LONGEST} are the most")
+    return _Reader(text).read(_parse(text), 0)
+
+
+def show(word: object, *, short: bool = False) -> str:
+    """The text of a word: every field spelled out (for reports and hashes), or `short`, with the fields that
+    are not at their default (for people). `build(show(word)) == word`.
+
+    A float is written as `k/255` where that is exact and shorter than its decimals.
+    """
+    return _show(word, short, 0)
+
+
+def fields(kind: type) -> tuple[Field, ...]:
+    """The fields of a kind of word, in the order of its arguments."""
+    hints = _hints(kind)
+    listed = []
+    for field in dataclasses.fields(kind):
+        if field.init:
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            listed.append(Field(field.name, hints[field.name], default, not field.kw_only))
+    return tuple(listed)
+
+
+def is_word(kind: object) -> bool:
+    """Whether this is a class of words: a concrete frozen dataclass all of whose fields have a text."""
+    if not _is_plain(kind):
+        return False
+    assert isinstance(kind, type)
+    return all(_writable(field.type) for field in fields(kind))
+
+
+def names() -> tuple[str, ...]:
+    """The names of the vocabulary and of installed plugins, whether words or not. Loads nothing."""
+    crossguard = importlib.import_module("crossguard")
+    return tuple(dict.fromkeys([*crossguard.VOCABULARY, *crossguard.plugins()]))
+
+
+def find(name: str) -> type:
+    """The class of words with this name; loads the module that it lives in."""
+    crossguard = importlib.import_module("crossguard")
+    if name not in names():
+        raise WordError(f"unknown name {name!r}{nearest(name, names())}")
+    try:
+        found = getattr(crossguard, name)
+    except ImportError as error:
+        raise WordError(f"{name} cannot be loaded: {_line(error)}") from error
+    except AttributeError as error:
+        raise WordError(
+            f"{name} cannot be found in the package that should have it: {_line(error)}"
+        ) from error
+    if not is_word(found):
+        raise WordError(f"{name!r} cannot be used in a word; 'crossguard words' lists the names that can")
+    return found
+
+
+def type_text(annotation: Any) -> str:
+    """A type as it is written in code: `float | None`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is None or annotation is type(None):
+        return "None"
+    if annotation is Ellipsis:
+        return "..."
+    if _is_union(annotation):
+        return " | ".join(type_text(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " | ".join(repr(argument) for argument in arguments)
+    if origin is typing.Annotated:
+        return type_text(arguments[0])
+    if origin is not None:
+        return f"{type_text(origin)}[{', '.join(type_text(argument) for argument in arguments)}]"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+# Reading
+
+
+def _parse(text: str) -> ast.expr:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        reason = error.msg if "digits" not in error.msg else "a number in it is too large"
+        raise WordError(f"{_quote(text)} is not a word: {reason}") from None
+    except UnicodeError:
+        raise WordError(
+            f"{_quote(text)} is not a word: it holds characters that are not valid text"
+        ) from None
+    except ValueError as error:
+        raise WordError(f"{_quote(text)} is not a word: {_line(error)}") from None
+    except (RecursionError, MemoryError):
+        raise WordError(f"{_quote(text)} is not a word: it is nested too deeply") from None
+
+
+class _Reader:
+    """Turns a parsed text into objects; holds the text for its error messages."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def read(self, node: ast.expr, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise WordError(f"{_quote(self.text)} is not a word: it is nested too deeply")
+        match node:
+            case ast.Constant(value=value):
+                return self.literal(value)
+            case ast.Tuple(elts=items) | ast.List(elts=items):
+                return tuple(self.read(item, depth + 1) for item in items)
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+                number = self.number(operand, depth)
+                return self.literal(-number if isinstance(sign, ast.USub) else number)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                return self.calculate(type(op), self.number(left, depth), self.number(right, depth))
+            case ast.Name(id=name):
+                return self.call(name, [], [], depth)
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                return self.call(name, args, keywords, depth)
+        raise WordError(
+            f"{_quote(self.source(node))} cannot be used in a word; a word is made of names, numbers, "
+            f"strings in quotes, tuples, '+ - * /' of numbers and calls such as 'PGD(steps=10)'"
+        )
+
+    def literal(self, value: object) -> Any:
+        if isinstance(value, str):
+            return _check_string(value)
+        if isinstance(value, bool | int | float | None):
+            return _check_number(value)
+        raise WordError(
+            f"{_quote(value)} cannot be used in a word; give a number, a string, True, False or None"
+        )
+
+    def number(self, node: ast.expr, depth: int) -> int | float:
+        value = self.read(node, depth + 1)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise WordError(f"'+ - * /' work on numbers only, and {_quote(self.source(node))} is none")
+        return value
+
+    def calculate(self, kind: type, left: float, right: float) -> Any:
+        try:
+            return self.literal(_OPERATORS[kind](left, right))
+        except ZeroDivisionError:
+            raise WordError(f"{_quote(self.text)} is not a word: it divides by zero") from None
+        except OverflowError:
+            raise WordError(f"{_quote(self.text)} is not a word: a number in it is too large") from None
+
+    def call(self, name: str, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
+        kind = self.find(name)
+        takes = fields(kind)
+        given: dict[str, Any] = {}
+        positional = [field for field in takes if field.positional]
+        if len(args) > len(positional):
+            most = (
+                f"at most {len(positional)} ({', '.join(f.name for f in positional)})"
+                if positional
+                else "none"
+            )
+            raise WordError(f"{name} was given {len(args)} values without a name and takes {most}")
+        for field, node in zip(positional, args, strict=False):
+            given[field.name] = self.read(node, depth + 1)
+        for keyword in keywords:
+            if keyword.arg is None:
+                raise WordError(f"'**' cannot be used in a word; write the fields of {name} out")
+            if keyword.arg not in {field.name for field in takes}:
+                raise WordError(_no_field(name, keyword.arg, takes))
+            if keyword.arg in given:
+                raise WordError(f"{name} was given {keyword.arg!r} twice")
+            given[keyword.arg] = self.read(keyword.value, depth + 1)
+        return _make(kind, takes, given)
+
+    def find(self, name: str) -> type:
+        if name not in names():
+            near = nearest(name, names())
+            raise WordError(f"unknown name {name!r}" + (near or f" (a string needs quotes: '{name}')"))
+        return find(name)
+
+    def source(self, node: ast.expr) -> str:
+        return ast.get_source_segment(self.text.strip(), node) or self.text
+
+
+_OPERATORS: dict[type, Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def _make(kind: type, takes: tuple[Field, ...], given: dict[str, Any]) -> Any:
+    missing = [field.name for field in takes if field.default is REQUIRED and field.name not in given]
+    if missing:
+        order = ", ".join(_argument_text(field) for field in takes)
+        raise WordError(f"{kind.__name__} needs {' and '.join(missing)}: {kind.__name__}({order})")
+    fitting = {field.name: _fitted(kind, field, given[field.name]) for field in takes if field.name in given}
+    try:
+        return kind(**fitting)
+    except CrossguardError:
+        raise
+    except Exception as error:
+        raise WordError(f"{kind.__name__} cannot be made: {type(error).__name__}: {_line(error)}") from error
+
+
+def _fitted(kind: type, field: Field, value: Any) -> Any:
+    try:
+        return _fit(value, field.type, True)
+    except _Misfit:
+        pass
+    shown = _quote(
+        _show(value, True, 0) if not isinstance(value, str) else value, mark=isinstance(value, str)
+    )
+    raise WordError(f"{kind.__name__}: {field.name} must be {_expected(field.type)}, and {shown} was given")
+
+
+# Types
+
+
+class _Misfit(Exception):
+    """A value does not fit its annotation."""
+
+
+def _fit(value: Any, annotation: Any, convert: bool) -> Any:
+    """The value as the annotation wants it; with `convert`, a whole number does where a float is wanted."""
+    if _is_union(annotation):
+        arms = typing.get_args(annotation)
+        for exact in (False, True) if convert else (False,):
+            for arm in arms:
+                try:
+                    return _fit(value, arm, exact)
+                except _Misfit:
+                    continue
+        raise _Misfit
+    if annotation is None or annotation is type(None):
+        return _when(value is None, value)
+    if annotation is float:
+        if convert and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        return _when(isinstance(value, float), value)
+    if annotation is int:
+        return _when(isinstance(value, int) and not isinstance(value, bool), value)
+    if annotation in (bool, str):
+        return _when(isinstance(value, annotation), value)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return _when(any(value == one and type(value) is type(one) for one in arguments), value)
+    if origin is typing.Annotated:
+        return _fit(value, arguments[0], convert)
+    if origin is tuple and isinstance(value, tuple):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_fit(item, arguments[0], convert) for item in value)
+        items = () if arguments == ((),) else arguments
+        if len(items) != len(value):
+            raise _Misfit
+        return tuple(_fit(item, one, convert) for item, one in zip(value, items, strict=True))
+    if annotation is Any:
+        return value
+    if origin is None and isinstance(annotation, type):
+        return _when(isinstance(value, annotation), value)
+    from beartype.door import is_bearable
+
+    return _when(is_bearable(value, annotation), value)
+
+
+def _when(fits: bool, value: Any) -> Any:
+    if not fits:
+        raise _Misfit
+    return value
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _is_plain(kind: object) -> bool:
+    """Whether this is a concrete frozen dataclass."""
+    return (
+        isinstance(kind, type)
+        and dataclasses.is_dataclass(kind)
+        and getattr(kind, "__dataclass_params__").frozen  # noqa: B009  (no type says that it is there)
+        and not inspect.isabstract(kind)
+    )
+
+
+def _writable(annotation: Any) -> bool:
+    """Whether values of this type can be written as text: no mappings, tensors or networks."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_union(annotation) or origin is tuple:
+        return all(argument is Ellipsis or argument == () or _writable(argument) for argument in arguments)
+    if origin is typing.Annotated:
+        return _writable(arguments[0])
+    if origin is typing.Literal or annotation in (
+        None,
+        type(None),
+        int,
+        float,
+        str,
+        bool,
+        tuple,
+        object,
+        Any,
+    ):
+        return True
+    if not isinstance(annotation, type) or origin is not None:
+        return False
+    return ABC in annotation.__mro__ or is_word(annotation)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of a class as types; names imported for type checkers only come from the vocabulary."""
+    known: dict[str, Any] = {}
+    while True:
+        try:
+            return typing.get_type_hints(kind, localns=known or None, include_extras=True)
+        except NameError as error:
+            if error.name is None or error.name in known or error.name not in names():
+                raise WordError(f"{kind.__name__} cannot be used in a word: {_line(error)}") from error
+            known[error.name] = getattr(importlib.import_module("crossguard"), error.name)
+
+
+def _expected(annotation: Any) -> str:
+    """What would do, in words."""
+    arguments = typing.get_args(annotation)
+    if _is_union(annotation):
+        return " or ".join(_expected(argument) for argument in arguments)
+    if typing.get_origin(annotation) is typing.Literal:
+        return " or ".join(repr(argument) for argument in arguments)
+    if typing.get_origin(annotation) is tuple or annotation is tuple:
+        inside = [type_text(argument) for argument in arguments if argument is not Ellipsis]
+        return f"a tuple of {', '.join(inside)}" if inside else "a tuple"
+    spelled = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "True or False"}
+    if annotation in spelled:
+        return spelled[annotation]
+    name = type_text(annotation)
+    if not isinstance(annotation, type) or annotation is type(None):
+        return name
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+# Writing
+
+
+def _show(value: object, short: bool, depth: int) -> str:
+    if depth > DEEPEST:
+        raise WordError("an object cannot be written as a word: it is nested too deeply")
+    if isinstance(value, str):
+        return repr(_check_string(value))
+    if isinstance(value, bool) or value is None:
+        return repr(value)
+    if isinstance(value, int):
+        return repr(_check_number(int(value)))
+    if isinstance(value, float):
+        return _show_float(float(value))
+    if isinstance(value, tuple):
+        inside = [_show(item, short, depth + 1) for item in value]
+        return f"({inside[0]},)" if len(inside) == 1 else f"({', '.join(inside)})"
+    kind = type(value)
+    if not is_word(kind):
+        raise WordError(
+            f"{kind.__name__} cannot be written as a word; a word is a frozen dataclass of numbers, strings, "
+            f"tuples and words"
+        )
+    _check_own_name(kind)
+    arguments = []
+    for field in fields(kind):
+        held = _fitted(kind, field, getattr(value, field.name))
+        if short and field.default is not REQUIRED and held == field.default:
+            continue
+        text = _show(held, short, depth + 1)
+        bare = short and field.default is REQUIRED and field.positional
+        arguments.append(text if bare else f"{field.name}={text}")
+    return f"{kind.__name__}({', '.join(arguments)})"
+
+
+def _show_float(value: float) -> str:
+    plain = repr(_check_number(value + 0.0))  # -0.0 equals 0.0 and must have the same text
+    if abs(value) <= 255:
+        levels = round(value * 510) / 2
+        if levels / 255 == value:
+            return min(f"{levels:g}/255", plain, key=len)
+    return plain
+
+
+def _check_own_name(kind: type) -> None:
+    """Two classes must not share a text: a class that is not the vocabulary's may not have a name of it."""
+    crossguard = importlib.import_module("crossguard")
+    if kind.__name__ in crossguard.VOCABULARY and getattr(crossguard, kind.__name__) is not kind:
+        raise WordError(
+            f"{kind.__module__}.{kind.__name__} has the name of another word; give the class its own name"
+        )
+
+
+# Checks and sentences
+
+
+def _check_string(value: str) -> str:
+    if "\0" in value:
+        raise WordError(f"the string {_quote(value)} holds a null byte")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise WordError(
+            f"the string {_quote(value)} holds characters that are not valid text (surrogates)"
+        ) from None
+    return value
+
+
+def _check_number(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise WordError(f"{value} cannot be used in a word; give a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise WordError("a whole number in the word is too large; 2**63 - 1 is the most")
+    return value
+
+
+def _no_field(name: str, wrong: str, takes: tuple[Field, ...]) -> str:
+    if not takes:
+        return f"{name} has no field {wrong!r}; it has none at all"
+    listed = [field.name for field in takes]
+    return f"{name} has no field {wrong!r}{nearest(wrong, listed)} (fields: {', '.join(listed)})"
+
+
+def _argument_text(field: Field) -> str:
+    return field.name if field.default is REQUIRED else f"{field.name}={_show(field.default, True, 0)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'PGD'?`, or nothing."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower()[:100], by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
+def _quote(value: object, mark: bool = True) -> str:
+    """The value for an error message: short, on one line, printable."""
+    try:
+        text = repr(value) if mark or not isinstance(value, str) else value
+    except ValueError:  # whole numbers of more than 4,300 digits have no repr
+        return "a huge number"
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
