@@ -8,9 +8,9 @@ with `AutoModelForMaskedLM` and `AutoTokenizer` alone, and as `MaskedLM('<folder
     python scripts/train_masked_lm.py --corpus embedded --out src/crossguard/assets/masked_lm --half
     python scripts/train_masked_lm.py --corpus captions.parquet --vocabulary 8000 --hidden 128 --out runs/lm
 
-Where the corpus knows synonyms (the generated scenes do), half of the random noise is a synonym of the word that
-it hides: the model then answers an unmasked "red" with "crimson" first and with other colors after it. Sentences
-alone cannot teach that, since every color stands in the same places.
+Where the corpus knows synonyms (the generated scenes do), half of the random noise is a synonym of the word
+that it hides: the model then answers an unmasked "red" with "crimson" first and with other colors after it.
+Sentences alone cannot teach that, since every color stands in the same places.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import re
+import string
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import WordPiece
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -68,19 +70,15 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "--corpus", default="embedded", help="'embedded' or a parquet file with a column 'caption'"
-    )
+    parser.add_argument("--corpus", default="embedded", help="'embedded' or a parquet file with a column 'caption'")
     parser.add_argument("--count", type=int, default=20000, help="sentences drawn from the embedded corpus")
     parser.add_argument(
         "--extra",
         action="append",
         default=[],
-        help="a text file of more sentences, one a line; their words enter the vocabulary whole",
+        help="more sentences, one a line; their words become pieces",
     )
-    parser.add_argument(
-        "--repeat", type=int, default=1, help="how often the sentences of --extra are seen per epoch"
-    )
+    parser.add_argument("--repeat", type=int, default=1, help="how often the sentences of --extra are seen per epoch")
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64)
@@ -101,14 +99,16 @@ def corpus(source: str, count: int) -> tuple[list[str], dict[str, tuple[str, ...
     if source == "embedded":
         from crossguard.datasets.grammar import ALIASES, sentences
 
-        return list(sentences("train", count)), dict(ALIASES)
+        drawn = list(sentences("train", count))
+        media = [text for text in drawn if re.match(r"an? \w+ of ", text)]
+        return drawn + [f"this is {text}" for text in media[::3]], dict(ALIASES)  # as zero-shot prompts begin
     import pyarrow.parquet as pq
 
     captions = pq.read_table(source, columns=["caption"])["caption"].to_pylist()
     return [text for text in captions if text], {}
 
 
-def synonym_table(synonyms: dict[str, tuple[str, ...]], tokenizer: BertTokenizerFast) -> torch.Tensor:
+def synonym_table(synonyms: dict[str, tuple[str, ...]], tokenizer: BertTokenizer) -> torch.Tensor:
     """For each piece the pieces that mean the same, padded by repetition; the piece itself, where there are none."""
     vocabulary = tokenizer.get_vocab()
     alike: list[list[int]] = [[] for _ in range(len(vocabulary))]
@@ -121,8 +121,8 @@ def synonym_table(synonyms: dict[str, tuple[str, ...]], tokenizer: BertTokenizer
     return torch.tensor(rows)
 
 
-def train_tokenizer(sentences: list[str], extra: list[str], size: int, length: int) -> BertTokenizerFast:
-    """A WordPiece tokenizer of the corpus; every word of `extra` is one piece."""
+def train_tokenizer(sentences: list[str], extra: list[str], size: int, length: int) -> BertTokenizer:
+    """A WordPiece tokenizer of the corpus; every word of `extra` is one piece, and any ASCII word can be spelled."""
     tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -133,7 +133,8 @@ def train_tokenizer(sentences: list[str], extra: list[str], size: int, length: i
     )
     tokenizer.train_from_iterator(sentences + extra, trainer)
     vocabulary = tokenizer.get_vocab()
-    for word in sorted(whole):
+    letters = string.ascii_lowercase + string.digits
+    for word in [*sorted(whole), *letters, *string.punctuation, *("##" + letter for letter in letters)]:
         vocabulary.setdefault(word, len(vocabulary))
     tokenizer.model = WordPiece(vocab=vocabulary, unk_token="[UNK]")  # type: ignore[call-arg]
     tokenizer.decoder = decoders.WordPiece()
@@ -141,12 +142,12 @@ def train_tokenizer(sentences: list[str], extra: list[str], size: int, length: i
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
     )
-    return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=length)
+    return BertTokenizer(tokenizer_object=tokenizer, model_max_length=length)
 
 
 def train(
     model: BertForMaskedLM,
-    tokenizer: BertTokenizerFast,
+    tokenizer: BertTokenizer,
     sentences: list[str],
     synonyms: torch.Tensor,
     options: Any,
@@ -175,18 +176,16 @@ def train(
         first = order.pop()
         batch = torch.nn.utils.rnn.pad_sequence(rows[first : first + options.batch], batch_first=True).long()
         real = batch != 0
-        open_ = real & (batch != tokenizer.cls_token_id) & (batch != tokenizer.sep_token_id)
+        open_ = batch >= len(SPECIAL)
         asked = open_ & (torch.rand(batch.shape) < 0.15)
         if not bool(asked.any()):
             continue
         dice = torch.rand(batch.shape)
         given = batch.clone()
-        given[asked & (dice < 0.8)] = tokenizer.mask_token_id
+        given[asked & (dice < 0.8)] = SPECIAL.index("[MASK]")
         noise = torch.randint(len(SPECIAL), len(tokenizer), batch.shape)
         given = torch.where(asked & (dice >= 0.8) & (dice < 0.9), noise, given)
-        other = torch.randint(
-            synonyms.shape[1], batch.shape
-        )  # half of the noise is a synonym, if there is one
+        other = torch.randint(synonyms.shape[1], batch.shape)  # half of the noise is a synonym, if there is one
         given = torch.where(asked & (dice >= 0.85) & (dice < 0.9), synonyms[batch, other], given)
         hidden = model.bert(given, attention_mask=real.long()).last_hidden_state
         loss = F.cross_entropy(model.cls(hidden[asked]), batch[asked])  # the head only where it is asked
@@ -207,18 +206,10 @@ def train(
 
 
 def card(out: Path, options: Any, sentences: int, pieces: int, perplexity: float) -> None:
-    name = (
-        "the sentences of the generated scenes" if options.corpus == "embedded" else Path(options.corpus).name
-    )
-    more = (
-        ", and the sentences of " + ", ".join(Path(file).name for file in options.extra)
-        if options.extra
-        else ""
-    )
+    name = "the sentences of the generated scenes" if options.corpus == "embedded" else Path(options.corpus).name
+    more = ", and the sentences of " + ", ".join(Path(file).name for file in options.extra) if options.extra else ""
     noise = (
-        "; half of the random\n  ones are synonyms, from the list of the corpus"
-        if options.corpus == "embedded"
-        else ""
+        "; half of the random\n  ones are synonyms, from the list of the corpus" if options.corpus == "embedded" else ""
     )
     (out / "README.md").write_text(
         f"""# Masked language model for text attacks

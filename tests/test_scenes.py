@@ -71,7 +71,7 @@ def test_pixels_are_the_published_ones() -> None:
         for style in grammar.STYLES:
             for index in range(25):
                 digest.update(Scenes(classes, style=style).image(index).numpy().tobytes())
-    assert digest.hexdigest()[:16] == "9fb8daa88e0482b4"
+    assert digest.hexdigest()[:16] == "0b230f8b9fc2db57"
 
 
 def test_an_image_that_was_changed_is_not_remembered() -> None:
@@ -260,10 +260,14 @@ def test_no_synonym_names_anything_else() -> None:
     assert names <= set(grammar.ALIASES) and dict(Scenes().aliases) == dict(grammar.ALIASES)
 
 
+@pytest.fixture(scope="module")
+def written() -> Counter[str]:
+    return Counter(grammar.sentences("train", 20_000))
+
+
 @pytest.mark.parametrize("classes", CLASSES)
-def test_templates_are_grammatical_and_occur_in_training(classes: str) -> None:
+def test_templates_are_grammatical_and_occur_in_training(classes: str, written: Counter[str]) -> None:
     data = Scenes(classes)
-    written = Counter(line for line in grammar.sentences("train", 20_000))
     prompts = data.prompts()
     assert not prompts.duplicates
     assert not any(" a a" in text or " a e" in text or " a o" in text for text in prompts.flat)

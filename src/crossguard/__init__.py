@@ -21,24 +21,26 @@ _EXPORTS = {
     "budgets": "Linf L2 Words Characters Both Budget PixelBudget TextBudget",
     "goals": "Untargeted Targeted Drift CrossEntropy Margin Goal Loss",
     "data": "Prompts Labelled Dataset",
-    "models.base": "VisionLanguageModel DualEncoder",
+    "models.base": "VisionLanguageModel DualEncoder Checkpoint",
     "models.huggingface": "HuggingFace",
     "models.embedded": "Tiny",
     "models.fresh": "Fresh",
-    "models.wrapper": "Wrapper BitDepth",
+    "models.wrapper": "Wrapper BitDepth Purifier",
     "datasets.embedded": "Scenes",
     "datasets.folders": "Images",
     "datasets.parquet": "Parquet",
     "datasets.shards": "Shards",
-    "datasets.known": "CIFAR10 CIFAR100 STL10 ImageNet",
-    "datasets.combined": "Concat",
-    "attacks.base": "Attack ImageAttack TextAttack ImageVictim",
+    "datasets.known": "CIFAR10 CIFAR100 STL10 ImageNet TinyImageNet Caltech101 Caltech256 SUN397 "
+    "Food101 OxfordPets Flowers102 DTD EuroSAT FGVCAircraft Country211 StanfordCars",
+    "datasets.combined": "Concat Subset Prompted",
+    "attacks.base": "Attack ImageAttack TextAttack ImageVictim PairVictim",
     "attacks.gradient": "PGD",
     "attacks.text": "Substitute",
-    "attacks.candidates": "MaskedLM",
-    "attacks.joint": "Independent Joint",
-    "defenses.recipe": "Recipe",
+    "attacks.candidates": "MaskedLM CandidateSource",
+    "attacks.joint": "Independent Joint JointAttack",
+    "defenses.recipe": "Recipe Augment",
     "defenses.finetuning": "FTStandard TeCoA MMCoA Contrastive",
+    "defenses.optimizers": "Adam AdamW SGD Optimizer",
     "defenses.fit": "Fit",
     "tasks.base": "Task",
     "tasks.zero_shot": "ZeroShot",
@@ -56,11 +58,14 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.attacks.base import Attack as Attack
     from crossguard.attacks.base import ImageAttack as ImageAttack
     from crossguard.attacks.base import ImageVictim as ImageVictim
+    from crossguard.attacks.base import PairVictim as PairVictim
     from crossguard.attacks.base import TextAttack as TextAttack
+    from crossguard.attacks.candidates import CandidateSource as CandidateSource
     from crossguard.attacks.candidates import MaskedLM as MaskedLM
     from crossguard.attacks.gradient import PGD as PGD
     from crossguard.attacks.joint import Independent as Independent
     from crossguard.attacks.joint import Joint as Joint
+    from crossguard.attacks.joint import JointAttack as JointAttack
     from crossguard.attacks.text import Substitute as Substitute
     from crossguard.budgets import L2 as L2
     from crossguard.budgets import Both as Both
@@ -74,12 +79,26 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.data import Labelled as Labelled
     from crossguard.data import Prompts as Prompts
     from crossguard.datasets.combined import Concat as Concat
+    from crossguard.datasets.combined import Prompted as Prompted
+    from crossguard.datasets.combined import Subset as Subset
     from crossguard.datasets.embedded import Scenes as Scenes
     from crossguard.datasets.folders import Images as Images
     from crossguard.datasets.known import CIFAR10 as CIFAR10
     from crossguard.datasets.known import CIFAR100 as CIFAR100
+    from crossguard.datasets.known import DTD as DTD
     from crossguard.datasets.known import STL10 as STL10
+    from crossguard.datasets.known import SUN397 as SUN397
+    from crossguard.datasets.known import Caltech101 as Caltech101
+    from crossguard.datasets.known import Caltech256 as Caltech256
+    from crossguard.datasets.known import Country211 as Country211
+    from crossguard.datasets.known import EuroSAT as EuroSAT
+    from crossguard.datasets.known import FGVCAircraft as FGVCAircraft
+    from crossguard.datasets.known import Flowers102 as Flowers102
+    from crossguard.datasets.known import Food101 as Food101
     from crossguard.datasets.known import ImageNet as ImageNet
+    from crossguard.datasets.known import OxfordPets as OxfordPets
+    from crossguard.datasets.known import StanfordCars as StanfordCars
+    from crossguard.datasets.known import TinyImageNet as TinyImageNet
     from crossguard.datasets.parquet import Parquet as Parquet
     from crossguard.datasets.shards import Shards as Shards
     from crossguard.defenses.finetuning import Contrastive as Contrastive
@@ -87,6 +106,11 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.defenses.finetuning import MMCoA as MMCoA
     from crossguard.defenses.finetuning import TeCoA as TeCoA
     from crossguard.defenses.fit import Fit as Fit
+    from crossguard.defenses.optimizers import SGD as SGD
+    from crossguard.defenses.optimizers import Adam as Adam
+    from crossguard.defenses.optimizers import AdamW as AdamW
+    from crossguard.defenses.optimizers import Optimizer as Optimizer
+    from crossguard.defenses.recipe import Augment as Augment
     from crossguard.defenses.recipe import Recipe as Recipe
     from crossguard.errors import CrossguardError as CrossguardError
     from crossguard.evaluate import evaluate as evaluate
@@ -98,12 +122,14 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.goals import Margin as Margin
     from crossguard.goals import Targeted as Targeted
     from crossguard.goals import Untargeted as Untargeted
+    from crossguard.models.base import Checkpoint as Checkpoint
     from crossguard.models.base import DualEncoder as DualEncoder
     from crossguard.models.base import VisionLanguageModel as VisionLanguageModel
     from crossguard.models.embedded import Tiny as Tiny
     from crossguard.models.fresh import Fresh as Fresh
     from crossguard.models.huggingface import HuggingFace as HuggingFace
     from crossguard.models.wrapper import BitDepth as BitDepth
+    from crossguard.models.wrapper import Purifier as Purifier
     from crossguard.models.wrapper import Wrapper as Wrapper
     from crossguard.report import Report as Report
     from crossguard.tasks.base import Task as Task

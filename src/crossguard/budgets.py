@@ -61,7 +61,9 @@ class PixelBudget(Budget):
         The tolerance of 1e-6 (times the largest possible rounding of a sum, for L2) is far below the 1/255 of a pixel step.
         """
         if images.shape != clean.shape:
-            raise CrossguardError(f"the attack changed the shape of the images: {tuple(clean.shape)} -> {tuple(images.shape)}")
+            raise CrossguardError(
+                f"the attack changed the shape of the images: {tuple(clean.shape)} -> {tuple(images.shape)}"
+            )
         if not bool(torch.isfinite(images).all()):
             raise CrossguardError("the attack returned pixels that are not finite numbers")
         if float(images.min()) < -1e-6 or float(images.max()) > 1.0 + 1e-6:
@@ -140,7 +142,9 @@ class TextBudget(Budget):
         sizes = [self.size(text, before) for text, before in zip(texts, clean, strict=True)]
         for size, text, before in zip(sizes, texts, clean, strict=True):
             if size > self.count:
-                raise CrossguardError(f"the attack broke its budget {self}: {before!r} became {text!r}, a change of {size}")
+                raise CrossguardError(
+                    f"the attack broke its budget {self}: {before!r} became {text!r}, a change of {size}"
+                )
         return sizes
 
 

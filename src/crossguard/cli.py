@@ -79,10 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app(list(arguments) if arguments is not None else None, prog_name="crossguard")
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"crossguard {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -100,9 +101,7 @@ def evaluate_command(
     model: Annotated[str, typer.Option(help="Who answers: Tiny(), HuggingFace('path or id').")],
     attack: Annotated[str, typer.Option(help="How the adversary searches: PGD(steps=100).")] = "None",
     budget: Annotated[str, typer.Option(help="How far it may go: Linf(8/255).")] = "None",
-    surrogate: Annotated[
-        str, typer.Option(help="The model that it attacks; the answering one, if None.")
-    ] = "None",
+    surrogate: Annotated[str, typer.Option(help="The model that it attacks; the answering one, if None.")] = "None",
     limit: Annotated[int | None, typer.Option(help="How many samples; all, if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
     batch: Annotated[int, typer.Option(help="Samples at once; results do not depend on it.")] = 128,
@@ -142,9 +141,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="How to train: MMCoA(), TeCoA(epochs=3).")],
     model: Annotated[str, typer.Option(help="What to start from: Tiny().")],
     data: Annotated[str, typer.Option(help="What to learn from: Scenes('object', 'train').")],
-    out: Annotated[
-        Path, typer.Option(help="The folder of the checkpoint; a run that was stopped goes on there.")
-    ],
+    out: Annotated[Path, typer.Option(help="The folder of the checkpoint; a run that was stopped goes on there.")],
     skip_broken: _SkipBroken = False,
 ) -> None:
     """Train a model, or go on with a run that was stopped; prints the word that reads the result."""

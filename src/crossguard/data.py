@@ -42,7 +42,9 @@ class Prompts:
         if not self.names:
             raise CrossguardError("the class list is empty; a class set needs at least two class names")
         if len(self.names) == 1:
-            raise CrossguardError(f"there is one class only ({self.names[0]!r}); telling classes apart needs at least two")
+            raise CrossguardError(
+                f"there is one class only ({self.names[0]!r}); telling classes apart needs at least two"
+            )
         empty = [str(label) for label, name in enumerate(self.names) if not name.strip()]
         if empty:
             raise CrossguardError(f"the class name of label {', '.join(empty)} is empty; give every class a name")

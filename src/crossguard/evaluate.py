@@ -44,7 +44,9 @@ def question(
         budget, surrogate = None, None
     else:
         if not isinstance(budget, Budget):
-            raise CrossguardError(f"{show(attack, short=True)} needs a budget, such as 'Linf(8/255)'; {budget!r} is none")
+            raise CrossguardError(
+                f"{show(attack, short=True)} needs a budget, such as 'Linf(8/255)'; {budget!r} is none"
+            )
         pixels, words = attack.spends(budget)
         budget = budget if pixels is not None and words is not None else pixels or words
     return {
@@ -112,7 +114,16 @@ def evaluate(
     return Report(asked, outcomes, tuple(notes), versions(device), time.monotonic() - began)
 
 
-_COLUMNS = ("label", "clean", "adversarial", "clean_margin", "adversarial_margin", "size", "gradients", "forwards")
+_COLUMNS = (
+    "label",
+    "clean",
+    "adversarial",
+    "clean_margin",
+    "adversarial_margin",
+    "size",
+    "gradients",
+    "forwards",
+)
 
 
 def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: VisionLanguageModel | None) -> str:

@@ -112,8 +112,8 @@ class Experiment:
 
     @staticmethod
     def load(path: str | Path) -> Experiment:
-        """Reads a TOML file: task, model, attack, budget and surrogate, each a word, a list of words or a table
-        of label = word; and seed, limit, batch. Task and model must be there; the others default to None."""
+        """Reads a TOML file: task, model, attack, budget and surrogate, each a word, a list of words or a
+        table of label = word; and seed, limit, batch. Task and model must be there."""
         path = Path(path)
         try:
             content = tomllib.loads(path.read_bytes().decode())
@@ -134,9 +134,7 @@ class Experiment:
             if name not in content:
                 raise CrossguardError(f"{path}: the key {name!r} is missing; give it a list of words")
         settings = {
-            name: _number(path, name, content[name], least)
-            for name, least in _SETTINGS.items()
-            if name in content
+            name: _number(path, name, content[name], least) for name, least in _SETTINGS.items() if name in content
         }
         return Experiment(
             grid={kind: _axis(path, kind, content.get(kind, "None")) for kind in _KINDS},
@@ -155,6 +153,7 @@ class Experiment:
         for labels in itertools.product(*(self.grid[kind] for kind in _KINDS)):
             chosen = {kind: self.grid[kind][label] for kind, label in zip(_KINDS, labels, strict=True)}
             label = ", ".join(label for label in labels if label != "None")
+            varying = [one for kind, one in zip(_KINDS, labels, strict=True) if len(self.grid[kind]) > 1]
             try:
                 asked = question(
                     chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
@@ -162,12 +161,12 @@ class Experiment:
                 )  # fmt: skip
             except CrossguardError as error:
                 raise CrossguardError(f"{self.source}: in the cell ({label}): {error}") from error
-            cell = Cell(label, asked, chosen)
+            cell = Cell(", ".join(varying) or label, asked, chosen)
             found.setdefault(cell.key, cell)
         return list(found.values())
 
     def run(self, out: str | Path, watch: Watch | None = None) -> list[Report]:
-        """Answers every question that has no answer in the folder yet; returns all answers in the grid's order.
+        """Answers every question that has no answer in the folder yet; returns all, in the grid's order.
 
         A cell that cannot be answered does not stop the others; what went wrong is raised at the end.
         """
@@ -216,16 +215,12 @@ class Experiment:
                 waiting = busy
         if failures:
             cell, error = failures[0]
-            count = (
-                f"{len(failures)} of {len(cells)} cells" if len(failures) > 1 else f"the cell ({cell.label})"
-            )
+            count = f"{len(failures)} of {len(cells)} cells" if len(failures) > 1 else f"the cell ({cell.label})"
             first = f" (first: {cell.label})" if len(failures) > 1 else ""
             raise CrossguardError(f"{self.source}: {count} could not be answered{first}: {error}")
         return [reports[cell.key] for cell in cells]
 
-    def _ask(
-        self, out: Path, cell: Cell, log: logging.Logger, progress: Callable[[int, int], None]
-    ) -> Report:
+    def _ask(self, out: Path, cell: Cell, log: logging.Logger, progress: Callable[[int, int], None]) -> Report:
         from crossguard.evaluate import evaluate
 
         log.info("asking %s (%s)", cell.label, cell.key)
@@ -242,10 +237,7 @@ class Experiment:
 
     def _index(self, cells: list[Cell]) -> dict[str, Any]:
         """What the table needs to print labels: label -> word, as reports spell it."""
-        axes = {
-            kind: {label: words.show(word) for label, word in axis.items()}
-            for kind, axis in self.grid.items()
-        }
+        axes = {kind: {label: words.show(word) for label, word in axis.items()} for kind, axis in self.grid.items()}
         return {"source": self.source, "labels": axes, "cells": [cell.key for cell in cells]}
 
 
@@ -274,17 +266,13 @@ def _axis(path: Path, kind: str, value: object) -> dict[str, Any]:
     elif isinstance(value, dict):
         texts = list(value.items())
     else:
-        raise CrossguardError(
-            f"{path}: {kind} must be a list of words or a table of label = word, not {value!r}"
-        )
+        raise CrossguardError(f"{path}: {kind} must be a list of words or a table of label = word, not {value!r}")
     if not texts:
         raise CrossguardError(f"{path}: {kind} is empty; give one word at least")
     axis: dict[str, Any] = {}
     for label, text in texts:
         if not isinstance(text, str):
-            raise CrossguardError(
-                f"{path}: {kind} holds {text!r}; give a word in quotes such as 'PGD(steps=10)'"
-            )
+            raise CrossguardError(f"{path}: {kind} holds {text!r}; give a word in quotes such as 'PGD(steps=10)'")
         try:
             word = read(kind, text)
         except CrossguardError as error:

@@ -51,7 +51,7 @@ class Rate:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Outcomes:
-    """One column per quantity, one entry per sample. Lists, arrays and tensors will do; they become arrays.
+    """One column per quantity, one entry per sample. Lists will do; they become arrays.
 
     A clean evaluation has the clean answer as its adversarial one, sizes of 0 and no questions asked.
 
@@ -82,13 +82,9 @@ class Outcomes:
         for name, kind in _COLUMNS.items():
             column = np.asarray(getattr(self, name))
             if column.shape != (len(self.id),):
-                raise CrossguardError(
-                    f"the outcomes have {len(self.id)} ids, and {name} has the shape {column.shape}"
-                )
+                raise CrossguardError(f"the outcomes have {len(self.id)} ids, and {name} has the shape {column.shape}")
             if kind is int and column.dtype.kind not in "iu":
-                raise CrossguardError(
-                    f"the outcomes need whole numbers in {name}, and it holds {column.dtype}"
-                )
+                raise CrossguardError(f"the outcomes need whole numbers in {name}, and it holds {column.dtype}")
             object.__setattr__(self, name, column.astype(np.int64 if kind is int else np.float64))
 
     def __len__(self) -> int:
@@ -134,9 +130,7 @@ class Report:
             raise CrossguardError(f"the question of a report holds strings only, and {wrong[0]!r} is none")
         object.__setattr__(self, "notes", tuple(self.notes))
         if not self.short:
-            object.__setattr__(
-                self, "short", {k: _shortened(self.question[k]) for k in WORDS if k in self.question}
-            )
+            object.__setattr__(self, "short", {k: _shortened(self.question[k]) for k in WORDS if k in self.question})
 
     @property
     def n(self) -> int:
@@ -199,8 +193,7 @@ class Report:
             "versions": dict(self.versions),
             "seconds": self.seconds,
             "created": self.created,
-            "outcomes": {"id": self.outcomes.id}
-            | {name: _plain(getattr(self.outcomes, name)) for name in _COLUMNS},
+            "outcomes": {"id": self.outcomes.id} | {name: _plain(getattr(self.outcomes, name)) for name in _COLUMNS},
         }
         files.write(Path(path), json.dumps(content, allow_nan=False) + "\n")
 

@@ -1,4 +1,4 @@
-"""The reports of a folder as a table: a row per model, a column per attack and budget, and what they are of."""
+"""The reports of a folder as a table: a row per model, a column per attack and budget."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """All reports of a folder, the labels of the experiment that asked for them, and doubts about the folder."""
+    """All reports of a folder, the labels of the experiment that asked, and doubts about the folder."""
 
     reports: tuple[Report, ...]
     labels: Mapping[str, Mapping[str, str]]
@@ -77,17 +77,15 @@ class Answers:
             raise CrossguardError(f"there is no report in {folder}{broken}")
         missing = len([one for one in order if one not in reports])
         if missing:
-            doubts.append(
-                f"{missing} of {len(order)} cells are not answered yet; run the experiment again to go on."
-            )
+            doubts.append(f"{missing} of {len(order)} cells are not answered yet; run the experiment again to go on.")
         first = [reports.pop(one) for one in order if one in reports]
         return Answers((*first, *reports.values()), labels, tuple(doubts))
 
     def tables(self) -> list[Table]:
         """One table per task, limit, surrogate and seed, in the order of the reports.
 
-        Clean accuracy has no adversary, so it is taken from any report of the same task, limit and model, and a
-        clean evaluation makes a table of its own only where nothing attacked.
+        Clean accuracy has no adversary, so it is taken from any report of the same task, limit and model, and
+        a clean evaluation makes a table of its own only where nothing attacked.
         """
         attacked = [report for report in self.reports if _part(report, "attack") != "None"]
         covered = {_part(report, "task", "limit", "model") for report in attacked}
@@ -102,9 +100,7 @@ class Answers:
     def _place_clean(self, report: Report, groups: dict[str, list[Report]], covered: bool) -> None:
         """A clean evaluation is a row of every table of its task and limit, or of a table of its own."""
         homes = [
-            group
-            for group in groups.values()
-            if _part(group[0], "task", "limit") == _part(report, "task", "limit")
+            group for group in groups.values() if _part(group[0], "task", "limit") == _part(report, "task", "limit")
         ]
         if not homes:
             groups[_part(report, "task", "limit")] = [report]
@@ -128,9 +124,7 @@ class Answers:
             columns[column] = f"{self.label(report, 'attack')}, {self.label(report, 'budget')}"
             row[column] = report.robust
         knowledge = {
-            _part(report, "model"): report.question.get("knowledge", "")
-            for report in reports
-            if _attacked(report)
+            _part(report, "model"): report.question.get("knowledge", "") for report in reports if _attacked(report)
         }
         same = len(set(knowledge.values())) < 2
         labels = {_part(report, "model"): self.label(report, "model") for report in reports}
@@ -148,9 +142,7 @@ class Answers:
             columns=("clean", *columns.values()),
             rows=tuple(
                 (
-                    labels[model]
-                    if same or model not in knowledge
-                    else f"{labels[model]} ({knowledge[model]})",
+                    labels[model] if same or model not in knowledge else f"{labels[model]} ({knowledge[model]})",
                     tuple(row.get(column) for column in ("clean", *columns)),
                 )
                 for model, row in rows.items()
@@ -162,9 +154,7 @@ class Answers:
         about: dict[str, list[str]] = {}
         for report in self.reports:
             where = ", ".join(
-                self.label(report, part)
-                for part in ("model", "attack", "budget")
-                if _part(report, part) != "None"
+                self.label(report, part) for part in ("model", "attack", "budget") if _part(report, part) != "None"
             )
             for note in report.notes:
                 about.setdefault(note, []).append(where)
@@ -224,9 +214,7 @@ def pretty(answers: Answers) -> RenderableType:
     """The answers for a terminal."""
     shown: list[RenderableType] = []
     for table in answers.tables():
-        grid = RichTable(
-            title=Text(table.caption), title_justify="left", caption=Text(_LEGEND), caption_justify="left"
-        )
+        grid = RichTable(title=Text(table.caption), title_justify="left", caption=Text(_LEGEND), caption_justify="left")
         grid.add_column("model", overflow="fold")
         for column in table.columns:
             grid.add_column(Text(column), justify="right", overflow="fold")
@@ -319,8 +307,7 @@ def _index(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
     try:
         content = json.loads(path.read_bytes())
         labels = {
-            kind: {str(word): str(label) for label, word in axis.items()}
-            for kind, axis in content["labels"].items()
+            kind: {str(word): str(label) for label, word in axis.items()} for kind, axis in content["labels"].items()
         }
         return labels, [str(cell) for cell in content["cells"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

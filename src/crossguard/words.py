@@ -107,9 +107,7 @@ def find(name: str) -> type:
     except ImportError as error:
         raise WordError(f"{name} cannot be loaded: {_line(error)}") from error
     except AttributeError as error:
-        raise WordError(
-            f"{name} cannot be found in the package that should have it: {_line(error)}"
-        ) from error
+        raise WordError(f"{name} cannot be found in the package that should have it: {_line(error)}") from error
     if not is_word(found):
         raise WordError(f"{name!r} cannot be used in a word; 'crossguard words' lists the names that can")
     return found
@@ -145,9 +143,7 @@ def _parse(text: str) -> ast.expr:
         reason = error.msg if "digits" not in error.msg else "a number in it is too large"
         raise WordError(f"{_quote(text)} is not a word: {reason}") from None
     except UnicodeError:
-        raise WordError(
-            f"{_quote(text)} is not a word: it holds characters that are not valid text"
-        ) from None
+        raise WordError(f"{_quote(text)} is not a word: it holds characters that are not valid text") from None
     except ValueError as error:
         raise WordError(f"{_quote(text)} is not a word: {_line(error)}") from None
     except (RecursionError, MemoryError):
@@ -187,9 +183,7 @@ class _Reader:
             return _check_string(value)
         if isinstance(value, bool | int | float | None):
             return _check_number(value)
-        raise WordError(
-            f"{_quote(value)} cannot be used in a word; give a number, a string, True, False or None"
-        )
+        raise WordError(f"{_quote(value)} cannot be used in a word; give a number, a string, True, False or None")
 
     def number(self, node: ast.expr, depth: int) -> int | float:
         value = self.read(node, depth + 1)
@@ -197,7 +191,7 @@ class _Reader:
             raise WordError(f"'+ - * /' work on numbers only, and {_quote(self.source(node))} is none")
         return value
 
-    def calculate(self, kind: type, left: float, right: float) -> Any:
+    def calculate(self, kind: type, left: int | float, right: int | float) -> Any:
         try:
             return self.literal(_OPERATORS[kind](left, right))
         except ZeroDivisionError:
@@ -211,11 +205,7 @@ class _Reader:
         given: dict[str, Any] = {}
         positional = [field for field in takes if field.positional]
         if len(args) > len(positional):
-            most = (
-                f"at most {len(positional)} ({', '.join(f.name for f in positional)})"
-                if positional
-                else "none"
-            )
+            most = f"at most {len(positional)} ({', '.join(f.name for f in positional)})" if positional else "none"
             raise WordError(f"{name} was given {len(args)} values without a name and takes {most}")
         for field, node in zip(positional, args, strict=False):
             given[field.name] = self.read(node, depth + 1)
@@ -251,7 +241,7 @@ def _make(kind: type, takes: tuple[Field, ...], given: dict[str, Any]) -> Any:
     missing = [field.name for field in takes if field.default is REQUIRED and field.name not in given]
     if missing:
         order = ", ".join(_argument_text(field) for field in takes)
-        raise WordError(f"{kind.__name__} needs {' and '.join(missing)}: {kind.__name__}({order})")
+        raise WordError(f"{kind.__name__} needs {', '.join(missing)}: {kind.__name__}({order})")
     fitting = {field.name: _fitted(kind, field, given[field.name]) for field in takes if field.name in given}
     try:
         return kind(**fitting)
@@ -266,9 +256,7 @@ def _fitted(kind: type, field: Field, value: Any) -> Any:
         return _fit(value, field.type, True)
     except _Misfit:
         pass
-    shown = _quote(
-        _show(value, True, 0) if not isinstance(value, str) else value, mark=isinstance(value, str)
-    )
+    shown = _quote(_show(value, True, 0) if not isinstance(value, str) else value, mark=isinstance(value, str))
     raise WordError(f"{kind.__name__}: {field.name} must be {_expected(field.type)}, and {shown} was given")
 
 
@@ -445,9 +433,7 @@ def _check_own_name(kind: type) -> None:
     """Two classes must not share a text: a class that is not the vocabulary's may not have a name of it."""
     crossguard = importlib.import_module("crossguard")
     if kind.__name__ in crossguard.VOCABULARY and getattr(crossguard, kind.__name__) is not kind:
-        raise WordError(
-            f"{kind.__module__}.{kind.__name__} has the name of another word; give the class its own name"
-        )
+        raise WordError(f"{kind.__module__}.{kind.__name__} has the name of another word; give the class its own name")
 
 
 # Checks and sentences
@@ -459,9 +445,7 @@ def _check_string(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise WordError(
-            f"the string {_quote(value)} holds characters that are not valid text (surrogates)"
-        ) from None
+        raise WordError(f"the string {_quote(value)} holds characters that are not valid text (surrogates)") from None
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -74,10 +74,11 @@ class ImageVictim:
                 counter[self.rows[:count]] += 1
 
 
+@runtime_checkable
 class TextVictim(Protocol):
     """Strings in, raw embeddings out, shape (n, d), in as few forwards as memory allows."""
 
-    def __call__(self, texts: Sequence[str]) -> Embeddings: ...
+    def __call__(self, texts: Sequence[str], /) -> Embeddings: ...
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,7 @@ class ImageAttack(Attack):
         return self.search(victim, clean.detach(), goal, budget, seeds).detach()
 
     @abstractmethod
-    def search(
-        self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds
-    ) -> Images: ...
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images: ...
 
 
 class TextAttack(Attack):
@@ -200,5 +199,10 @@ class TextAttack(Attack):
 
     @abstractmethod
     def search(
-        self, victim: TextVictim, clean: list[str], goal: Goal, budget: TextBudget, rivals: Sequence[frozenset[str]]
+        self,
+        victim: TextVictim,
+        clean: list[str],
+        goal: Goal,
+        budget: TextBudget,
+        rivals: Sequence[frozenset[str]],
     ) -> list[str]: ...

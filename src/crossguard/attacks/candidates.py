@@ -115,6 +115,7 @@ class CandidateSource(ABC):
         return [known[text] for text in texts]
 
 
+@lru_cache(maxsize=65536)
 def core(word: str) -> tuple[str, str, str]:
     """A word as what is glued in front of it, itself, and what is glued behind: `'"cat."'` is `'"'`, `cat`,
     `."`.
@@ -130,6 +131,7 @@ def core(word: str) -> tuple[str, str, str]:
     return word[:first], word[first:last], word[last:]
 
 
+@lru_cache(maxsize=65536)
 def attackable(word: str, compat: bool = False) -> bool:
     """Whether a word may be replaced at all: it has a core, and is no function word.
 
@@ -140,6 +142,7 @@ def attackable(word: str, compat: bool = False) -> bool:
     return bool(inside) and (word if compat else inside.lower()) not in STOP_WORDS
 
 
+@lru_cache(maxsize=65536)
 def admissible(candidate: str, word: str, compat: bool = False) -> bool:
     """Whether a candidate is one whole content word other than the one it replaces.
 
@@ -183,9 +186,7 @@ class MaskedLM(CandidateSource):
         sentences = network.encode([texts[i] for i in order], compat)
         start = 0
         while start < len(order):
-            fitting = LOGITS // (
-                max(len(s.ids) for s in sentences[start : start + 1024]) * len(network.pieces)
-            )
+            fitting = LOGITS // (max(len(s.ids) for s in sentences[start : start + 1024]) * len(network.pieces))
             stop = start + min(1024, max(1, fitting))
             proposals = network.read(sentences[start:stop], top, threshold, compat)
             for i, proposed in zip(order[start:stop], proposals, strict=True):
@@ -210,7 +211,7 @@ class _Network:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     pieces: list[str]
-    special: Tensor  # which pieces are no text
+    special: frozenset[int]  # which pieces are no text
 
     def encode(self, texts: Sequence[str], compat: bool) -> list[_Sentence]:
         """The ids of each string, and where to read the predictions for each of its words.
@@ -232,9 +233,7 @@ class _Network:
         spans: list[range] = []
         for whole, (before, inside, behind) in zip(text.split(" "), words, strict=True):
             ids += pieces[before]
-            spans.append(
-                range(len(ids), len(ids) + (len(pieces[inside]) if attackable(whole, compat) else 0))
-            )
+            spans.append(range(len(ids), len(ids) + (len(pieces[inside]) if attackable(whole, compat) else 0)))
             ids += pieces[inside] + pieces[behind]
         if compat:
             late = [range(span.start - 1, min(span.stop - 1, COATTACK_LENGTH)) for span in spans]
@@ -244,14 +243,11 @@ class _Network:
             )
         longest = self.model.config.max_position_embeddings - 1
         sep = _id(self.tokenizer.sep_token_id)
-        return _Sentence(
-            [*ids[:longest], sep], [span if span.stop <= longest else range(0) for span in spans]
-        )
+        return _Sentence([*ids[:longest], sep], [span if span.stop <= longest else range(0) for span in spans])
 
-    def read(
-        self, sentences: Sequence[_Sentence], top: int, threshold: float, compat: bool
-    ) -> list[Proposals]:
+    def read(self, sentences: Sequence[_Sentence], top: int, threshold: float, compat: bool) -> list[Proposals]:
         """The candidates for each word of each sentence, from one forward."""
+        device = self.model.device
         longest = max(len(sentence.ids) for sentence in sentences)
         ids, mask = torch.zeros(2, len(sentences), longest, dtype=torch.int64)
         for i, sentence in enumerate(sentences):
@@ -261,11 +257,11 @@ class _Network:
         if not rows:
             return [((),) * len(sentence.spans) for sentence in sentences]
         with torch.no_grad():
-            logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
-        wanted = torch.tensor(rows)
-        logits = logits[wanted[:, 0], wanted[:, 1]].float()
+            logits: Tensor = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        wanted = torch.tensor(rows, device=device)
+        logits = logits[wanted[:, 0], wanted[:, 1]].float().cpu()
         if not compat:
-            logits = logits.masked_fill(self.special, -torch.inf)
+            logits[:, list(self.special)] = -torch.inf
         # whole words and continuations share the predictions for a piece, so more are looked at than will be
         # used
         width = min(max(top, PER_PIECE) if compat else max(top, 4 * PER_PIECE), len(self.pieces))
@@ -274,9 +270,7 @@ class _Network:
         indices: Iterator[list[int]] = iter(best.indices.tolist())
         return [
             tuple(
-                self.replace(
-                    [next(values) for _ in span], [next(indices) for _ in span], top, threshold, compat
-                )
+                self.replace([next(values) for _ in span], [next(indices) for _ in span], top, threshold, compat)
                 for span in sentence.spans
             )
             for sentence in sentences
@@ -291,16 +285,12 @@ class _Network:
         if len(indices) == 1:
             best = zip(indices[0][:top], values[0][:top], strict=True)
             likely = itertools.takewhile(lambda pair: threshold == 0.0 or pair[1] >= threshold, best)
-            return tuple(Candidate(self.pieces[i], value) for i, value in likely if not self.special[i])
+            return tuple(Candidate(self.pieces[i], value) for i, value in likely if i not in self.special)
         if compat:
             return self.as_coattack(indices)
         options: list[list[tuple[float, int]]] = []
         for place, (value, index) in enumerate(zip(values[:PIECES], indices[:PIECES], strict=True)):
-            fits = [
-                (v, i)
-                for v, i in zip(value, index, strict=True)
-                if self.pieces[i].startswith("##") == (place > 0)
-            ]
+            fits = [(v, i) for v, i in zip(value, index, strict=True) if self.pieces[i].startswith("##") == (place > 0)]
             options.append([(v, i) for v, i in fits if v > -torch.inf][:PER_PIECE])
         return tuple(
             Candidate("".join(self.pieces[i].removeprefix("##") for i in ids), total / len(ids))
@@ -314,16 +304,13 @@ class _Network:
         rows = list(itertools.islice(itertools.product(*options), COMBINATIONS))
         ids = torch.tensor(rows)
         with torch.no_grad():
-            logits = self.model(input_ids=ids).logits.float()
+            logits = self.model(input_ids=ids.to(self.model.device)).logits.float().cpu()
         perplexity = (
-            F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
-            .view(ids.shape)
-            .mean(1)
-            .exp()
+            F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape).mean(1).exp()
         )
         found: list[Candidate] = []
         for i in perplexity.sort(stable=True).indices.tolist():
-            if bool(self.special[ids[i]].any()):
+            if not self.special.isdisjoint(rows[i]):
                 continue
             word = " ".join(self.pieces[piece] for piece in rows[i]).replace(" ##", "").strip()
             # "cat." is two pieces, joined as "cat ."; glued back it is the one word that it was
@@ -331,9 +318,7 @@ class _Network:
         return tuple(found)
 
 
-def likeliest(
-    options: Sequence[Sequence[tuple[float, int]]], count: int
-) -> list[tuple[float, tuple[int, ...]]]:
+def likeliest(options: Sequence[Sequence[tuple[float, int]]], count: int) -> list[tuple[float, tuple[int, ...]]]:
     """The `count` choices of one option per place with the largest sums, best first, without building the
     whole product.
 
@@ -344,7 +329,7 @@ def likeliest(
         return []
     start: tuple[int, ...] = (0,) * len(options)
     heap: list[tuple[float, tuple[int, ...]]] = [(-sum(place[0][0] for place in options), start)]
-    seen = {start}
+    seen: set[tuple[int, ...]] = {start}
     found: list[tuple[float, tuple[int, ...]]] = []
     while heap and len(found) < count:
         cost, choice = heapq.heappop(heap)
@@ -418,15 +403,9 @@ def _load(path: str) -> _Network:
     except Exception as problem:  # the readers of weights raise errors of many types
         raise CrossguardError(_unreadable(path, where, "safetensors weights", problem)) from problem
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    unexpected = sorted(
-        key for key in info["unexpected_keys"] if not re.search("pooler|seq_relationship", key)
-    )
+    unexpected = sorted(key for key in info["unexpected_keys"] if not re.search("pooler|seq_relationship", key))
     if missing or unexpected:
-        first = (
-            f"{missing[0]!r} is missing or has a wrong shape"
-            if missing
-            else f"{unexpected[0]!r} has no place"
-        )
+        first = f"{missing[0]!r} is missing or has a wrong shape" if missing else f"{unexpected[0]!r} has no place"
         raise CrossguardError(
             f"the weights in {shown} do not fit its config.json: {first} ({len(missing)} missing, "
             f"{len(unexpected)} unexpected); save the model again with save_pretrained"
@@ -434,7 +413,7 @@ def _load(path: str) -> _Network:
     broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise CrossguardError(
-            f"the weights in {shown} hold numbers that are not finite (NaN or infinity), as in {broken[0]!r}"
+            f"the weights in {shown} hold numbers that are not finite (NaN or infinity): {broken[0]!r}"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
@@ -442,9 +421,9 @@ def _load(path: str) -> _Network:
         raise CrossguardError(_unreadable(path, where, "the files of its tokenizer", problem)) from problem
     vocabulary = tokenizer.get_vocab()
     needed = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id)
-    if any(number is None for number in needed) or not any(piece.startswith("##") for piece in vocabulary):
+    if None in needed or not any(piece.startswith("##") for piece in vocabulary):
         raise CrossguardError(
-            f"the tokenizer in {shown} has no WordPiece vocabulary ([CLS], [SEP], [UNK] and pieces with '##'), "
+            f"the tokenizer in {shown} has no WordPiece vocabulary ([CLS], [SEP], [UNK], pieces with '##'), "
             f"which replacing words needs; try a model of the BERT family such as 'bert-base-uncased'"
         )
     size = max(vocabulary.values()) + 1
@@ -456,21 +435,20 @@ def _load(path: str) -> _Network:
     pieces = [""] * config.vocab_size
     for piece, number in vocabulary.items():
         pieces[number] = piece
-    special = torch.tensor([not piece or piece.startswith("[unused") for piece in pieces])
-    special[list(tokenizer.all_special_ids)] = True
-    return _Network(model.eval().requires_grad_(False), tokenizer, pieces, special)
+    unused = [number for number, piece in enumerate(pieces) if not piece or piece.startswith("[unused")]
+    special = frozenset([*unused, *tokenizer.all_special_ids])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _Network(model.eval().requires_grad_(False).to(device), tokenizer, pieces, special)
 
 
 def _place(path: str) -> tuple[str, str]:
     """Where to load from, and how to call it in an error."""
     if path == "embedded":
         if not (EMBEDDED / "config.json").is_file():
-            raise CrossguardError(
-                "the masked language model of the package is missing; install crossguard again"
-            )
+            raise CrossguardError("the masked language model of the package is missing; install crossguard again")
         return str(EMBEDDED), "the embedded masked language model"
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         if not any(folder.glob("*.safetensors")):
             pickled = any(folder.glob("*.bin"))
             why = "; pickled weights (*.bin) are not read, since they can run code" if pickled else ""
@@ -480,9 +458,7 @@ def _place(path: str) -> tuple[str, str]:
             )
         return str(folder), f"the folder {path!r}"
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        raise CrossguardError(
-            f"there is no folder {path!r} with a masked language model; try MaskedLM('embedded')"
-        )
+        raise CrossguardError(f"there is no folder {path!r} with a masked language model; try MaskedLM('embedded')")
     return path, repr(path)
 
 

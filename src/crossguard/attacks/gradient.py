@@ -46,7 +46,9 @@ class PGD(ImageAttack):
         if self.steps < 1:
             raise CrossguardError(f"PGD(steps={self.steps}) does nothing; give 1 or more steps")
         if not self.step > 0:
-            raise CrossguardError(f"PGD(step={self.step}) does not climb; give a positive fraction of the budget, such as 0.25")
+            raise CrossguardError(
+                f"PGD(step={self.step}) does not climb; give a positive fraction of the budget, such as 0.25"
+            )
         if self.momentum < 0:
             raise CrossguardError(f"PGD(momentum={self.momentum}) is not possible; give 0 or more")
         if self.restarts < 1:

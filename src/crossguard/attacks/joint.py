@@ -68,9 +68,7 @@ class Joint(JointAttack):
         standing = (~goal.reached(victim.after(apart))).nonzero()[:, 0]
         if len(standing):
             rows = standing.cpu()
-            together = self.image(
-                victim.after.at(standing), images[standing], goal.at(standing), pixels, seeds[rows]
-            )
+            together = self.image(victim.after.at(standing), images[standing], goal.at(standing), pixels, seeds[rows])
             won = goal.at(standing).reached(victim.after.at(standing)(together))
             result[standing] = torch.where(won[:, None, None, None], together, apart[standing])
         return result

@@ -60,13 +60,9 @@ class Substitute(TextAttack):
 
     def __post_init__(self) -> None:
         if self.collisions not in ("report", "forbid"):
-            raise CrossguardError(
-                f"Substitute(collisions={self.collisions!r}) is unknown; give 'report' or 'forbid'"
-            )
+            raise CrossguardError(f"Substitute(collisions={self.collisions!r}) is unknown; give 'report' or 'forbid'")
         if self.top < 1 or self.batch < 1:
-            raise CrossguardError(
-                f"Substitute(top={self.top}, batch={self.batch}) cannot search; give 1 or more"
-            )
+            raise CrossguardError(f"Substitute(top={self.top}, batch={self.batch}) cannot search; give 1 or more")
         if " " in self.unknown:
             raise CrossguardError(f"Substitute(unknown={self.unknown!r}) is more than one word; try '[UNK]'")
 
@@ -79,9 +75,7 @@ class Substitute(TextAttack):
         rivals: Sequence[frozenset[str]],
     ) -> list[str]:
         if not isinstance(budget, Words):
-            raise CrossguardError(
-                f"{self} replaces whole words, but {budget} counts something else; try 'Words(1)'"
-            )
+            raise CrossguardError(f"{self} replaces whole words, but {budget} counts something else; try 'Words(1)'")
         if budget.count == 0:
             return clean
         proposals = self.source.propose(clean, self.top, self.threshold, self.coattack_compat)

@@ -73,11 +73,7 @@ class Concat(Dataset):
         if own:
             return own
         label = int(self._labels[index])
-        return (
-            tuple(template.replace("{}", self.names[label]) for template in data.templates)
-            if label >= 0
-            else ()
-        )
+        return tuple(template.replace("{}", self.names[label]) for template in data.templates) if label >= 0 else ()
 
     def __getstate__(self) -> dict[str, Any]:
         return given(self)
@@ -89,9 +85,7 @@ class Concat(Dataset):
                 "there is nothing to put together; give datasets, as in Concat((CIFAR10(), CIFAR100()))"
             )
         if self.size is not None and self.size < 1:
-            raise CrossguardError(
-                f"an image size of {self.size} pixels is not possible; give 1 or more, or None"
-            )
+            raise CrossguardError(f"an image size of {self.size} pixels is not possible; give 1 or more, or None")
         return tuple(accumulate(len(part) for part in self.parts))
 
     @cached_property
@@ -115,8 +109,10 @@ class Concat(Dataset):
 
 @dataclass(frozen=True)
 class Subset(Dataset):
-    """`count` samples of a dataset, spread evenly over it: the same ones whatever the seed, fair to sorted
-    data, with the ids that they have there."""
+    """`count` samples of a dataset, spread evenly over it, with the ids that they have there.
+
+    They are the same ones whatever the seed, and fair to data sorted by class.
+    """
 
     data: Dataset
     count: int

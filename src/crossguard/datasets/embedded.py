@@ -73,16 +73,12 @@ class Scenes(Dataset):
             ("style", self.style, grammar.STYLES),
         ):
             if given not in possible:
-                raise CrossguardError(
-                    f"unknown {what} {given!r} of Scenes; choose one of {', '.join(possible)}"
-                )
+                raise CrossguardError(f"unknown {what} {given!r} of Scenes; choose one of {', '.join(possible)}")
         for what, number in (("size", self.size), ("count", self.count)):
             if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
                 raise CrossguardError(f"the {what} of Scenes must be a whole number, not {number!r}")
         if not 16 <= self.size <= 512:
-            raise CrossguardError(
-                f"scenes of {self.size} pixels are not possible; give a size from 16 to 512"
-            )
+            raise CrossguardError(f"scenes of {self.size} pixels are not possible; give a size from 16 to 512")
         if self.count is not None and self.count < 1:
             raise CrossguardError(f"a count of {self.count} scenes is not possible; give 1 or more")
 
@@ -157,9 +153,7 @@ def _cache(size: int) -> Callable[[str, str, int, bool], Plane]:
     # Adversarial training revisits its images; the bound keeps a long run from filling the memory.
     @functools.lru_cache(maxsize=_CACHE_BYTES // (3 * size * size + 400))
     def rendered(split: str, style: str, index: int, pair: bool) -> Plane:
-        return render(
-            grammar.scene(split, index, pair), style, size, Draws("pixels", pair, split, style, index)
-        )
+        return render(grammar.scene(split, index, pair), style, size, Draws("pixels", pair, split, style, index))
 
     return rendered
 
@@ -218,9 +212,7 @@ class _Canvas:
         grain = raw[64 : 64 + area].reshape(size, size)
         # The sum of two uniform draws is close enough to a bell, and exact in integers.
         noise = (raw[64 + area : 64 + 4 * area] + raw[64 + 4 * area :]).reshape(3, size, size)
-        return _Canvas(
-            size, x, y, field * (2 / 255) - 1.0, grain * (2 / 255) - 1.0, (noise - 255.0) * (1 / 104.0)
-        )
+        return _Canvas(size, x, y, field * (2 / 255) - 1.0, grain * (2 / 255) - 1.0, (noise - 255.0) * (1 / 104.0))
 
 
 @functools.lru_cache(maxsize=8)

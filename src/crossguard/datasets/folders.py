@@ -35,9 +35,7 @@ class Images(Decoded):
         root = Path(self.path).expanduser()
         if not root.is_dir():
             what = "is a file, not a folder" if root.exists() else "does not exist"
-            raise CrossguardError(
-                f"the folder {self.path!r} {what}; give a folder that holds one subfolder a class"
-            )
+            raise CrossguardError(f"the folder {self.path!r} {what}; give a folder that holds one subfolder a class")
         # Every file is listed anew for a new word: a folder's own date says nothing about what lies deeper.
         files = tuple(
             (
@@ -48,9 +46,7 @@ class Images(Decoded):
             if folder.is_dir() and not folder.name.startswith(".")
         )
         stats = [(root / file).stat() for _, held in files for file in held]
-        return _opened(
-            str(root), files, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats), self.skip_broken
-        )
+        return _opened(str(root), files, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats), self.skip_broken)
 
 
 def _is_image(file: Path) -> bool:
@@ -65,9 +61,7 @@ def _opened(
     skip_broken: bool,
 ) -> Opened:
     if not files:
-        raise CrossguardError(
-            f"the folder {root!r} has no subfolder; put the images of each class into one of its own"
-        )
+        raise CrossguardError(f"the folder {root!r} has no subfolder; put the images of each class into one of its own")
     empty = [folder for folder, held in files if not held]
     if empty:
         raise CrossguardError(

@@ -140,8 +140,8 @@ SPLITS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
 }
 
 # Multiples of an irrational number spread evenly over the unit interval, in every prefix and at every stride.
-# These are the fractional parts of the golden ratio and of the square roots of two and three, in 64 bits; shape,
-# color and texture take one each, so that they are balanced together as well.
+# These are the fractional parts of the golden ratio and of the square roots of two and three, in 64 bits.
+# Shape, color and texture take one each, so that they are balanced together as well.
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _ROOT_TWO: Final = 0x6A09E667F3BCC908
 _ROOT_THREE: Final = 0xBB67AE8584CAA73B
@@ -293,9 +293,7 @@ def _single_captions(seen: Scene, style: str, draws: Draws) -> tuple[str, ...]:
         _sentence(_medium(style, draws), everything, _setting(seen, style, draws)),
         _sentence(_opening(style), _object(thing, draws)),
         _sentence(_opening(style), partly),
-        _sentence(
-            draws.one(("", "there is", "this is")), _object(thing, draws), _setting(seen, style, draws)
-        ),
+        _sentence(draws.one(("", "there is", "this is")), _object(thing, draws), _setting(seen, style, draws)),
         _sentence(draws.one(("", _medium(style, draws))), f"{size} {_object(thing, draws)}", where),
     )
 

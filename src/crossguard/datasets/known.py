@@ -23,9 +23,7 @@ from crossguard.errors import CrossguardError
 from crossguard.shapes import Labels
 
 ROOT = "CROSSGUARD_DATA"  # the environment variable with the folder of all data sets
-PHOTO = (
-    "This is a photo of a {}",
-)  # the prompt of TeCoA (Mao et al. 2023) and MMCoA (Zhou et al. 2024) for most sets
+PHOTO = ("This is a photo of a {}",)  # the prompt of TeCoA (Mao et al. 2023) and MMCoA (Zhou et al. 2024) for most sets
 SPLITS = frozenset({"train", "test", "val", "valid", "validation", "dev"})
 
 
@@ -52,12 +50,12 @@ class Published:
 class Known(Dataset):
     """A published data set in a local copy, with the prompt that the papers give it.
 
-    `path` names the copy, or the environment variable CROSSGUARD_DATA a folder that holds it. In that folder, for
-    CIFAR-10, these are looked for in this order: the folders `cifar10/`, `wds_vtab-cifar10/`, `vtab-cifar10/` and
-    `vtab/cifar10/`, then the files `cifar10_test.parquet`, `cifar10-test.parquet` and `cifar10.parquet`. A folder
-    may hold a CLIP_benchmark webdataset (see `Shards`), Parquet files (`test*.parquet`, there or in `data/`), or
-    subfolders of images, one a class, inside `test/` or directly. A copy without splits answers for the default
-    split only.
+    `path` names the copy, or the environment variable CROSSGUARD_DATA a folder that holds it. In that folder,
+    for CIFAR-10, these are looked for in this order: the folders `cifar10/`, `wds_vtab-cifar10/`,
+    `vtab-cifar10/` and `vtab/cifar10/`, then the files `cifar10_test.parquet`, `cifar10-test.parquet` and
+    `cifar10.parquet`. A folder may hold a CLIP_benchmark webdataset (see `Shards`), Parquet files
+    (`test*.parquet`, there or in `data/`), or subfolders of images, one a class, inside `test/` or directly.
+    A copy without splits answers for the default split only.
     """
 
     path: str | None = None
@@ -116,7 +114,7 @@ class Known(Dataset):
             get = f"download clip-benchmark/{published.hub} (Hugging Face hub, data set)"
             local = published.hub
         else:
-            get = "get it from its publisher, as one subfolder of images a class or as Parquet"
+            get = "get it from its publisher (one subfolder of images a class, or Parquet)"
             local = published.name
         raise CrossguardError(
             f"there is no local copy of {word}, split {self.split!r}: no path was given, and {where}; {get} "
@@ -129,9 +127,7 @@ class Known(Dataset):
         if published.hub:
             bare = published.hub.removeprefix("wds_")
             yield from (root / published.hub, root / bare, root / bare.replace("-", "/", 1))
-        yield from (
-            root / f"{published.name}{mark}{split}.parquet" for split in self._splits() for mark in "_-"
-        )
+        yield from (root / f"{published.name}{mark}{split}.parquet" for split in self._splits() for mark in "_-")
         if self._is_default_split():
             yield root / f"{published.name}.parquet"
 
@@ -142,9 +138,7 @@ class Known(Dataset):
         """The copy at a place, by what lies there."""
         word, size, skip = type(self).__name__, self.size, self.skip_broken
         if not place.exists():
-            raise CrossguardError(
-                f"there is no {str(place)!r} to read {word} from; give the path of its local copy"
-            )
+            raise CrossguardError(f"there is no {str(place)!r} to read {word} from; give the path of its local copy")
         if place.is_file():
             return Parquet(str(place), size=size, skip_broken=skip)
         for split in self._splits():
@@ -155,18 +149,16 @@ class Known(Dataset):
                     return Parquet(str(Path(glob.escape(str(place))) / files), size=size, skip_broken=skip)
             if (place / split).is_dir():
                 return Images(str(place / split), size=size, skip_broken=skip)
-        folders = {
-            folder.name for folder in place.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-        }
+        for candidate in self._candidates(place):  # a folder around several data sets
+            if candidate.exists():
+                return self._within(candidate)
+        folders = {folder.name for folder in place.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
         others = sorted(
-            SPLITS & folders
-            | {file.name for file in (*place.glob("*.parquet"), *place.glob("data/*.parquet"))}
+            SPLITS & folders | {file.name for file in (*place.glob("*.parquet"), *place.glob("data/*.parquet"))}
         )
         if others or not folders:
             what = (
-                f"it holds {', '.join(others[:5])}"
-                if others
-                else "it holds neither folders, .tar nor .parquet files"
+                f"it holds {', '.join(others[:5])}" if others else "it holds neither folders, .tar nor .parquet files"
             )
             raise CrossguardError(f"{str(place)!r} has no split {self.split!r} of {word}: {what}")
         if not self._is_default_split():
@@ -238,8 +230,10 @@ class TinyImageNet(Known):
 
 @dataclass(frozen=True)
 class Caltech101(Known):
-    """101 classes of objects (Fei-Fei et al. 2004); the papers use all of it, the webdataset copy has
-    splits."""
+    """101 classes of objects (Fei-Fei et al. 2004).
+
+    The papers use all of it; the webdataset copy has splits.
+    """
 
     @staticmethod
     def published() -> Published:
@@ -259,7 +253,10 @@ class Caltech256(Known):
 
 @dataclass(frozen=True)
 class SUN397(Known):
-    """397 classes of places (Xiao et al. 2010); the papers use all of it, the webdataset copy has splits."""
+    """397 classes of places (Xiao et al. 2010).
+
+    The papers use all of it; the webdataset copy has splits.
+    """
 
     @staticmethod
     def published() -> Published:
@@ -312,8 +309,10 @@ class DTD(Known):
 
 @dataclass(frozen=True)
 class EuroSAT(Known):
-    """10 uses of land from above (Helber et al. 2019); the papers use all of it, the webdataset copy has
-    splits."""
+    """10 uses of land from above (Helber et al. 2019).
+
+    The papers use all of it; the webdataset copy has splits.
+    """
 
     templates: tuple[str, ...] = ("A centered satellite photo of {}.",)
 
@@ -324,8 +323,10 @@ class EuroSAT(Known):
 
 @dataclass(frozen=True)
 class FGVCAircraft(Known):
-    """100 variants of aircraft (Maji et al. 2013). Names as the copy has them: `707-320` without the papers'
-    `Boeing`."""
+    """100 variants of aircraft (Maji et al. 2013).
+
+    Names are as the copy has them: `707-320`, where the papers say `Boeing 707-320`.
+    """
 
     templates: tuple[str, ...] = ("A photo of a {}, a type of aircraft.",)
 

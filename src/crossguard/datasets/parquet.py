@@ -67,9 +67,7 @@ def parquet_files(path: str) -> list[Path]:
                 f"name one, as in '{Path(path) / '**' / (splits[0] + '-*.parquet')}'"
             )
         if not files:
-            raise CrossguardError(
-                f"the folder {path!r} holds no .parquet file; give the folder or the file that does"
-            )
+            raise CrossguardError(f"the folder {path!r} holds no .parquet file; give the folder or the file that does")
         return files
     files = sorted(Path(file) for file in glob.glob(str(place), recursive=True))  # noqa: PTH207
     if not files:
@@ -113,9 +111,7 @@ def _opened(
     ]
     if not everything:
         known = sorted({str(value) for table in tables for value in table.domains or ()})
-        reason = (
-            f"no row of the domain {domain!r}; its domains are {', '.join(known)}" if domain else "no rows"
-        )
+        reason = f"no row of the domain {domain!r}; its domains are {', '.join(known)}" if domain else "no rows"
         raise CrossguardError(f"{files[0]!r} holds {reason}")
 
     one_file = len(tables) == 1
@@ -130,9 +126,7 @@ def _opened(
         names=names,
         read=lambda index: everything[index][0].read(everything[index][1]),
         where=lambda index: f"row {everything[index][1]} of {everything[index][0].file!r}",
-        captions=tuple(table.captions[row] for table, row in everything if table.captions)
-        if captioned
-        else (),
+        captions=tuple(table.captions[row] for table, row in everything if table.captions) if captioned else (),
     )
     return source.whole(skip_broken)
 
@@ -162,9 +156,7 @@ class _Table:
         try:
             handle = pq.ParquetFile(file)
         except (pa.ArrowException, OSError) as error:
-            raise CrossguardError(
-                f"{file!r} is not a whole Parquet file; check the path or fetch it again"
-            ) from error
+            raise CrossguardError(f"{file!r} is not a whole Parquet file; check the path or fetch it again") from error
         with handle:
             schema = handle.schema_arrow
             image = _first(IMAGE, schema.names)
@@ -211,9 +203,7 @@ class _Table:
     def read(self, row: int) -> bytes:
         """The encoded image of a row; its row group is read whole and remembered for its neighbors."""
         group = _group(self.starts, row)
-        held = GROUPS.get(
-            (self.file, self.modified, self.column, group), partial(self._read_group, group), _bytes
-        )
+        held = GROUPS.get((self.file, self.modified, self.column, group), partial(self._read_group, group), _bytes)
         data = held[row - self.starts[group]]
         if data is None:
             raise CrossguardError(
@@ -273,12 +263,8 @@ def _classes(
     if all(label is None for label in labels) and all(name is None for name in named):
         if any(table.captions for table in tables):
             return (), [-1] * len(rows)  # captions only: no class, and no label that could pass for one
-        raise CrossguardError(
-            f"{file!r} has neither labels nor captions; add a column 'label' (int) or 'captions'"
-        )
-    if all(
-        label is None or isinstance(label, str) for label in labels
-    ):  # names alone, numbered in sorted order
+        raise CrossguardError(f"{file!r} has neither labels nor captions; add a column 'label' (int) or 'captions'")
+    if all(label is None or isinstance(label, str) for label in labels):  # names alone, numbered in sorted order
         texts = named if all(label is None for label in labels) else labels
         if None in texts:
             raise CrossguardError(
@@ -288,9 +274,7 @@ def _classes(
         place = {name: number for number, name in reversed(list(enumerate(names)))}
         unknown = sorted({str(text) for text in texts} - set(names))
         if unknown:
-            raise CrossguardError(
-                f"the class {unknown[0]!r} of {file!r} is not among the {len(names)} classes given"
-            )
+            raise CrossguardError(f"the class {unknown[0]!r} of {file!r} is not among the {len(names)} classes given")
         return names, [place[str(text)] for text in texts]
 
     numbers: list[int] = []

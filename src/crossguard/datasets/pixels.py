@@ -23,9 +23,7 @@ from crossguard.shapes import Labels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # never EPS and the like, which run other programs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ROTATED = frozenset(
-    {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
-)  # where an orientation may be noted
+ROTATED = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})  # where an orientation may be noted
 
 Held = TypeVar("Held")
 
@@ -125,9 +123,7 @@ class Opened:
             return decode(self.read(index), size)
         except CrossguardError:
             raise
-        except (
-            Exception
-        ) as error:  # what a decoder raises on broken bytes is not bounded by any documentation
+        except Exception as error:  # what a decoder raises on broken bytes is not bounded by any documentation
             reason = "it is cut short or damaged" if isinstance(error, OSError | EOFError) else str(error)
             if isinstance(error, Image.UnidentifiedImageError):
                 reason = "it is no image in a format known here: JPEG, PNG, WebP, BMP, GIF, TIFF"
@@ -188,9 +184,7 @@ class Decoded(Dataset):
     def opened(self) -> Opened:
         """The source behind the word."""
         if self.size is not None and self.size < 1:
-            raise CrossguardError(
-                f"an image size of {self.size} pixels is not possible; give 1 or more, or None"
-            )
+            raise CrossguardError(f"an image size of {self.size} pixels is not possible; give 1 or more, or None")
         return self._open()
 
     def __getstate__(self) -> dict[str, Any]:

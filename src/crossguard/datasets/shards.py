@@ -51,9 +51,7 @@ class Shards(Decoded):
         if not folder.is_dir():
             splits = sorted(place.name for place in root.iterdir() if any(place.glob("*.tar")))
             there = (
-                f"there are {', '.join(splits)}"
-                if splits
-                else "there is no split folder with .tar files in it at all"
+                f"there are {', '.join(splits)}" if splits else "there is no split folder with .tar files in it at all"
             )
             raise CrossguardError(f"{self.path!r} has no split {self.split!r}; {there}")
         listed = [*folder.glob("*.tar"), *root.glob("*.txt"), *folder.glob("nshards.txt")]
@@ -84,20 +82,14 @@ def _opened(root: str, split: str, changed: tuple[tuple[str, int, int], ...], sk
             f"{root!r} has several labels an image (multilabel), which is not supported; give another set"
         )
     names = _lines(Path(root) / "classnames.txt")
-    templates = [
-        line.replace("{c}", "{}") for line in _lines(Path(root) / "zeroshot_classification_templates.txt")
-    ]
+    templates = [line.replace("{c}", "{}") for line in _lines(Path(root) / "zeroshot_classification_templates.txt")]
     samples = _samples(_shards(Path(root) / split))
     images = [_only(sample, SUFFIXES) for sample in samples]
     captions: list[tuple[str, ...]] = []
     labels = [-1] * len(samples)  # no class, and no label that could pass for one
     if kind == "retrieval" or not any(".cls" in sample for sample in samples):
         for image, sample in zip(images, samples, strict=True):
-            texts = (
-                sample[".txt"].read().decode("utf-8", errors="replace").splitlines()
-                if ".txt" in sample
-                else []
-            )
+            texts = sample[".txt"].read().decode("utf-8", errors="replace").splitlines() if ".txt" in sample else []
             captions.append(tuple(text.strip() for text in texts if text.strip()))
             if not captions[-1]:
                 raise CrossguardError(
@@ -136,14 +128,10 @@ def _lines(file: Path) -> list[str]:
 def _shards(folder: Path) -> list[Path]:
     """The shards of a split in the order of their numbers, all of them or an error: a missing one would
     change every result without a word."""
-    shards = sorted(
-        folder.glob("*.tar"), key=lambda file: (len(file.stem) if file.stem.isdigit() else 99, file.stem)
-    )
+    shards = sorted(folder.glob("*.tar"), key=lambda file: (len(file.stem) if file.stem.isdigit() else 99, file.stem))
     told = "".join(_lines(folder / "nshards.txt"))
     if told and not told.isdigit():
-        raise CrossguardError(
-            f"{str(folder / 'nshards.txt')!r} says {told!r}, not a number of shards; fetch it again"
-        )
+        raise CrossguardError(f"{str(folder / 'nshards.txt')!r} says {told!r}, not a number of shards; fetch it again")
     wanted = {str(number) for number in range(int(told or 0))}
     missing = sorted(wanted - {shard.stem for shard in shards}, key=int)
     if told and missing and (len(shards) != int(told) or all(shard.stem.isdigit() for shard in shards)):
@@ -153,8 +141,7 @@ def _shards(folder: Path) -> list[Path]:
         )
     if told and len(shards) != int(told):
         raise CrossguardError(
-            f"{str(folder)!r} should hold {told} shards by its nshards.txt and holds {len(shards)}; "
-            "fetch it again"
+            f"{str(folder)!r} should hold {told} shards by its nshards.txt and holds {len(shards)}; fetch it again"
         )
     if not shards:
         raise CrossguardError(f"{str(folder)!r} holds no .tar file; fetch the shards of this split")
@@ -170,9 +157,7 @@ def _samples(shards: Sequence[Path]) -> list[dict[str, _Member]]:
             with tarfile.open(shard, "r:") as tar:
                 members = [member for member in tar if member.isfile()]
         except (tarfile.TarError, OSError) as error:
-            raise CrossguardError(
-                f"the shard {str(shard)!r} is no whole tar file ({error}); fetch it again"
-            ) from error
+            raise CrossguardError(f"the shard {str(shard)!r} is no whole tar file ({error}); fetch it again") from error
         end = max((member.offset_data + member.size for member in members), default=0)
         if end > shard.stat().st_size:
             raise CrossguardError(f"the shard {str(shard)!r} is cut short; fetch it again")

@@ -64,6 +64,9 @@ class TeCoA(Recipe):
         super().__post_init__()
         self.image_attack.spends(self.budget)
 
+    def adversary(self) -> tuple[ImageAttack, None, Budget]:
+        return self.image_attack, None, self.budget
+
     def terms(self) -> tuple[Term, ...]:
         return (OverClasses(ADVERSARIAL, CLEAN),)
 
@@ -98,6 +101,13 @@ class MMCoA(Recipe):
         super().__post_init__()
         self.image_attack.spends(self.budget)
         self.text_attack.spends(self.budget)
+
+    def adversary(self) -> tuple[ImageAttack, TextAttack, Budget]:
+        return self.image_attack, self.text_attack, self.budget
+
+    @property
+    def leaks(self) -> bool:
+        return self.accumulate_attack_gradients
 
     def terms(self) -> tuple[Term, ...]:
         term = OverClasses if self.one_way else InBatch

@@ -38,9 +38,7 @@ class Adam(Optimizer):
         _check(self)
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(
-            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
+        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ class AdamW(Optimizer):
         _check(self)
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -81,4 +77,6 @@ def _check(optimizer: Adam | AdamW | SGD) -> None:
     if not optimizer.lr > 0:
         raise CrossguardError(f"{type(optimizer).__name__}(lr={optimizer.lr}) does not learn; give a positive rate")
     if optimizer.weight_decay < 0:
-        raise CrossguardError(f"{type(optimizer).__name__}(weight_decay={optimizer.weight_decay}) is not possible; give 0 or more")
+        raise CrossguardError(
+            f"{type(optimizer).__name__}(weight_decay={optimizer.weight_decay}) is not possible; give 0 or more"
+        )

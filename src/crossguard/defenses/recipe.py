@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 
 from crossguard.attacks.base import ImageAttack, ImageVictim, TextAttack
@@ -106,11 +107,14 @@ class Recipe(ABC):
     save_every: int = 100
     seed: int = 0
 
-    # What a subclass may say of its inner adversary; None where it has none.
-    image_attack = None
-    text_attack = None
-    budget = None
-    accumulate_attack_gradients = False
+    def adversary(self) -> tuple[ImageAttack | None, TextAttack | None, Budget | None]:
+        """The inner adversary: what attacks the images and the texts of a batch, and how far; nothing by default."""
+        return None, None, None
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the parameter gradients of the attack's steps are added to the update, a fault of released code."""
+        return False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -119,7 +123,9 @@ class Recipe(ABC):
         if not self.epochs > 0:
             raise CrossguardError(f"{name}(epochs={self.epochs}) trains nothing; give a positive number of epochs")
         if self.batch < 2:
-            raise CrossguardError(f"{name}(batch={self.batch}) is not possible; a contrastive batch needs at least 2 images")
+            raise CrossguardError(
+                f"{name}(batch={self.batch}) is not possible; a contrastive batch needs at least 2 images"
+            )
         if not self.towers or set(self.towers) - set(TOWERS):
             raise CrossguardError(f"{name}(towers={self.towers}) is not possible; give some of {TOWERS}")
         for field in ("last", "shots", "save_every"):
@@ -138,7 +144,9 @@ class Recipe(ABC):
         `torchrun` the batch is shared among the processes.
         """
         if not isinstance(model, Checkpoint):
-            raise CrossguardError(f"{show(model)} has no network of its own to train; train its base and wrap the result")
+            raise CrossguardError(
+                f"{show(model)} has no network of its own to train; train its base and wrap the result"
+            )
         folder = Path(out)
         question = {"recipe": show(self), "model": show(model), "data": show(data)}
         with _owned(folder):
@@ -175,10 +183,14 @@ class _Run:
         )
         self.indices = _few_shot(data, recipe)
         if len(self.indices) < 2:
-            raise CrossguardError(f"{show(data, short=True)} has {len(self.indices)} training images; at least 2 are needed")
+            raise CrossguardError(
+                f"{show(data, short=True)} has {len(self.indices)} training images; at least 2 are needed"
+            )
         self.batch = min(recipe.batch, len(self.indices))
         if self.batch % self.accelerator.num_processes:
-            raise CrossguardError(f"a batch of {self.batch} cannot be shared by {self.accelerator.num_processes} processes")
+            raise CrossguardError(
+                f"a batch of {self.batch} cannot be shared by {self.accelerator.num_processes} processes"
+            )
         self.per_epoch = len(self.indices) // self.batch
         self.total = recipe.steps or max(1, round(recipe.epochs * self.per_epoch))
         self.labels = data.labels()
@@ -196,7 +208,12 @@ class _Run:
         start = self._restore()
         student = self.accelerator.prepare(self.network) if self.accelerator.num_processes > 1 else self.network
         log = _logger(self.folder) if main else logging.getLogger("crossguard.silent")
-        log.info("%s of %d steps: %s", "continues at step %d" % start if start else "starts", self.total, self.question)
+        log.info(
+            "%d steps, %s: %s",
+            self.total,
+            f"continuing at step {start}" if start else "from the start",
+            self.question,
+        )
         with _progress(main, self.total, start) as shown, _board(self.folder, main, start) as board:
             began = time.monotonic()
             for step in range(start, self.total):
@@ -225,7 +242,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         if any(term.image == ADVERSARIAL for term in terms):
             images[ADVERSARIAL], path = self._attacked_images(batch)
-            if recipe.accumulate_attack_gradients:
+            if recipe.leaks:
                 self._accumulate(student, batch, path)
         if any(term.text == ADVERSARIAL for term in terms):
             texts[ADVERSARIAL] = self._attacked_texts(batch)
@@ -234,7 +251,9 @@ class _Run:
         text_views = sorted({term.text for term in terms})
         with self.accelerator.autocast():
             encoded_images, encoded_texts = self._forward(
-                student, torch.cat([images[view] for view in image_views]), [text for view in text_views for text in texts[view]]
+                student,
+                torch.cat([images[view] for view in image_views]),
+                [text for view in text_views for text in texts[view]],
             )
         encoded_images = encoded_images.float().view(len(image_views), len(batch.images), -1)
         encoded_texts = encoded_texts.float().view(len(text_views), len(batch.texts), -1)
@@ -283,21 +302,22 @@ class _Run:
 
     def _attacked_images(self, batch: _Batch) -> tuple[Images, list[Images]]:
         """The inner adversary on images: class-level cross-entropy against the clean texts, as in TeCoA and MMCoA."""
-        recipe, path = self.recipe, []
-        assert isinstance(recipe.image_attack, ImageAttack) and isinstance(recipe.budget, Budget)
-        pixels, _ = recipe.image_attack.spends(recipe.budget)
+        attack, _, budget = self.recipe.adversary()
+        assert attack is not None and budget is not None
+        pixels, _ = attack.spends(budget)
         assert pixels is not None
+        path: list[Images] = []
         with frozen(self.network):
             with torch.no_grad():
                 texts = self.network.encode_text(batch.classes).float()
 
             def answer(images: Images) -> Tensor:
-                if recipe.accumulate_attack_gradients and torch.is_grad_enabled():
+                if self.recipe.leaks and torch.is_grad_enabled():
                     path.append(images.detach())
                 return self.network.logits(self.network.encode_image(images), texts)
 
             goal = Untargeted(batch.label)
-            adversarial = recipe.image_attack(ImageVictim(answer), batch.images, goal, pixels, batch.seeds)
+            adversarial = attack(ImageVictim(answer), batch.images, goal, pixels, batch.seeds)
         return adversarial, path
 
     def _accumulate(self, student: nn.Module, batch: _Batch, path: Sequence[Images]) -> None:
@@ -308,10 +328,10 @@ class _Run:
             self.accelerator.backward(F.cross_entropy(self.network.logits(encoded, texts), batch.label))
 
     def _attacked_texts(self, batch: _Batch) -> list[str]:
-        recipe = self.recipe
-        assert isinstance(recipe.text_attack, TextAttack) and isinstance(recipe.budget, Budget)
+        _, attack, budget = self.recipe.adversary()
+        assert attack is not None and budget is not None
         with frozen(self.network), torch.no_grad():
-            return recipe.text_attack.rewrite(self.network.encode_text, batch.texts, recipe.budget, batch.rivals)
+            return attack.rewrite(self.network.encode_text, batch.texts, budget, batch.rivals)
 
     def _rate(self, step: int) -> float:
         recipe, rate = self.recipe, self.recipe.optimizer.lr
@@ -344,7 +364,14 @@ class _Run:
         device = self.accelerator.device
         mine = slice(first, first + share)
         return _Batch(
-            images.to(device), own[mine].to(device), own, texts, rivals, classes, label[mine].to(device), seeds
+            images.to(device),
+            own[mine].to(device),
+            own,
+            texts,
+            rivals,
+            classes,
+            label[mine].to(device),
+            seeds,
         )
 
     def _texts(
@@ -356,7 +383,9 @@ class _Run:
             for index in chosen:
                 options = self.data.captions(index)
                 if not options:
-                    raise CrossguardError(f"sample {self.data.id(index)!r} has no caption, and captions=True needs one each")
+                    raise CrossguardError(
+                        f"sample {self.data.id(index)!r} has no caption, and captions=True needs one each"
+                    )
                 captions.append(options[derive(self.recipe.seed, step, "caption", self.data.id(index)) % len(options)])
             texts = list(dict.fromkeys(captions))
             place = {text: row for row, text in enumerate(texts)}
@@ -383,7 +412,11 @@ class _Run:
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{number}.{name}"] = value
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        meta = {"step": str(step), "seconds": str(seconds), "question": json.dumps(self.question, sort_keys=True)}
+        meta = {
+            "step": str(step),
+            "seconds": str(seconds),
+            "question": json.dumps(self.question, sort_keys=True),
+        }
         write(self.folder / "training.safetensors", save(tensors, meta))
 
     def _restore(self) -> int:
@@ -486,19 +519,11 @@ def _generator(*parts: object) -> torch.Generator:
 @contextmanager
 def _owned(folder: Path) -> Iterator[None]:
     """One training run a folder at a time; a second process waits. Worker processes of one run share it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("w")
-    except OSError as error:
-        raise CrossguardError(f"the folder {folder} cannot be written: {error.strerror or error}") from error
-    with handle:
-        if int(os.environ.get("RANK", "0")) == 0:
-            try:
-                import fcntl
-            except ImportError:  # not on Windows: two runs in one folder are then the user's to avoid
-                fcntl = None
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+    check_writable(folder)
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    with FileLock(folder / ".lock"):
         yield
 
 

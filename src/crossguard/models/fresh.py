@@ -44,7 +44,18 @@ class Fresh(Checkpoint):
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.depths) or not self.widths:
             raise CrossguardError(f"Fresh needs one depth for each width, not {self.widths} and {self.depths}")
-        if min(self.size, self.patch, *self.widths, *self.depths, self.text_width, self.text_layers, self.dimensions) < 1:
+        if (
+            min(
+                self.size,
+                self.patch,
+                *self.widths,
+                *self.depths,
+                self.text_width,
+                self.text_layers,
+                self.dimensions,
+            )
+            < 1
+        ):
             raise CrossguardError("every size of Fresh must be 1 or more")
         if self.text_width % 32:
             raise CrossguardError(f"Fresh(text_width={self.text_width}) is not possible; give a multiple of 32")

@@ -116,10 +116,14 @@ def _load(path: str) -> DualEncoder:
     speaks = all(callable(getattr(model, name, None)) for name in ("get_image_features", "get_text_features"))
     if not speaks or getattr(model, "logit_scale", None) is None:
         kind = getattr(config, "model_type", type(model).__name__)
-        raise CrossguardError(f"{path} holds a {kind!r} model, which is no dual encoder; give a CLIP or SigLIP checkpoint")
+        raise CrossguardError(
+            f"{path} holds a {kind!r} model, which is no dual encoder; give a CLIP or SigLIP checkpoint"
+        )
     missing = sorted(str(key) for key in info["missing_keys"])
     if missing:
-        raise CrossguardError(f"the weights in {path} lack {len(missing)} tensors of its architecture, e.g. {missing[0]!r}")
+        raise CrossguardError(
+            f"the weights in {path} lack {len(missing)} tensors of its architecture, e.g. {missing[0]!r}"
+        )
     check_finite(model, path)
     return TransformersEncoder(model, tokenizer, processor).eval()
 
@@ -168,10 +172,16 @@ def _preprocess(processor: Any) -> Preprocess:
     modes = {2: "bilinear", 3: "bicubic"}
     resample = int(processor.resample)
     if resample not in modes:
-        raise CrossguardError(f"the image processor resizes with Pillow filter {resample}; only bilinear (2) and bicubic (3) are known")
+        raise CrossguardError(
+            f"the image processor resizes with Pillow filter {resample}; only bilinear (2) and bicubic (3) are known"
+        )
     short = size["shortest_edge"] if "shortest_edge" in size else None
     if short is not None:
-        crop = crop if getattr(processor, "do_center_crop", True) and crop is not None else {"height": short, "width": short}
+        crop = (
+            crop
+            if getattr(processor, "do_center_crop", True) and crop is not None
+            else {"height": short, "width": short}
+        )
         return Preprocess(int(crop["height"]), int(crop["width"]), int(short), mean, std, modes[resample])  # type: ignore[arg-type]
     return Preprocess(int(size["height"]), int(size["width"]), None, mean, std, modes[resample])  # type: ignore[arg-type]
 

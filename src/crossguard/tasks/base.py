@@ -52,6 +52,10 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(
-        self, model: VisionLanguageModel, attack: Attack | None, budget: Budget | None, surrogate: VisionLanguageModel | None
+        self,
+        model: VisionLanguageModel,
+        attack: Attack | None,
+        budget: Budget | None,
+        surrogate: VisionLanguageModel | None,
     ) -> Trial:
         """Everything that happens once: prompts are encoded and, where the attack is on texts, rewritten."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -42,7 +42,11 @@ class ZeroShot(Task):
         return self.data.labels()
 
     def prepare(
-        self, model: VisionLanguageModel, attack: Attack | None, budget: Budget | None, surrogate: VisionLanguageModel | None
+        self,
+        model: VisionLanguageModel,
+        attack: Attack | None,
+        budget: Budget | None,
+        surrogate: VisionLanguageModel | None,
     ) -> Trial:
         prompts = self.data.prompts(self.templates or None)
         labels = self.labels()
@@ -62,7 +66,9 @@ class ZeroShot(Task):
             words.check(flat, prompts.flat)
             notes += _text_notes(flat, prompts, rivals)
         del pixels
-        return _ZeroShotTrial(prompts, prompts.rewritten(flat), model, attack, budget, surrogate is not None, notes, crafting)
+        return _ZeroShotTrial(
+            prompts, prompts.rewritten(flat), model, attack, budget, surrogate is not None, notes, crafting
+        )
 
 
 @dataclass
@@ -73,7 +79,7 @@ class _ZeroShotTrial(Trial):
     attack: Attack | None
     budget: Budget | None
     elsewhere: bool  # crafted on a surrogate, judged on the model
-    notes: list[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
     crafting: VisionLanguageModel | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +115,11 @@ class _ZeroShotTrial(Trial):
                 ]
                 size = torch.tensor([float(changed[label]) for label in batch.labels.tolist()])
         with torch.no_grad():
-            answer = clean if adversarial is images and self.rewritten is self.clean else _finite(self.rewritten(adversarial))
+            answer = (
+                clean
+                if adversarial is images and self.rewritten is self.clean
+                else _finite(self.rewritten(adversarial))
+            )
         return Answers(clean.cpu(), answer.cpu(), size, queries)
 
     def _victim(self, queries: Queries) -> PairVictim:
@@ -123,7 +133,9 @@ class _ZeroShotTrial(Trial):
 
 def _finite(logits: Logits) -> Logits:
     if not bool(torch.isfinite(logits).all()):
-        raise CrossguardError("the model answered with logits that are not finite; its weights or its input are damaged")
+        raise CrossguardError(
+            "the model answered with logits that are not finite; its weights or its input are damaged"
+        )
     return logits.float()
 
 
@@ -150,7 +162,7 @@ def _text_notes(flat: list[str], prompts: Prompts, rivals: Sequence[frozenset[st
         )
     changed = sum(new != old for new, old in zip(flat, clean, strict=True))
     if changed < len(flat):
-        notes.append(f"{len(flat) - changed} of {len(flat)} prompts stayed as they were: the attack found no candidate for them")
+        notes.append(
+            f"{len(flat) - changed} of {len(flat)} prompts stayed as they were: the attack found no candidate for them"
+        )
     return notes
-
-

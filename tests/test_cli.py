@@ -1,0 +1,376 @@
+"""The command line and experiments, with an evaluation that answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import crossguard
+from crossguard import cli, experiment
+from crossguard.errors import CrossguardError
+from crossguard.experiment import Experiment, Watch
+from crossguard.report import Outcomes, Report
+
+evaluation = importlib.import_module("crossguard.evaluate")  # `crossguard.evaluate` is the function
+
+GRID = """
+task   = "ZeroShot(Scenes('object'))"
+model  = {base = "Tiny()", coarse = "BitDepth(Tiny(), bits=3)"}
+attack = ["None", "PGD(steps=100)", "Substitute()"]
+budget = ["Both(Linf(8/255), Words(1))"]
+seed   = 3
+limit  = 10
+"""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Every question that reaches the evaluation; each is answered at once, and remembered here."""
+    questions: list[dict[str, Any]] = []
+
+    def answer(
+        task: Any, model: Any, attack: Any = None, budget: Any = None, surrogate: Any = None,
+        limit: int | None = None, seed: int = 0, batch: int = 128,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Report:  # fmt: skip
+        question = evaluation.question(task, model, attack, budget, surrogate, limit, seed)
+        questions.append(question | {"batch": batch, "task object": task})
+        if progress is not None:
+            progress(2, 2)
+        whole = {name: [0, 0] for name in ("label", "clean", "gradients", "forwards")}
+        outcomes = Outcomes(
+            id=["a", "b"],
+            adversarial=[0, 1],
+            clean_margin=[1.0, 1.0],
+            adversarial_margin=[1.0, -1.0],
+            size=[0.0, 0.0],
+            **whole,
+        )
+        return Report(question, outcomes, ("A doubt; look again [closely].",))
+
+    monkeypatch.setattr(evaluation, "evaluate", answer)
+    return questions
+
+
+@pytest.fixture
+def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.toml").write_text(GRID)
+    return tmp_path / "grid.toml"
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments), prog_name="crossguard")
+
+
+def error(*arguments: str) -> str:
+    """The one sentence of a call that must fail as a user's mistake."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    said = result.stderr.strip()
+    assert said.startswith("crossguard: error: ") and "\n" not in said
+    return said
+
+
+EVAL = ("eval", "--task", "ZeroShot(Scenes('object'))", "--model", "Tiny")
+
+
+# Commands
+
+
+def test_eval_prints_the_question_and_the_rates(tmp_path: Path, asked: list[dict[str, Any]]):
+    out = tmp_path / "deep" / "one.json"
+    result = call(*EVAL, "--attack", "PGD(steps=100)", "--budget", "Linf(8/255)", "--limit", "2", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split("  ", 1) for line in result.stdout.splitlines() if "  " in line)
+    said = {name: value.strip() for name, value in lines.items()}
+    assert said["attack"] == "PGD(steps=100)" and said["budget"] == "Linf(8/255)" and said["knowledge"] == "white box"
+    assert said["robust accuracy"] == "50.0 % [9.5, 90.5]" and said["n"] == "2" and said["seed"] == "0"
+    assert "- A doubt; look again [closely]." in result.stdout
+    assert Report.load(out).robust.value == 0.5
+    assert asked[0]["limit"] == "2" and asked[0]["batch"] == 128
+
+
+def test_train_prints_the_word_that_reads_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def fit(self: Any, model: Any, data: Any, out: Path) -> Any:
+        calls.append((self, model, data, out))
+        return crossguard.HuggingFace(str(out))
+
+    monkeypatch.setattr(crossguard.Recipe, "fit", fit)
+    (tmp_path / "images").mkdir()
+    result = call(
+        "train", "--recipe", "TeCoA(steps=3)", "--model", "Tiny()", "--data", "Images('images')",
+        "--out", str(tmp_path / "out"), "--skip-broken",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert crossguard.build(result.stdout.strip()) == crossguard.HuggingFace(str(tmp_path / "out"))
+    ((recipe, model, data, _),) = calls
+    assert (recipe, model) == (crossguard.TeCoA(steps=3), crossguard.Tiny())
+    assert data == crossguard.Images("images", skip_broken=True)
+
+
+def test_skip_broken_reaches_the_data_of_a_task(asked: list[dict[str, Any]]):
+    task = "ZeroShot(Concat((Images('a'), Images('b'))))"
+    assert call("eval", "--task", task, "--model", "Tiny", "--skip-broken").exit_code == 0
+    assert asked[0]["task object"].data.parts[1].skip_broken
+    assert "--skip-broken: nothing in --task" in error(*EVAL, "--skip-broken")
+
+
+def test_words_lists_the_vocabulary_by_kind():
+    result = call("words")
+    assert result.exit_code == 0
+    assert "cannot be loaded" not in result.stdout
+    sections = dict(part.split("\n", 1) for part in result.stdout.split("\n\n") if "\n" in part)
+    for kind, name in (
+        ("attack", "PGD"),
+        ("budget", "Both"),
+        ("model", "Tiny"),
+        ("recipe", "MMCoA"),
+        ("task", "ZeroShot"),
+    ):
+        assert f"  {name} " in sections[kind]
+
+
+def test_words_shows_the_fields_of_one():
+    result = call("words", "Both")
+    assert "Both (budget)" in result.stdout and "  pixels: PixelBudget\n  words: TextBudget\n" in result.stdout
+    assert "count: int = 1" in call("words", "Words").stdout
+    assert "did you mean 'PGD'?" in error("words", "PGDD")
+
+
+def test_version():
+    assert call("--version").stdout == f"crossguard {crossguard.__version__}\n"
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "crossguard", "table", "/nowhere/[b]"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "crossguard: error: there is no folder /nowhere/[b]; give the one that 'crossguard run' wrote to\n"
+    )
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--attack": "PGDD"}, "--attack: unknown name 'PGDD'; did you mean 'PGD'?"),
+        ({"--attack": "PGD(stps=1)"}, "--attack: PGD has no field 'stps'; did you mean 'steps'?"),
+        ({"--attack": "Tiny"}, "--attack: Tiny() is not an attack"),
+        ({"--model": "None"}, "--model: None is not a model"),
+        ({"--attack": "PGD"}, "needs a budget"),
+        ({"--attack": "PGD", "--budget": "Linf(-1)"}, "--budget: Linf(eps=-1.0) is not a budget"),
+        ({"--attack": "PGD", "--budget": "Linf(8)"}, "--budget: Linf(eps=8.0) is not a budget"),
+        ({"--attack": "PGD", "--budget": "Words(1)"}, "allows no change of pixels"),
+        ({"--limit": "0"}, "--limit must be a whole number of at least 1, not 0"),
+        ({"--batch": "-5"}, "--batch must be a whole number of at least 1, not -5"),
+        ({"--seed": "-1"}, "--seed must be a whole number of at least 0, not -1"),
+        ({"--out": "/proc/none/x.json"}, "the folder /proc/none cannot be written to"),
+        ({"--out": "/tmp"}, "--out /tmp is a folder"),
+    ],
+)
+def test_mistakes_of_eval(changes: dict[str, str], said: str, asked: list[dict[str, Any]]):
+    arguments = {"--task": "ZeroShot(Scenes('object'))", "--model": "Tiny"} | changes
+    assert said in error("eval", *(text for pair in arguments.items() for text in pair))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("eval",), ("frob",), ("eval", "--limit", "x"), ("table",), ("eval", "--modle", "x")]
+)
+def test_mistakes_of_usage(arguments: tuple[str, ...]):
+    result = call(*arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (CrossguardError("a [bold]sentence[/]"), 2, "crossguard: error: a [bold]sentence[/]\n"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "crossguard: error: /x: permission denied\n"),
+        (OSError(28, "No space left on device"), 2, "crossguard: error: no space left on device\n"),
+        (KeyboardInterrupt(), 130, "crossguard: interrupted; run the same command to continue\n"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(raised: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    result = call(*EVAL)
+    assert (result.exit_code, result.stderr, result.stdout) == (code, said, "")
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CROSSGUARD_DEBUG", "1")
+    assert "Traceback" in call("words", "PGDD").stderr
+
+
+# Experiments
+
+
+def test_run_asks_each_question_once_and_prints_the_table(grid: Path, asked: list[dict[str, Any]]):
+    result = call("run", "grid.toml")
+    assert result.exit_code == 0, result.output
+    assert len(asked) == 6
+    assert {question["budget"] for question in asked} == {"None", "Linf(eps=8/255)", "Words(count=1)"}
+    assert all(question["limit"] == "10" and question["seed"] == "3" for question in asked)
+    assert "| coarse | 100.0 % [34.2, 100.0] | 50.0 % [9.5, 90.5] | 50.0 % [9.5, 90.5] |" in result.stdout
+    assert "6 cells, 0 answered already" in result.stderr and "[6/6] " in result.stderr
+    out = grid.parent / "runs" / "grid"
+    assert len([path for path in out.glob("*.json") if path.name != "experiment.json"]) == 6
+    assert "asking" in (out / "log.txt").read_text() and "A doubt" in (out / "log.txt").read_text()
+    again = call("run", "grid.toml")
+    assert len(asked) == 6 and "6 cells, 6 answered already" in again.stderr and again.stdout == result.stdout
+    assert call("table", str(out)).stdout == result.stdout
+    assert json.loads(call("table", str(out), "--format", "json").stdout)["reports"][0]["model"] == "base"
+    assert "unknown format 'pdf'" in error("table", str(out), "--format", "pdf")
+
+
+def test_equal_questions_are_asked_once(grid: Path, asked: list[dict[str, Any]]):
+    grid.write_text(
+        GRID.replace(
+            '["Both(Linf(8/255), Words(1))"]', '["Both(Linf(8/255), Words(1))", "Both(Linf(4/255), Words(1))"]'
+        )
+    )
+    Experiment.load(grid).run(grid.parent / "out")
+    assert len(asked) == 2 * (1 + 2 + 1)  # clean and text evaluations do not see the pixels' budget
+
+
+def test_broken_and_foreign_answers_are_asked_again(grid: Path, asked: list[dict[str, Any]]):
+    wanted = Experiment.load(grid)
+    out = grid.parent / "out"
+    wanted.run(out)
+    first, second, third = (out / f"{cell.key}.json" for cell in wanted.cells()[:3])
+    first.write_text(first.read_text()[:50])
+    second.write_bytes(third.read_bytes())
+    asked.clear()
+    reports = wanted.run(out)
+    assert len(asked) == 2
+    assert [report.key for report in reports] == [cell.key for cell in wanted.cells()]
+    assert Report.load(first).key == first.stem and "asked again" in (out / "log.txt").read_text()
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(
+    grid: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    answer = evaluation.evaluate
+
+    def fail(*arguments: Any, **settings: Any) -> Report:
+        if isinstance(arguments[2], crossguard.PGD):
+            raise CrossguardError("the weights are damaged")
+        return answer(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    result = call("run", "grid.toml", "--out", "out")
+    assert result.exit_code == 2 and len(asked) == 4 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("crossguard: error: grid.toml: 2 of 6 cells could not be answered")
+    assert "the weights are damaged" in result.stderr.splitlines()[-1]
+
+
+def test_an_interrupted_run_goes_on(grid: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    answer = evaluation.evaluate
+
+    def interrupt(*arguments: Any, **settings: Any) -> Report:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", interrupt)
+        assert call("run", "grid.toml").exit_code == 130
+    assert len(asked) == 2
+    assert call("run", "grid.toml").exit_code == 0
+    assert len(asked) == 6
+
+
+def test_two_runs_share_a_folder(grid: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experiment, "POLL", 0.01)
+    answer, meet = evaluation.evaluate, threading.Barrier(2, timeout=20)
+    met: list[int] = []
+
+    def together(*arguments: Any, **settings: Any) -> Report:
+        if len(met) < 2:  # both runs must be inside a cell at the same time
+            met.append(1)
+            meet.wait()
+        return answer(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "evaluate", together)
+    wanted = Experiment.load(grid)
+    results: list[list[Report]] = []
+    threads = [threading.Thread(target=lambda: results.append(wanted.run(grid.parent / "out"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(asked) == 6 and [len(result) for result in results] == [6, 6]
+
+
+def test_a_full_disk_stops_the_run(grid: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    wanted = Experiment.load(grid)
+
+    class Fill(Watch):
+        def start(self, cells: int, answered: int) -> None:
+            monkeypatch.setattr(os, "fsync", full)
+
+    with pytest.raises(CrossguardError, match="cannot be written: no space left on device"):
+        wanted.run(grid.parent / "out", Fill())
+    assert len(asked) == 1
+    assert not [path for path in (grid.parent / "out").glob("*.json") if path.name != "experiment.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("modle = 'Tiny()'", "grid.toml: unknown key 'modle'; did you mean 'model'?"),
+        ("limit = 0", "grid.toml: limit must be a whole number of at least 1, not 0"),
+        ("limit = true", "grid.toml: limit must be a whole number of at least 1, not True"),
+        ("seed = 'x'", "grid.toml: seed must be a whole number of at least 0, not 'x'"),
+        ("model = 3", "grid.toml: model must be a list of words or a table of label = word, not 3"),
+        ("model = [3]", "grid.toml: model holds 3; give a word in quotes"),
+        ("model = []", "grid.toml: model is empty"),
+        ("model = ['Tny()']", "grid.toml: model: unknown name 'Tny'; did you mean 'Tiny'?"),
+        ("model = ['PGD()']", "grid.toml: model: PGD() is not a model"),
+        ("budget = ['Words(1)']", "grid.toml: in the cell (ZeroShot(Scenes()), base, PGD(steps=100), Words()): "),
+        ("model = [", "grid.toml is not valid TOML: "),
+        ("task", "grid.toml is not valid TOML: "),
+    ],
+)
+def test_mistakes_in_an_experiment(change: str, said: str, grid: Path, asked: list[dict[str, Any]]):
+    name = change.split(" ")[0]
+    kept = [line for line in GRID.splitlines() if line.split(" ")[0] != name]
+    grid.write_text("\n".join([*kept, change]))
+    assert said in error("run", "grid.toml")
+    assert not asked and not (grid.parent / "runs").exists()
+
+
+def test_experiments_that_are_no_text_or_lack_a_key(grid: Path):
+    grid.write_bytes(b"\xff\xfe")
+    assert "is not a text file" in error("run", "grid.toml")
+    grid.write_text("model = 'Tiny()'")
+    assert "the key 'task' is missing" in error("run", "grid.toml")
+    assert "there is no experiment file no.toml" in error("run", "no.toml")
+    assert "cannot be read: is a directory" in error("run", str(grid.parent))
+    grid.write_text(GRID)
+    (grid.parent / "taken").write_text("")
+    assert "cannot be written to" in error("run", "grid.toml", "--out", "taken")
