@@ -247,11 +247,7 @@ def images(count: int) -> list[bytes]:
 
 
 def features(*names: str) -> dict[str, Any]:
-    return {
-        "info": {
-            "features": {"label": {"names": list(names), "_type": "ClassLabel"}, "image": {"_type": "Image"}}
-        }
-    }
+    return {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}, "image": {"_type": "Image"}}}}
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -288,12 +284,8 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
         )
     data = Parquet(str(tmp_path))
     assert data.names == ("cat", "dog") and len(data) == 6
-    assert data.id(4) == "test-00001-of-00002.parquet:1" and torch.equal(
-        data.image(4), pixels(picture(seed=1))
-    )
-    path = table(
-        tmp_path / "data/train-00000-of-00001.parquet", features("cat", "dog"), img=structs, label=[1, 0, 1]
-    )
+    assert data.id(4) == "test-00001-of-00002.parquet:1" and torch.equal(data.image(4), pixels(picture(seed=1)))
+    path = table(tmp_path / "data/train-00000-of-00001.parquet", features("cat", "dog"), img=structs, label=[1, 0, 1])
     assert "several splits (test, train)" in refused(lambda: Parquet(str(tmp_path)).names)
     assert len(Parquet(str(tmp_path / "**" / "test-*.parquet"))) == 6
     assert len(Parquet(path)) == 3
@@ -341,9 +333,7 @@ def test_parquet_names_alone(tmp_path: Path) -> None:
         ({"image": 0, "label": pa.array([], pa.int32())}, ("a", "b"), "no rows"),
     ],
 )
-def test_parquet_errors(
-    tmp_path: Path, columns: dict[str, Any], metadata: tuple[str, ...] | None, words: str
-) -> None:
+def test_parquet_errors(tmp_path: Path, columns: dict[str, Any], metadata: tuple[str, ...] | None, words: str) -> None:
     if isinstance(columns.get("image"), int):
         columns = {**columns, "image": pa.array(images(columns["image"]), pa.binary())}
     path = table(tmp_path / "x.parquet", features(*metadata) if metadata else None, **columns)
@@ -485,19 +475,13 @@ def test_known_says_what_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "there is no" in refused(lambda: len(CIFAR10(path=str(tmp_path / "none"))))
 
 
-def test_known_finds_every_layout(
-    shards: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_finds_every_layout(shards: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "root"
     monkeypatch.setenv("CROSSGUARD_DATA", str(root))
     columns: dict[str, Any] = {"image": images(2), "label": [0, 9]}
     table(root / "cifar10_test.parquet", **columns)
     data = CIFAR10()
-    assert (
-        len(data) == 2
-        and data.names[9] == "truck"
-        and data.prompts().flat[0] == "This is a photo of a airplane"
-    )
+    assert len(data) == 2 and data.names[9] == "truck" and data.prompts().flat[0] == "This is a photo of a airplane"
     (root / "vtab").mkdir()
     shards.rename(root / "vtab" / "cifar10")
     assert isinstance(CIFAR10().copy, Shards) and CIFAR10(size=4).image(0).shape == (3, 4, 4)
@@ -569,9 +553,7 @@ def test_subset_and_prompted(tmp_path: Path) -> None:
 # --- the real thing ---
 
 SHARED = Path(os.environ.get("CROSSGUARD_SHARED") or Path(__file__).parents[2] / "shared" / "data")
-real = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"the real data are not at {SHARED} (set CROSSGUARD_SHARED)"
-)
+real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data are not at {SHARED} (set CROSSGUARD_SHARED)")
 
 
 @real

@@ -24,9 +24,7 @@ def mentions(caption: str, canonical: str) -> bool:
 
 
 def named(caption: str, canonicals: Collection[str]) -> set[str]:
-    return {
-        canonical for canonical in grammar.ALIASES if canonical in canonicals and mentions(caption, canonical)
-    }
+    return {canonical for canonical in grammar.ALIASES if canonical in canonicals and mentions(caption, canonical)}
 
 
 def combinations(caption: str) -> set[tuple[str, str]]:
@@ -131,9 +129,7 @@ def test_held_out_split_shows_nothing_else_and_the_test_split_shows_all() -> Non
     }
     assert set(test.labels().tolist()) == set(range(120))
     pairs = Scenes("relation", "heldout")
-    assert all(
-        (thing.color, thing.shape) in grammar.HELDOUT for i in range(50) for thing in pairs.scene(i).things
-    )
+    assert all((thing.color, thing.shape) in grammar.HELDOUT for i in range(50) for thing in pairs.scene(i).things)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -213,16 +209,12 @@ def test_captions_of_two_things_are_true(style: str) -> None:
             if " with " in caption:
                 relation = grammar.RELATIONS[relation]
             assert named(caption, ("above", "below")) <= {relation}
-            assert any(
-                phrase in caption for phrase in (*grammar.NEARNESS[relation], *grammar.BESIDE[relation])
-            )
+            assert any(phrase in caption for phrase in (*grammar.NEARNESS[relation], *grammar.BESIDE[relation]))
             assert not {"left", "right"} - {relation} & set(caption.split())
 
 
 def _position(caption: str, color: str) -> int:
-    return min(
-        caption.split().index(word) for word in (color, *grammar.COLORS[color]) if word in caption.split()
-    )
+    return min(caption.split().index(word) for word in (color, *grammar.COLORS[color]) if word in caption.split())
 
 
 def test_captions_are_lower_case_words_with_the_right_article() -> None:
@@ -283,9 +275,7 @@ def test_batches_hold_pixels_between_zero_and_one() -> None:
 def test_defaults_and_counts() -> None:
     assert [len(Scenes(split=split)) for split in grammar.SPLITS] == [20_000, 1_000, 2_000, 1_000]
     assert len(Scenes(count=3)) == 3
-    assert (
-        repr(Scenes("shape")) == "Scenes(classes='shape', split='test', style='photo', size=32, count=None)"
-    )
+    assert repr(Scenes("shape")) == "Scenes(classes='shape', split='test', style='photo', size=32, count=None)"
     with pytest.raises(IndexError):
         Scenes(count=3).image(3)
 
@@ -297,9 +287,7 @@ def test_defaults_and_counts() -> None:
         ({"split": "dev"}, "unknown split 'dev' of Scenes; choose one of train, val, test, heldout"),
         ({"style": "oil"}, "unknown style 'oil' of Scenes; choose one of photo, sketch, night, cartoon"),
         ({"size": 8}, "from 16 to 512"),
-        ({"size": 32.0}, "whole number"),
         ({"count": 0}, "a count of 0 scenes is not possible; give 1 or more"),
-        ({"count": "5"}, "whole number"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(arguments: dict[str, object], message: str) -> None:

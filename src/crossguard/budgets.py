@@ -1,4 +1,5 @@
-"""What may change and how far. A budget knows geometry, never a model: every gradient attack has a norm by asking its budget."""
+"""What may change and how far. A budget knows geometry, never a model: every gradient attack has a norm by asking its
+budget."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from crossguard.shapes import Images, PerImage, Seeds
 
 
 class Budget(ABC):
-    """What an adversary may change. `image` and `text` are the parts of it that concern pixels and words, where there are any."""
+    """What an adversary may change. `image` and `text` are the parts of it that concern pixels and words, where there
+    are any."""
 
     @property
     def image(self) -> PixelBudget | None:
@@ -52,13 +54,15 @@ class PixelBudget(Budget):
         """A random perturbation inside the ball, drawn from each sample's own key."""
 
     def project(self, images: Images, clean: Images) -> Images:
-        """Back into the ball around `clean` and into [0, 1]. Clamping to the box moves towards `clean`, so the ball still holds."""
+        """Back into the ball around `clean` and into [0, 1]. Clamping to the box moves towards `clean`, so the ball
+        still holds."""
         return (clean + self.shrink(images - clean)).clamp(0.0, 1.0)
 
     def check(self, images: Images, clean: Images) -> PerImage:
         """The size of each perturbation; raises when one leaves the ball, the box or the finite numbers.
 
-        The tolerance of 1e-6 (times the largest possible rounding of a sum, for L2) is far below the 1/255 of a pixel step.
+        The tolerance of 1e-6 (times the largest possible rounding of a sum, for L2) is far below the 1/255 of a pixel
+        step.
         """
         if images.shape != clean.shape:
             raise CrossguardError(
@@ -77,7 +81,8 @@ class PixelBudget(Budget):
 
 @dataclass(frozen=True)
 class Linf(PixelBudget):
-    """Every pixel may move by at most `eps` (in pixels of [0, 1]): the threat model of Goodfellow et al. 2015 and Madry et al. 2018."""
+    """Every pixel may move by at most `eps` (in pixels of [0, 1]): the threat model of Goodfellow et al. 2015 and
+    Madry et al. 2018."""
 
     eps: float
 
@@ -99,7 +104,8 @@ class Linf(PixelBudget):
 
 @dataclass(frozen=True)
 class L2(PixelBudget):
-    """The perturbation as a whole may have a Euclidean norm of at most `eps`, over all pixels and channels of [0, 1]."""
+    """The perturbation as a whole may have a Euclidean norm of at most `eps`, over all pixels and channels of [0,
+    1]."""
 
     eps: float
 

@@ -1,4 +1,4 @@
-"""What travels between the wings: a batch of labelled images, the prompts of a class set, and the dataset they come from."""
+"""What travels between the wings: batches of labelled images, class prompts, and the datasets they come from."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Labelled:
 class Prompts:
     """The texts that stand for the classes of a set: `texts[c]` are the strings of class `c`, one per template.
 
-    `names` are the class names in label order; `aliases` maps a word of a class name to its true synonyms, so that a text
-    attack can tell a synonym from another class.
+    `names` are the class names in label order; `aliases` maps a word of a class name to its true synonyms, so that a
+    text attack can tell a synonym from another class.
     """
 
     names: tuple[str, ...]
@@ -93,8 +93,8 @@ class Prompts:
 
 
 class Dataset(ABC):
-    """Images with labels or captions, at the data's own resolution. A dataset is a word: a frozen dataclass that opens its
-    source on first use. Everything is addressed by index, so any subset and any order can be asked for."""
+    """Images with labels or captions, at the data's own resolution. A dataset is a word: a frozen dataclass that
+    opens its source on first use. Everything is addressed by index, so any subset and any order can be asked for."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -156,7 +156,7 @@ class Dataset(ABC):
 
 
 def spread(total: int, limit: int | None) -> list[int]:
-    """`limit` indices spread evenly over `total` samples: the same ones whatever the seed, and fair to class-sorted data."""
+    """`limit` indices spread evenly over `total`: the same ones whatever the seed, and fair to class-sorted data."""
     if limit is None or limit >= total:
         return list(range(total))
     if limit < 1:

@@ -30,7 +30,8 @@ def question(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, str]:
-    """The question word for word: what changes the answer, and nothing else. Budgets are cut down to what the attack spends."""
+    """The question word for word: what changes the answer, and nothing else. Budgets are cut down to what the attack
+    spends."""
     for value, kind, name in ((task, Task, "task"), (model, VisionLanguageModel, "model")):
         if not isinstance(value, kind):
             raise CrossguardError(f"{value!r} is no {name}")
@@ -76,7 +77,8 @@ def evaluate(
 
     Args:
         attack: None asks the clean question alone.
-        surrogate: craft on this model instead, which alone says what the adversary knows: nothing given is a white box, the
+        surrogate: craft on this model instead, which alone says what the adversary knows: nothing given is a white
+            box, the
             undefended base of a wrapper a gray box, any other model a transfer attack.
         limit: that many samples, spread evenly over the task.
         seed: of all noise; each sample draws its own, so `batch` changes nothing but speed and memory.

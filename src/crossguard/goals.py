@@ -14,8 +14,8 @@ from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage
 
 
 class Loss(ABC):
-    """A per-image quantity of logits that an adversary climbs. Never averaged: a mean over a large batch underflows in half
-    precision and turns into a weak attack."""
+    """A per-image quantity of logits that an adversary climbs. Never averaged: a mean over a large batch underflows
+    in half precision and turns into a weak attack."""
 
     @abstractmethod
     def away(self, logits: Logits, labels: Labels) -> PerImage:
@@ -39,7 +39,8 @@ class CrossEntropy(Loss):
 
 @dataclass(frozen=True)
 class Margin(Loss):
-    """Best other logit minus the logit of the label (Carlini and Wagner 2017, without their confidence): positive means beaten."""
+    """Best other logit minus the logit of the label (Carlini and Wagner 2017, without their confidence): positive
+    means beaten."""
 
     def away(self, logits: Logits, labels: Labels) -> PerImage:
         return -margin(logits, labels)
@@ -130,7 +131,8 @@ class Drift(Goal):
 
 @dataclass(frozen=True)
 class Endless(Goal):
-    """The same goal without an end. Whoever crafts on one victim to be judged by another must not stop at the first one's
+    """The same goal without an end. Whoever crafts on one victim to be judged by another must not stop at the first
+    one's
     boundary: that would be a weak attack by accident."""
 
     goal: Goal

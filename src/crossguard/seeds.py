@@ -1,7 +1,9 @@
-"""Noise that belongs to a sample, not to a batch: every sample has a 64-bit key, and all its randomness follows from it.
+"""Noise that belongs to a sample, not to a batch: every sample has a 64-bit key, and all its randomness follows from
+it.
 
-Drawing from a global generator ties a sample's noise to the batch it happens to sit in. Here noise is a pure function of
-(key, position), computed by a counter-based hash, so batch size, order, device and number of processes cannot change it.
+Drawing from a global generator ties a sample's noise to the batch it happens to sit in. Here noise is a pure function
+of (key, position), computed by a counter-based hash, so batch size, order, device and number of processes cannot
+change it.
 """
 
 from __future__ import annotations

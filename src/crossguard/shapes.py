@@ -1,4 +1,5 @@
-"""Every tensor shape of the package, named once; jaxtyping and beartype check them under pytest and cost users nothing."""
+"""Every tensor shape of the package, named once; jaxtyping and beartype check them under pytest and cost users
+nothing."""
 
 from __future__ import annotations
 

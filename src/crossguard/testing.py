@@ -23,8 +23,8 @@ PIXEL_BUDGETS: tuple[Linf | L2, ...] = (Linf(8 / 255), L2(0.5))
 
 
 def check_attack(attack: Attack) -> None:
-    """The contract of an attack: stays inside its budget, leaves its input, the parameters and their gradients alone, repeats
-    under a seed, does not depend on the batch, hurts, and does nothing with a budget of zero."""
+    """The contract of an attack: stays inside its budget, leaves its input, the parameters and their gradients alone,
+    repeats under a seed, does not depend on the batch, hurts, and does nothing with a budget of zero."""
     if words.is_word(type(attack)):
         assert words.build(words.show(attack)) == attack, f"{attack} does not survive being written and read"
     if isinstance(attack, ImageAttack):
@@ -35,8 +35,8 @@ def check_attack(attack: Attack) -> None:
 
 
 def check_model(model: VisionLanguageModel, size: int = 32) -> None:
-    """The contract of a model or wrapper: pixels in [0, 1] in, finite embeddings out, a gradient to the pixels, a batch that
-    equals its singles, and a classifier with one logit per class."""
+    """The contract of a model or wrapper: pixels in [0, 1] in, finite embeddings out, a gradient to the pixels, a
+    batch that equals its singles, and a classifier with one logit per class."""
     if words.is_word(type(model)):
         assert words.build(words.show(model)) == model, f"{model} does not survive being written and read"
     images = _pictures(3, size)
@@ -60,7 +60,8 @@ def check_model(model: VisionLanguageModel, size: int = 32) -> None:
 
 
 class LinearVictim(nn.Module):
-    """Logits linear in the pixels: the loss an attack can reach is known in closed form, so an attack can be measured exactly.
+    """Logits linear in the pixels: the loss an attack can reach is known in closed form, so an attack can be measured
+    exactly.
 
     For two classes the margin moves by `w . delta`, so within a ball of size eps (away from the box) the best loss is
     `margin - eps * dual_norm(w)`, and the distance to the boundary is `margin / dual_norm(w)`.

@@ -1,4 +1,5 @@
-"""What an attack is and what it may ask: victims map inputs to outputs and count the questions; attacks only call them."""
+"""What an attack is and what it may ask: victims map inputs to outputs and count the questions; attacks only call
+them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from crossguard.shapes import Embeddings, Images, Labels, PerImage, Seeds
 
 @dataclass(frozen=True)
 class Queries:
-    """How often each sample of a batch was asked about: plain forwards, and gradients (a forward and a backward each)."""
+    """How often each sample of a batch was asked about: plain forwards, and gradients (a forward and a backward
+    each)."""
 
     forwards: Labels
     gradients: Labels
@@ -46,7 +48,8 @@ class ImageVictim:
     def ascend(self, images: Images, goal: Goal) -> tuple[Images, PerImage, Tensor]:
         """The gradient of the goal's loss with respect to the pixels, the loss and the outputs, all detached.
 
-        The losses are summed, never averaged, and the gradient is taken of the pixels alone: no parameter gets a `.grad`.
+        The losses are summed, never averaged, and the gradient is taken of the pixels alone: no parameter gets a
+            `.grad`.
         """
         self._count("gradients", len(images))
         pixels = images.detach().requires_grad_(True)
@@ -85,8 +88,8 @@ class TextVictim(Protocol):
 class PairVictim:
     """What an attack may ask where images meet texts, for the samples of one batch.
 
-    `before` answers images against the clean texts, `after` against the texts as the attack rewrote them; `encode` gives the
-    images' raw embeddings. All three share one counter.
+    `before` answers images against the clean texts, `after` against the texts as the attack rewrote them; `encode`
+    gives the images' raw embeddings. All three share one counter.
     """
 
     before: ImageVictim
@@ -95,8 +98,9 @@ class PairVictim:
 
 
 class Attack(ABC):
-    """How an adversary searches. Where images meet texts, a task calls `rewrite` once for all its texts and `perturb` for every
-    batch of images; what an attack does not touch comes back as it was. `on` says which parts of a budget it spends."""
+    """How an adversary searches. Where images meet texts, a task calls `rewrite` once for all its texts and `perturb`
+    for every batch of images; what an attack does not touch comes back as it was. `on` says which parts of a budget
+    it spends."""
 
     on: ClassVar[tuple[str, ...]] = ()
 

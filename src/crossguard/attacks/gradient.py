@@ -1,4 +1,4 @@
-"""The projected-gradient family: one search for every norm, goal and victim; FGSM, BIM, MI-FGSM and CW-PGD are its settings."""
+"""The projected-gradient family: one search for every norm, goal and victim."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from crossguard.shapes import Images, PerImage, Seeds
 class PGD(ImageAttack):
     """Projected gradient ascent on the goal's loss (Madry et al. 2018).
 
-    Settings of the same search: FGSM (Goodfellow et al. 2015) is `PGD(steps=1, step=1, random_start=False)`, BIM (Kurakin et
-    al. 2017) `PGD(random_start=False)`, MI-FGSM (Dong et al. 2018) `PGD(momentum=1, random_start=False)`, and the CW attack of
-    the CLIP literature `PGD(loss=Margin())`. MMCoA trains against `PGD(steps=10, step=1, best=False, stop=False)`.
+    Settings of the same search: FGSM (Goodfellow et al. 2015) is `PGD(steps=1, step=1, random_start=False)`, BIM
+    (Kurakin et al. 2017) `PGD(random_start=False)`, MI-FGSM (Dong et al. 2018) `PGD(momentum=1, random_start=False)`,
+    and the CW attack of the CLIP literature `PGD(loss=Margin())`. MMCoA trains against `PGD(steps=10, step=1,
+    best=False, stop=False)`.
 
     Args:
         steps: gradient steps of each start.
@@ -28,7 +29,8 @@ class PGD(ImageAttack):
         momentum: decay of the accumulated gradient, each one normalized by its mean absolute value before it is added.
         random_start: start at a random point of the budget instead of the clean image.
         restarts: independent starts; the strongest result of each image counts. Later starts are always random.
-        best: return the iterate that won or else had the highest loss, instead of the last one. Costs one forward a start.
+        best: return the iterate that won or else had the highest loss, instead of the last one. Costs one forward a
+            start.
         stop: images that have reached the goal leave the batch. Only for goals with an end; their result cannot change.
         loss: climb this loss of the logits instead of the goal's own.
     """

@@ -36,8 +36,9 @@ class JointAttack(Attack):
 class Independent(JointAttack):
     """Image and text attacked apart and put together: Sep-Attack, and the "multimodal attack" of the MMCoA paper.
 
-    The image is crafted against the clean texts, so it never learns how the texts will change, and the pair can be weaker than
-    the image attack alone (in the paper's own Table I, CLIP on CIFAR10: 9.32 under image attack, 11.65 under both). The image
+    The image is crafted against the clean texts, so it never learns how the texts will change, and the pair can be
+    weaker than the image attack alone (in the paper's own Table I, CLIP on CIFAR10: 9.32 under image attack, 11.65
+    under both). The image
     does not stop at the boundary of the clean texts: the one that counts is another.
     """
 

@@ -15,8 +15,8 @@ from crossguard.words import show
 
 @dataclass(frozen=True)
 class Fit(Checkpoint):
-    """The model that `recipe` makes of `model` on `data`. Trained on first use into a folder of its own under `runs/fits`
-    (or under the environment variable CROSSGUARD_FITS), named by the hash of the three words."""
+    """The model that `recipe` makes of `model` on `data`. Trained on first use into a folder of its own under
+    `runs/fits` (or under the environment variable CROSSGUARD_FITS), named by the hash of the three words."""
 
     recipe: Recipe
     model: VisionLanguageModel

@@ -24,9 +24,11 @@ class Optimizer(ABC):
 
 @dataclass(frozen=True)
 class Adam(Optimizer):
-    """Adam with the weight decay added to the gradient (L2), as MMCoA's released code has it, although its file says AdamW.
+    """Adam with the weight decay added to the gradient (L2), as MMCoA's released code has it, although its file says
+    AdamW.
 
-    The paper gives betas (0.9, 0.98), eps 1e-6 and decay 0.2; lr 1e-6 is the released configuration's, the paper's is unknown.
+    The paper gives betas (0.9, 0.98), eps 1e-6 and decay 0.2; lr 1e-6 is the released configuration's, the paper's is
+    unknown.
     """
 
     lr: float = 1e-6
@@ -59,8 +61,8 @@ class AdamW(Optimizer):
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """Stochastic gradient descent with momentum; the defaults are those of TeCoA's released code, except for the learning rate
-    1e-5, which is that of TGA-ZSR's runs of TeCoA (the released default of 1e-7 hardly moves)."""
+    """Stochastic gradient descent with momentum; the defaults are those of TeCoA's released code, except for the
+    learning rate 1e-5, which is that of TGA-ZSR's runs of TeCoA (the released default of 1e-7 hardly moves)."""
 
     lr: float = 1e-5
     momentum: float = 0.9

@@ -1,8 +1,9 @@
 """The training loop all training-time defenses share: the student descends what an inner adversary climbs.
 
-A recipe says which views of images and texts its loss terms need; the loop makes them, steps, logs, saves and resumes. All
-randomness is a function of (seed, step, sample), nothing is drawn from a global generator, so a run that is killed and started
-again ends in the same weights, and so does the same run on several processes, up to the order of sums.
+A recipe says which views of images and texts its loss terms need; the loop makes them, steps, logs, saves and
+resumes. All randomness is a function of (seed, step, sample), nothing is drawn from a global generator, so a run that
+is killed and started again ends in the same weights, and so does the same run on several processes, up to the order
+of sums.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ class Recipe(ABC):
     def fit(self, model: VisionLanguageModel, data: Dataset, out: str | Path) -> Checkpoint:
         """Trains a copy of `model` on `data` and writes a checkpoint that `transformers` loads into the folder `out`.
 
-        A run that was interrupted goes on where it last saved; a finished one is recognized and returned as it is. Under
-        `torchrun` the batch is shared among the processes.
+        A run that was interrupted goes on where it last saved; a finished one is recognized and returned as it is.
+        Under `torchrun` the batch is shared among the processes.
         """
         if not isinstance(model, Checkpoint):
             raise CrossguardError(
@@ -321,8 +322,8 @@ class _Run:
         return adversarial, path
 
     def _accumulate(self, student: nn.Module, batch: _Batch, path: Sequence[Images]) -> None:
-        """The released MMCoA code clears gradients before its attack and not after it, so every attack step's mean class-level
-        cross-entropy adds its parameter gradient at full weight. Same sum, one step at a time."""
+        """The released MMCoA code clears gradients before its attack and not after it, so every attack step's mean
+        class-level cross-entropy adds its parameter gradient at full weight. Same sum, one step at a time."""
         for images in path:
             encoded, texts = student(images, batch.classes)
             self.accelerator.backward(F.cross_entropy(self.network.logits(encoded, texts), batch.label))
@@ -377,7 +378,8 @@ class _Run:
     def _texts(
         self, step: int, chosen: Sequence[int], all_classes: bool
     ) -> tuple[list[str], Labels, list[frozenset[str]], list[str], Labels]:
-        """The distinct texts of the step, which of them each sample owns, and what the image attack confuses it with."""
+        """The distinct texts of the step, which of them each sample owns, and what the image attack confuses it
+        with."""
         if self.prompts is None:
             captions = []
             for index in chosen:
@@ -464,7 +466,8 @@ class _Run:
 
 
 def _few_shot(data: Dataset, recipe: Recipe) -> list[int]:
-    """The training indices: all, or a fixed random `shots` of each class that do not depend on the order of the data."""
+    """The training indices: all, or a fixed random `shots` of each class that do not depend on the order of the
+    data."""
     if recipe.shots is None:
         return list(range(len(data)))
     by_class: dict[int, list[tuple[int, int]]] = {}
@@ -494,7 +497,8 @@ def _select(network: DualEncoder, recipe: Recipe) -> list[nn.Parameter]:
 
 
 def _gathered(embeddings: Embeddings) -> Embeddings:
-    """The embeddings of all processes, in their order, with gradients to each: so the loss is that of the whole batch."""
+    """The embeddings of all processes, in their order, with gradients to each: so the loss is that of the whole
+    batch."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return embeddings
     if torch.distributed.get_world_size() == 1:
@@ -617,7 +621,8 @@ tags: [clip, adversarial-robustness, crossguard]
 
 # {type(run.recipe).__name__} of {show(run.model, short=True)}
 
-A dual encoder trained with [Crossguard](https://pypi.org/project/crossguard/). `transformers.AutoModel` loads it without Crossguard.
+A dual encoder trained with [Crossguard](https://pypi.org/project/crossguard/). `transformers.AutoModel` loads it
+without Crossguard.
 
 | | |
 |---|---|

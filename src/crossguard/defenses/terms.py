@@ -18,7 +18,8 @@ CLEAN, ADVERSARIAL = "clean", "adversarial"
 
 @dataclass(frozen=True)
 class Views:
-    """What a loss sees of a step: raw embeddings of the images and of the distinct texts, each clean and/or adversarial.
+    """What a loss sees of a step: raw embeddings of the images and of the distinct texts, each clean and/or
+    adversarial.
 
     `own[i]` is the row of the texts that belongs to image `i`; `logits` is the student's scaled cosine.
     """
@@ -45,8 +46,9 @@ class Term(ABC):
 class InBatch(Term):
     """The symmetric contrastive loss of CLIP over the batch: the sum of image-to-text and text-to-image cross-entropy.
 
-    With identity targets, so two images of one class repel each other's copy of the same prompt, as in MMCoA's released code.
-    Only distinct texts are encoded; `counts` restore exactly the value and the gradient of the duplicated batch.
+    With identity targets, so two images of one class repel each other's copy of the same prompt, as in MMCoA's
+    released code. Only distinct texts are encoded; `counts` restore exactly the value and the gradient of the
+    duplicated batch.
     """
 
     image: str = CLEAN
@@ -62,7 +64,8 @@ class InBatch(Term):
 
 @dataclass(frozen=True)
 class OverClasses(Term):
-    """The one-way cross-entropy of each image over the prompts of all classes: the loss of TeCoA and of PGD in MMCoA."""
+    """The one-way cross-entropy of each image over the prompts of all classes: the loss of TeCoA and of PGD in
+    MMCoA."""
 
     image: str = CLEAN
     text: str = CLEAN
@@ -78,8 +81,10 @@ class OverClasses(Term):
 def in_batch(logits: Logits, own: Labels) -> Tensor:
     """Symmetric in-batch cross-entropy from logits of n images with k distinct texts, where image i owns text `own[i]`.
 
-    Image to text: -s_i,own + log sum_k n_k exp(s_ik), with n_k copies of text k in the batch (0 drops a text that nobody owns).
-    Text to image: each copy of a text has its own image as target, so summed over copies -s_i,own + log sum_j exp(s_j,own(i)).
+    Image to text: -s_i,own + log sum_k n_k exp(s_ik), with n_k copies of text k in the batch (0 drops a text that
+        nobody owns).
+    Text to image: each copy of a text has its own image as target, so summed over copies -s_i,own + log sum_j
+        exp(s_j,own(i)).
     """
     counts = torch.bincount(own, minlength=logits.shape[1]).to(logits.dtype)
     matched = logits.gather(1, own[:, None])[:, 0]

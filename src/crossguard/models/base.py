@@ -24,9 +24,10 @@ _TEXTS_AT_ONCE = 1024  # bounds the memory of encoding thousands of prompts
 class Preprocess:
     """The family's own image processor, differentiable: resize, center crop and normalization of pixels in [0, 1].
 
-    `shortest` resizes the short side (CLIP), otherwise height and width are set (SigLIP). Resizing is bicubic or bilinear with
-    anti-aliasing and clamped to [0, 1], the kernel that Pillow uses; Pillow also rounds to 8 bits, which has no gradient and is
-    left out, so embeddings equal the processor's at the model's own size and differ by rounding at others.
+    `shortest` resizes the short side (CLIP), otherwise height and width are set (SigLIP). Resizing is bicubic or
+    bilinear with anti-aliasing and clamped to [0, 1], the kernel that Pillow uses; Pillow also rounds to 8 bits,
+    which has no gradient and is left out, so embeddings equal the processor's at the model's own size and differ by
+    rounding at others.
     """
 
     height: int
@@ -94,9 +95,10 @@ class DualEncoder(nn.Module):
 
 
 class VisionLanguageModel(ABC):
-    """Pixels and strings in, embeddings out. Pixels are in [0, 1] at any resolution: resizing and normalization live inside,
-    differentiably, so a budget means the same for every model and applies at the resolution the data has. Embeddings are raw;
-    only `logits` puts them on the sphere, with the model's own scale and bias. A defended model is a model."""
+    """Pixels and strings in, embeddings out. Pixels are in [0, 1] at any resolution: resizing and normalization live
+    inside, differentiably, so a budget means the same for every model and applies at the resolution the data has.
+    Embeddings are raw; only `logits` puts them on the sphere, with the model's own scale and bias. A defended model
+    is a model."""
 
     random: bool = False  # the same question may be answered differently
     differentiable: bool = True  # gradients are the true ones; otherwise they are an approximation (BPDA)
@@ -119,7 +121,8 @@ class VisionLanguageModel(ABC):
         """Where the network lives."""
 
     def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
-        """Images to one logit per class. The prompts are encoded here, once: unit embeddings averaged over templates."""
+        """Images to one logit per class. The prompts are encoded here, once: unit embeddings averaged over
+        templates."""
         classes = self.class_embeddings(prompts)
 
         def answer(images: Images) -> Logits:
@@ -135,8 +138,8 @@ class VisionLanguageModel(ABC):
 
 
 class Checkpoint(VisionLanguageModel):
-    """A model with a network of its own, loaded on first use. Equal words share one network, frozen and in evaluation mode;
-    `load` makes a fresh one for whoever wants to train it."""
+    """A model with a network of its own, loaded on first use. Equal words share one network, frozen and in evaluation
+    mode; `load` makes a fresh one for whoever wants to train it."""
 
     @abstractmethod
     def load(self) -> DualEncoder:
@@ -176,7 +179,8 @@ def _shared(word: Checkpoint, stamp: object) -> DualEncoder:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient: attacks run faster and cannot leave anything in `.grad`. Restored on exit."""
+    """Inside, no parameter asks for a gradient: attacks run faster and cannot leave anything in `.grad`. Restored on
+    exit."""
     wanting = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in wanting:
         parameter.requires_grad_(False)

@@ -14,7 +14,8 @@ WEIGHTS = Path(__file__).parent.parent / "assets" / "tiny"
 
 @dataclass(frozen=True)
 class Tiny(Checkpoint):
-    """A dual encoder trained on the captions of `Scenes`, shipped with the package; see its model card beside the weights."""
+    """A dual encoder trained on the captions of `Scenes`, shipped with the package; see its model card beside the
+    weights."""
 
     def load(self) -> DualEncoder:
         if not WEIGHTS.is_dir():

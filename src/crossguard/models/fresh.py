@@ -18,8 +18,8 @@ VOCABULARY = Path(__file__).parent.parent / "assets" / "masked_lm"
 class Fresh(Checkpoint):
     """A ConvNeXt image tower (Liu et al. 2022) and a two-layer BERT text tower in a stock `VisionTextDualEncoderModel`.
 
-    Small convolutional towers learn far faster from few images than plain ViTs. Layer scale is off: it starts at 1e-6 and
-    would keep a short training from moving.
+    Small convolutional towers learn far faster from few images than plain ViTs. Layer scale is off: it starts at 1e-6
+    and would keep a short training from moving.
 
     Args:
         tokenizer: folder of a tokenizer; the vocabulary of the generated scenes by default.

@@ -1,4 +1,5 @@
-"""Stock dual encoders of `transformers`: CLIP, SigLIP, VisionTextDualEncoder and whatever else speaks `get_image_features`."""
+"""Stock dual encoders of `transformers`: CLIP, SigLIP, VisionTextDualEncoder and whatever else speaks
+`get_image_features`."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from crossguard.shapes import Embeddings, Images
 class HuggingFace(Checkpoint):
     """A dual encoder in `transformers` format: a local folder, or a hub id such as 'openai/clip-vit-base-patch32'.
 
-    Weights are read from safetensors only, in float32. A hub id is looked up in the local cache first; `HF_HUB_OFFLINE` is
-    respected.
+    Weights are read from safetensors only, in float32. A hub id is looked up in the local cache first;
+    `HF_HUB_OFFLINE` is respected.
     """
 
     path: str
@@ -160,7 +161,8 @@ def _explain(path: str, error: Exception) -> str:
 
 
 def _features(output: Any) -> Embeddings:
-    """Since transformers 5 `get_*_features` returns an output object whose pooled part holds the features; before, a tensor."""
+    """Since transformers 5 `get_*_features` returns an output object whose pooled part holds the features; before, a
+    tensor."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -175,7 +177,7 @@ def _preprocess(processor: Any) -> Preprocess:
         raise CrossguardError(
             f"the image processor resizes with Pillow filter {resample}; only bilinear (2) and bicubic (3) are known"
         )
-    short = size["shortest_edge"] if "shortest_edge" in size else None
+    short = size.get("shortest_edge")
     if short is not None:
         crop = (
             crop

@@ -33,8 +33,9 @@ class Wrapper(VisionLanguageModel):
 
 
 class Purifier(Wrapper):
-    """A wrapper that cleans the pixels first. Attacks see through it by BPDA (Athalye et al. 2018): the forward uses the purified
-    image, the backward treats purifying as the identity. So a purifier is attacked adaptively unless a surrogate says otherwise."""
+    """A wrapper that cleans the pixels first. Attacks see through it by BPDA (Athalye et al. 2018): the forward uses
+    the purified image, the backward treats purifying as the identity. So a purifier is attacked adaptively unless a
+    surrogate says otherwise."""
 
     differentiable = False
 
@@ -48,7 +49,8 @@ class Purifier(Wrapper):
 
 @dataclass(frozen=True)
 class BitDepth(Purifier):
-    """Rounds every pixel to `bits` bits (feature squeezing, Xu et al. 2018): the simplest purifier, and a gradient-masking one."""
+    """Rounds every pixel to `bits` bits (feature squeezing, Xu et al. 2018): the simplest purifier, and a
+    gradient-masking one."""
 
     base: VisionLanguageModel
     bits: int = 4

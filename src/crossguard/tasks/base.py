@@ -17,7 +17,8 @@ from crossguard.shapes import Labels, Logits, Seeds
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model said to one batch, clean and attacked: logits, the size of each perturbation, the questions it took."""
+    """What the model said to one batch, clean and attacked: logits, the size of each perturbation, the questions it
+    took."""
 
     clean: Logits
     adversarial: Logits
@@ -36,7 +37,8 @@ class Trial(ABC):
 
 
 class Task(ABC):
-    """Data with a victim and a score. A task prepares a trial; it does not know which attack or defense takes part in it."""
+    """Data with a victim and a score. A task prepares a trial; it does not know which attack or defense takes part in
+    it."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -22,8 +22,8 @@ from crossguard.tasks.base import Answers, Task, Trial
 class ZeroShot(Task):
     """Classify the images of `data` by the class prompts of `data`.
 
-    An attack on texts rewrites the prompts of all classes once, the same for every image, as in the MMCoA paper; an attack on
-    images sees each image with its label.
+    An attack on texts rewrites the prompts of all classes once, the same for every image, as in the MMCoA paper; an
+    attack on images sees each image with its label.
 
     Args:
         templates: prompt templates with `{}` for the class name; several make an ensemble; the data's own, if empty.

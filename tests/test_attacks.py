@@ -1,0 +1,306 @@
+"""Image attacks against closed forms: what a linear victim allows is known exactly, so is what an attack must reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import crossguard
+from crossguard import L2, PGD, CrossguardError, Drift, Linf, Margin, Targeted, Untargeted
+from crossguard.attacks.base import ImageAttack, ImageVictim, PairVictim, Queries
+from crossguard.attacks.joint import Independent, Joint
+from crossguard.budgets import Both, Words
+from crossguard.goals import Endless, margin
+from crossguard.seeds import by_position, derive, keys, normal, uniform
+from crossguard.testing import LinearVictim, check_attack
+from crossguard.words import find, is_word, names
+
+STRONG = PGD(steps=40, step=0.1)
+
+
+def middle(count: int, size: int = 6) -> torch.Tensor:
+    """Images far from the borders of the pixel range, so that the box never binds."""
+    return 0.4 + 0.2 * uniform(by_position(count), (3, size, size))
+
+
+def image_attacks() -> list[ImageAttack]:
+    """Every image attack that the vocabulary offers, with its defaults: a new one is tested the day it is exported."""
+    kinds = [find(name) for name in names()]
+    return [kind() for kind in kinds if is_word(kind) and inspect.isclass(kind) and issubclass(kind, ImageAttack)]
+
+
+# The contract
+
+
+@pytest.mark.parametrize("attack", image_attacks(), ids=str)
+def test_contract(attack: ImageAttack) -> None:
+    check_attack(attack)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PGD(steps=1, step=1.0, random_start=False),
+        PGD(random_start=False),
+        PGD(momentum=1.0),
+        PGD(restarts=3),
+        PGD(best=False, stop=False),
+        PGD(stop=False),
+        PGD(loss=Margin()),
+    ],
+    ids=str,
+)
+def test_contract_of_the_settings_of_pgd(attack: PGD) -> None:
+    check_attack(attack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy(ImageAttack):
+    def search(self, victim, clean, goal, budget, seeds):  # noqa: ANN001, ANN201
+        victim(clean)
+        return clean
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(ImageAttack):
+    def search(self, victim, clean, goal, budget, seeds):  # noqa: ANN001, ANN201
+        gradient, _, _ = victim.ascend(clean, goal)
+        return (clean + 2 * budget.eps * budget.ascent(gradient)).clamp(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaging(ImageAttack):
+    """Its noise belongs to the batch, not to the sample."""
+
+    def search(self, victim, clean, goal, budget, seeds):  # noqa: ANN001, ANN201
+        noise = torch.rand(clean.shape, generator=torch.Generator().manual_seed(len(clean)))
+        gradient, _, _ = victim.ascend(clean, goal)
+        return budget.project(clean + budget.eps * (budget.ascent(gradient) + 0.1 * noise), clean)
+
+
+@pytest.mark.parametrize(
+    ("attack", "broken"), [(Lazy(), "did not lower"), (Greedy(), "broke its budget"), (Averaging(), "its batch")], ids=str
+)
+def test_the_contract_catches(attack: ImageAttack, broken: str) -> None:
+    with pytest.raises((AssertionError, CrossguardError), match=broken):
+        check_attack(attack)
+
+
+# Oracles on linear victims
+
+
+@pytest.mark.parametrize(("budget", "dual"), [(Linf(0.03), 1), (L2(0.3), 2)], ids=str)
+def test_pgd_reaches_the_best_loss_of_a_linear_victim_and_never_passes_it(budget: Linf | L2, dual: int) -> None:
+    victim = LinearVictim(2)
+    images = middle(16)
+    labels = victim(images).argmax(1).detach()
+    towards = (victim.weight[1] - victim.weight[0]).detach()
+    best = margin(victim(images), labels).detach() - budget.eps * towards.norm(p=dual)
+    made = PGD(steps=40, step=0.1, stop=False, loss=Margin())(victim, images, Untargeted(labels), budget)
+    left = margin(victim(made), labels).detach()
+    clean = margin(victim(images), labels).detach()
+    assert bool((left >= best - 1e-4).all())
+    assert bool(((clean - left) >= 0.98 * (clean - best)).all())
+
+
+def test_pgd_beats_exactly_the_images_within_reach_of_the_boundary() -> None:
+    victim, budget = LinearVictim(2), Linf(0.02)
+    images = middle(64)
+    labels = victim(images).argmax(1).detach()
+    distance = margin(victim(images), labels) / (victim.weight[1] - victim.weight[0]).abs().sum()
+    made = STRONG(victim, images, Untargeted(labels), budget)
+    beaten = victim(made).argmax(1) != labels
+    assert 5 < int(beaten.sum()) < 59, "the oracle needs both kinds"
+    assert bool(beaten[distance < 0.98 * budget.eps].all())
+    assert not bool(beaten[distance > budget.eps].any())
+
+
+def test_a_targeted_goal_reaches_its_target() -> None:
+    victim = LinearVictim(4)
+    images = middle(8)
+    targets = (victim(images).argmax(1) + 2) % 4
+    made = STRONG(victim, images, Targeted(targets), Linf(0.2))
+    assert torch.equal(victim(made).argmax(1), targets)
+
+
+def test_a_goal_without_labels_drifts() -> None:
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :16] - 0.5
+
+    images = middle(6)
+    clean = embed(images)
+    random = (images + Linf(0.1).sample(by_position(6), images)).clamp(0, 1)
+    made = STRONG(embed, images, Drift(clean), Linf(0.1))
+    drift = Drift(clean).loss(embed(made))
+    assert bool((drift > 1.5 * Drift(clean).loss(embed(random))).all())
+
+
+def test_fgsm_and_momentum_against_their_formulas() -> None:
+    victim = LinearVictim(3)
+    images, budget = middle(4), Linf(0.01)
+    labels = victim(images).argmax(1).detach()
+    pixels = images.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(victim(pixels), labels, reduction="sum"), pixels)
+    fgsm = PGD(steps=1, step=1.0, random_start=False, best=False, stop=False)
+    assert torch.equal(fgsm(victim, images, Untargeted(labels), budget), (images + 0.01 * gradient.sign()).clamp(0, 1))
+
+    current, velocity = images.clone(), torch.zeros_like(images)
+    for _ in range(5):
+        pixels = current.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(victim(pixels), labels, reduction="sum"), pixels)
+        velocity = 0.9 * velocity + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
+        current = (images + (current + 0.25 * 0.01 * velocity.sign() - images).clamp(-0.01, 0.01)).clamp(0, 1)
+    mi_fgsm = PGD(steps=5, momentum=0.9, random_start=False, best=False, stop=False)
+    assert torch.allclose(mi_fgsm(victim, images, Untargeted(labels), budget), current, atol=1e-7)
+
+
+def test_restarts_never_weaken_and_best_never_loses_to_last() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
+    images = middle(32)
+    labels = net(images).argmax(1).detach()
+    goal, budget = Untargeted(labels), Linf(0.05)
+
+    def loss(attack: PGD) -> torch.Tensor:
+        return goal.loss(net(attack(net, images, goal, budget))).detach()
+
+    plain = PGD(steps=8, step=0.5, stop=False)
+    assert bool((loss(dataclasses.replace(plain, restarts=4)) >= loss(plain) - 1e-6).all())
+    assert bool((loss(plain) >= loss(dataclasses.replace(plain, best=False)) - 1e-6).all())
+    fooled = net(PGD(steps=8, step=0.5)(net, images, goal, budget)).argmax(1) != labels
+    assert bool(fooled[net(plain(net, images, goal, budget)).argmax(1) != labels].all()), "stopping early lost an image"
+
+
+def test_beaten_images_leave_the_batch_and_the_count_says_so() -> None:
+    victim = LinearVictim(2)
+    images = middle(64)
+    labels = victim(images).argmax(1).detach()
+    queries = Queries.none(64)
+    made = PGD(steps=20)(ImageVictim(victim, queries), images, Untargeted(labels), Linf(0.02))
+    beaten = victim(made).argmax(1) != labels
+    assert bool((queries.gradients[~beaten] == 20).all()), "a standing image gets every step"
+    assert int(queries.gradients[beaten].min()) < 20
+    assert bool((queries.forwards[~beaten] == 1).all())
+    stubborn = Queries.none(64)
+    PGD(steps=20, stop=False)(ImageVictim(victim, stubborn), images, Untargeted(labels), Linf(0.02))
+    assert bool((stubborn.gradients == 20).all())
+
+
+def test_an_endless_goal_never_stops() -> None:
+    victim, images = LinearVictim(2), middle(8)
+    labels = victim(images).argmax(1).detach()
+    queries = Queries.none(8)
+    PGD(steps=7)(ImageVictim(victim, queries), images, Endless(Untargeted(labels)), Linf(0.2))
+    assert bool((queries.gradients == 7).all())
+
+
+# Joint attacks
+
+
+def test_joint_is_never_weaker_than_independent_and_sometimes_stronger() -> None:
+    before, after = LinearVictim(3, seed=1), LinearVictim(3, seed=2)
+    images = middle(64)
+    labels = before(images).argmax(1).detach()
+    parts = (PGD(steps=10), crossguard.Substitute())
+    budget = Both(Linf(0.03), Words(1))
+    pair = PairVictim(ImageVictim(before), ImageVictim(after), ImageVictim(before))
+    seeds = by_position(64)
+    beaten = {
+        kind: after(kind(*parts).perturb(pair, images, Untargeted(labels), budget, seeds)).argmax(1) != labels
+        for kind in (Independent, Joint)
+    }
+    assert bool(beaten[Joint][beaten[Independent]].all())
+    assert int(beaten[Joint].sum()) > int(beaten[Independent].sum())
+
+
+# Mistakes that make attacks weak by accident
+
+
+def test_tiny_losses_do_not_vanish_in_a_large_batch() -> None:
+    """A mean over the batch would scale the gradient by 1/n; the sum leaves each image its own, whatever the batch."""
+    victim = LinearVictim(3)
+    images = middle(8)
+    labels = victim(images).argmax(1).detach()
+    alone, _, _ = ImageVictim(victim).ascend(images[:1], Untargeted(labels[:1]))
+    many, _, _ = ImageVictim(victim).ascend(images, Untargeted(labels))
+    assert torch.allclose(alone[0], many[0])
+
+
+def test_a_victim_that_answers_nan_is_refused() -> None:
+    with pytest.raises(CrossguardError, match="not finite"):
+        PGD()(lambda images: images.flatten(1)[:, :3] * float("nan"), middle(2), Untargeted(torch.tensor([0, 1])), Linf(0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linf(-1 / 255), "is not a budget"),
+        (lambda: Linf(8.0), "8/255 is usual"),
+        (lambda: L2(-0.5), "is not a budget"),
+        (lambda: Words(-1), "is not a budget"),
+        (lambda: PGD(steps=0), "does nothing"),
+        (lambda: PGD(step=0.0), "does not climb"),
+        (lambda: PGD(restarts=0), "give 1 or more"),
+        (lambda: PGD(best=False), "add stop=False"),
+        (lambda: PGD().spends(Words(1)), "allows no change of pixels"),
+        (lambda: Joint().spends(Linf(0.1)), "allows no change of texts"),
+        (lambda: Untargeted(torch.tensor([0])).climbing(Margin()) and Drift(torch.ones(1, 2)).climbing(Margin()), "its own"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message: str) -> None:  # noqa: ANN001
+    with pytest.raises(CrossguardError, match=message):
+        make()
+
+
+# Budgets and noise
+
+
+@pytest.mark.parametrize("budget", [Linf(8 / 255), L2(0.5)], ids=str)
+def test_budgets(budget: Linf | L2) -> None:
+    images = middle(32)
+    noise = torch.randn(32, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert bool((budget.size(budget.shrink(noise)) <= budget.eps * (1 + 1e-5)).all())
+    inside = 0.5 * budget.eps * noise / budget.size(noise).view(-1, 1, 1, 1)
+    assert torch.allclose(budget.shrink(inside), inside, atol=1e-7), "a point of the ball is its own nearest point"
+    assert torch.allclose(budget.size(budget.ascent(noise)), torch.ones(32), atol=1e-5)
+    drawn = budget.sample(by_position(32), images)
+    assert bool((budget.size(drawn) <= budget.eps * (1 + 1e-5)).all()) and float(budget.size(drawn).min()) > 0
+    projected = budget.project(images + noise, images)
+    budget.check(projected, images)
+    with pytest.raises(CrossguardError, match="broke its budget"):
+        budget.check(images + 1.01 * budget.eps * budget.ascent(noise), images)
+    with pytest.raises(CrossguardError, match="outside"):
+        budget.check(images - 1.0, images)
+    with pytest.raises(CrossguardError, match="not finite"):
+        budget.check(images * float("nan"), images)
+
+
+def test_characters_count_as_levenshtein() -> None:
+    budget = crossguard.Characters(3)
+    assert [budget.size(a, b) for a, b in [("kitten", "sitting"), ("", "abc"), ("cat", "cat"), ("cats", "cat")]] == [3, 3, 0, 1]
+
+
+def test_noise_belongs_to_the_sample() -> None:
+    seeds = keys(["a", "b", "c"], 7)
+    noise = uniform(seeds, (3, 8, 8))
+    assert torch.equal(uniform(seeds[1:2], (3, 8, 8)), noise[1:2])
+    assert torch.equal(uniform(keys(["c", "a"], 7), (3, 8, 8)), noise[[2, 0]])
+    assert not torch.equal(uniform(keys(["a"], 8), (3, 8, 8)), noise[:1])
+    assert derive("a", 1) == derive("a", 1) != derive("a", 2)
+
+
+def test_noise_has_the_distribution_it_claims() -> None:
+    many = uniform(by_position(200), (500,))
+    assert float(many.min()) >= 0 and float(many.max()) < 1
+    assert abs(float(many.mean()) - 0.5) < 0.003 and abs(float(many.var()) - 1 / 12) < 0.002
+    counts = torch.histc(many, 20, 0, 1) / many.numel()
+    assert float((counts - 0.05).abs().max()) < 0.004
+    assert abs(float(torch.corrcoef(many[:2])[0, 1])) < 0.15
+    bell = normal(by_position(200), (500,))
+    assert abs(float(bell.mean())) < 0.01 and abs(float(bell.std()) - 1) < 0.01
+    assert abs(float((bell.abs() < 1).float().mean()) - math.erf(1 / math.sqrt(2))) < 0.01
