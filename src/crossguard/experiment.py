@@ -37,7 +37,7 @@ _OPTIONAL = ("attack", "budget", "surrogate")  # may be None: a clean evaluation
 _SETTINGS = {"seed": 0, "limit": 1, "batch": 1}  # whole numbers and the least that they may be
 
 
-def read(kind: str, text: str) -> Any:
+def read(kind: str, text: str, known: Mapping[str, Any] | None = None) -> Any:
     """The object that a text names, which must be a task, model, attack, budget or surrogate, as `kind` says.
 
     Raises:
@@ -45,7 +45,7 @@ def read(kind: str, text: str) -> Any:
     """
     import crossguard
 
-    value = words.build(text)
+    value = words.build(text, known)
     if value is None and kind in _OPTIONAL:
         return None
     wanted = getattr(crossguard, _KINDS.get(kind, kind))
@@ -113,7 +113,8 @@ class Experiment:
     @staticmethod
     def load(path: str | Path) -> Experiment:
         """Reads a TOML file: task, model, attack, budget and surrogate, each a word, a list of words or a
-        table of label = word; and seed, limit, batch. Task and model must be there."""
+        table of label = word; and seed, limit, batch. Task and model must be there. A table `let` may give
+        names to words, which the words after it may use."""
         path = Path(path)
         try:
             content = tomllib.loads(path.read_bytes().decode())
@@ -125,7 +126,7 @@ class Experiment:
             raise CrossguardError(f"{path} is not a text file in UTF-8") from None
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise CrossguardError(f"{path} is not valid TOML: {error}") from None
-        known = (*_KINDS, *_SETTINGS)
+        known = ("let", *_KINDS, *_SETTINGS)
         for name in content:
             if name not in known:
                 near = words.nearest(name, known)
@@ -136,8 +137,9 @@ class Experiment:
         settings = {
             name: _number(path, name, content[name], least) for name, least in _SETTINGS.items() if name in content
         }
+        named = _let(path, content.get("let", {}))
         return Experiment(
-            grid={kind: _axis(path, kind, content.get(kind, "None")) for kind in _KINDS},
+            grid={kind: _axis(path, kind, content.get(kind, "None"), named) for kind in _KINDS},
             seed=settings.get("seed", 0),
             limit=settings.get("limit"),
             batch=settings.get("batch", 128),
@@ -257,7 +259,22 @@ def _answer(out: Path, cell: Cell, log: logging.Logger) -> Report | None:
     return report
 
 
-def _axis(path: Path, kind: str, value: object) -> dict[str, Any]:
+def _let(path: Path, value: object) -> dict[str, Any]:
+    """The words that the file gives names to; each may use those before it."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise CrossguardError(f"{path}: let must be a table of name = word")
+    named: dict[str, Any] = {}
+    for name, text in value.items():
+        if not name.isidentifier() or name in words.names():
+            raise CrossguardError(f"{path}: let cannot name a word {name!r}; take a name that is not taken")
+        try:
+            named[name] = words.build(text, named)
+        except CrossguardError as error:
+            raise CrossguardError(f"{path}: let {name}: {error}") from error
+    return named
+
+
+def _axis(path: Path, kind: str, value: object, known: Mapping[str, Any]) -> dict[str, Any]:
     """The words of one key by label."""
     if isinstance(value, str):
         value = [value]
@@ -274,7 +291,7 @@ def _axis(path: Path, kind: str, value: object) -> dict[str, Any]:
         if not isinstance(text, str):
             raise CrossguardError(f"{path}: {kind} holds {text!r}; give a word in quotes such as 'PGD(steps=10)'")
         try:
-            word = read(kind, text)
+            word = read(kind, text, known)
         except CrossguardError as error:
             raise CrossguardError(f"{path}: {kind}: {error}") from error
         axis.setdefault(words.show(word, short=True) if label is None else label, word)

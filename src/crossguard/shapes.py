@@ -7,7 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Images = Float[Tensor, "n 3 h w"]  # pixels in [0, 1], float32
+Resized = Float[Tensor, "n 3 _ _"]  # the same images at another size
 Embeddings = Float[Tensor, "n d"]  # raw, not on the sphere
+TextEmbeddings = Float[Tensor, "classes d"]  # of texts that meet images, raw as well
 Logits = Float[Tensor, "n classes"]
 Labels = Int[Tensor, " n"]
 PerImage = Float[Tensor, " n"]

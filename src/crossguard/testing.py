@@ -25,7 +25,7 @@ PIXEL_BUDGETS: tuple[Linf | L2, ...] = (Linf(8 / 255), L2(0.5))
 def check_attack(attack: Attack) -> None:
     """The contract of an attack: stays inside its budget, leaves its input, the parameters and their gradients alone,
     repeats under a seed, does not depend on the batch, hurts, and does nothing with a budget of zero."""
-    if words.is_word(type(attack)):
+    if type(attack).__name__ in words.names():
         assert words.build(words.show(attack)) == attack, f"{attack} does not survive being written and read"
     if isinstance(attack, ImageAttack):
         for budget in PIXEL_BUDGETS:
@@ -37,7 +37,7 @@ def check_attack(attack: Attack) -> None:
 def check_model(model: VisionLanguageModel, size: int = 32) -> None:
     """The contract of a model or wrapper: pixels in [0, 1] in, finite embeddings out, a gradient to the pixels, a
     batch that equals its singles, and a classifier with one logit per class."""
-    if words.is_word(type(model)):
+    if type(model).__name__ in words.names():
         assert words.build(words.show(model)) == model, f"{model} does not survive being written and read"
     images = _pictures(3, size)
     prompts = Prompts.of(("circle", "square", "star"), ("a photo of a {}", "a picture of a {}"))

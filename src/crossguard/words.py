@@ -18,7 +18,7 @@ import types
 import typing
 import warnings
 from abc import ABC
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -45,12 +45,15 @@ class Field(NamedTuple):
 REQUIRED = dataclasses.MISSING
 
 
-def build(text: str) -> Any:
+def build(text: str, known: Mapping[str, Any] | None = None) -> Any:
     """The object that a text names: `build("PGD(steps=100)")`. A name alone is called: `PGD` means `PGD()`.
 
     Allowed are names of the vocabulary, numbers, strings, True, False, None, `+ - * /` of numbers, tuples
     (lists become tuples) and nested calls with positional and keyword arguments. Anything else raises
     `WordError`, and nothing is ever executed.
+
+    Args:
+        known: objects by a name of their own, which the text may use in addition (the `let` of an experiment file).
     """
     if not isinstance(text, str):
         raise WordError(f"a word is a text such as 'PGD(steps=10)', and {_quote(text)} was given")
@@ -58,7 +61,7 @@ def build(text: str) -> Any:
         raise WordError("the word is empty; give one such as 'PGD(steps=10)'")
     if len(text) > LONGEST:
         raise WordError(f"the word {_quote(text)} has {len(text)} characters, and {LONGEST} are the most")
-    return _Reader(text).read(_parse(text), 0)
+    return _Reader(text, known or {}).read(_parse(text), 0)
 
 
 def show(word: object, *, short: bool = False) -> str:
@@ -153,8 +156,9 @@ def _parse(text: str) -> ast.expr:
 class _Reader:
     """Turns a parsed text into objects; holds the text for its error messages."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, known: Mapping[str, Any]) -> None:
         self.text = text
+        self.known = known
 
     def read(self, node: ast.expr, depth: int) -> Any:
         if depth > DEEPEST:
@@ -169,6 +173,8 @@ class _Reader:
                 return self.literal(-number if isinstance(sign, ast.USub) else number)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return self.calculate(type(op), self.number(left, depth), self.number(right, depth))
+            case ast.Name(id=name) if name in self.known:
+                return self.known[name]
             case ast.Name(id=name):
                 return self.call(name, [], [], depth)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
@@ -221,7 +227,7 @@ class _Reader:
 
     def find(self, name: str) -> type:
         if name not in names():
-            near = nearest(name, names())
+            near = nearest(name, (*names(), *self.known))
             raise WordError(f"unknown name {name!r}" + (near or f" (a string needs quotes: '{name}')"))
         return find(name)
 

@@ -37,7 +37,7 @@ from crossguard.goals import Untargeted
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, check_finite, frozen
 from crossguard.models.huggingface import HuggingFace
 from crossguard.seeds import derive, keys, uniform
-from crossguard.shapes import Embeddings, Images, Labels, Seeds
+from crossguard.shapes import Embeddings, Images, Labels, Seeds, TextEmbeddings
 from crossguard.words import show
 
 TOWERS = ("image", "text", "head")
@@ -162,7 +162,7 @@ class _Batch:
 
     images: Images
     own: Labels  # of the local images, into texts
-    all_own: Labels  # of the images of all processes, in their order
+    all_own: Tensor  # of the images of all processes, in their order
     texts: list[str]
     rivals: list[frozenset[str]]
     classes: list[str]  # what the image attack tells the own text from
@@ -179,9 +179,8 @@ class _Run:
         from accelerate import Accelerator
 
         self.recipe, self.model, self.data, self.folder, self.question = recipe, model, data, folder, question
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if recipe.bf16 else "no"
-        )
+        # Precision is not accelerate's business here: it keeps one setting for the whole process, and runs differ.
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.indices = _few_shot(data, recipe)
         if len(self.indices) < 2:
             raise CrossguardError(
@@ -199,7 +198,7 @@ class _Run:
         self.network = model.load().to(self.accelerator.device)
         self.trained = _select(self.network, recipe)
         self.optimizer = recipe.optimizer.over(self.trained)
-        self.frozen_texts: dict[tuple[str, ...], Embeddings] | None = None
+        self.frozen_texts: dict[tuple[str, ...], TextEmbeddings] | None = None
         if not any(parameter.requires_grad for parameter in self.network.towers()["text"].values()):
             self.frozen_texts = {}
         self.seconds = 0.0
@@ -242,7 +241,12 @@ class _Run:
         images, texts = {CLEAN: batch.images}, {CLEAN: batch.texts}
         self.optimizer.zero_grad(set_to_none=True)
         if any(term.image == ADVERSARIAL for term in terms):
-            images[ADVERSARIAL], path = self._attacked_images(batch)
+            try:
+                images[ADVERSARIAL], path = self._attacked_images(batch)
+            except CrossguardError as error:
+                if not self._alive(batch):
+                    raise self._diverged(step) from error
+                raise
             if recipe.leaks:
                 self._accumulate(student, batch, path)
         if any(term.text == ADVERSARIAL for term in terms):
@@ -250,7 +254,7 @@ class _Run:
         # One forward of everything: distributed training synchronizes once, and each tower sees one large batch.
         image_views = sorted({term.image for term in terms})
         text_views = sorted({term.text for term in terms})
-        with self.accelerator.autocast():
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.bf16):
             encoded_images, encoded_texts = self._forward(
                 student,
                 torch.cat([images[view] for view in image_views]),
@@ -267,10 +271,7 @@ class _Run:
         values = [term(views) for term in terms]
         loss = torch.stack([term.weight * value for term, value in zip(terms, values, strict=True)]).sum()
         if not bool(torch.isfinite(loss)):
-            raise CrossguardError(
-                f"the loss of step {step + 1} is not finite; lower the learning rate (now {recipe.optimizer.lr:g}) "
-                f"or set clip=1, and start again from the last checkpoint in {self.folder}"
-            )
+            raise self._diverged(step)
         self.accelerator.backward(loss)
         rate = self._rate(step)
         for group in self.optimizer.param_groups:
@@ -290,7 +291,21 @@ class _Run:
             "learning rate": rate,
         }
 
-    def _forward(self, student: nn.Module, images: Images, texts: list[str]) -> tuple[Embeddings, Embeddings]:
+    def _alive(self, batch: _Batch) -> bool:
+        """Whether the student still answers the clean batch with finite numbers."""
+        with torch.no_grad():
+            logits = self.network.logits(
+                self.network.encode_image(batch.images), self.network.encode_text(batch.classes)
+            )
+        return bool(torch.isfinite(logits).all())
+
+    def _diverged(self, step: int) -> CrossguardError:
+        return CrossguardError(
+            f"the loss of step {step + 1} is not finite; lower the learning rate (now {self.recipe.optimizer.lr:g}) "
+            f"or set clip=1, and train into another folder than {self.folder}"
+        )
+
+    def _forward(self, student: nn.Module, images: Images, texts: list[str]) -> tuple[Embeddings, TextEmbeddings]:
         if self.frozen_texts is None:
             return student(images, texts)
         known = tuple(texts)
@@ -356,7 +371,8 @@ class _Run:
         pictures = [self.data.image(index) for index in local]
         if len({picture.shape for picture in pictures}) > 1:
             raise CrossguardError(
-                f"the images of {show(self.data, short=True)} have different sizes; give the dataset a size, such as size=224"
+                f"the images of {show(self.data, short=True)} have different sizes; "
+                "give the dataset a size, such as size=224"
             )
         seeds = keys((self.data.id(index) for index in local), self.recipe.seed, step)
         images = torch.stack(pictures).to(torch.float32).div_(255.0)
@@ -431,9 +447,10 @@ class _Run:
             with safe_open(str(path), framework="pt", device=str(self.accelerator.device)) as file:
                 meta = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            question, step, seconds = json.loads(meta["question"]), int(meta["step"]), float(meta["seconds"])
         except Exception as error:  # safetensors has one error for every kind of damage
             raise CrossguardError(f"{path} is damaged ({error}); delete it to start the training again") from error
-        if json.loads(meta["question"]) != self.question:
+        if question != self.question:
             raise CrossguardError(_other_run(self.folder))
         self.network.load_state_dict(
             {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -445,8 +462,8 @@ class _Run:
                 state.setdefault(int(number), {})[part] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.seconds = float(meta["seconds"])
-        return int(meta["step"])
+        self.seconds = seconds
+        return step
 
     def _finish(self, log: logging.Logger) -> None:
         check_finite(self.network, "the trained model")
@@ -496,7 +513,7 @@ def _select(network: DualEncoder, recipe: Recipe) -> list[nn.Parameter]:
     return chosen
 
 
-def _gathered(embeddings: Embeddings) -> Embeddings:
+def _gathered(embeddings: Embeddings) -> Tensor:
     """The embeddings of all processes, in their order, with gradients to each: so the loss is that of the whole
     batch."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossguard.errors import CrossguardError
-from crossguard.shapes import Embeddings, Labels, Logits
+from crossguard.shapes import Embeddings, Labels, Logits, TextEmbeddings
 
 CLEAN, ADVERSARIAL = "clean", "adversarial"
 
@@ -25,9 +25,9 @@ class Views:
     """
 
     images: Mapping[str, Embeddings]
-    texts: Mapping[str, Embeddings]
+    texts: Mapping[str, TextEmbeddings]
     own: Labels
-    logits: Callable[[Embeddings, Embeddings], Logits]
+    logits: Callable[[Embeddings, TextEmbeddings], Logits]
 
 
 class Term(ABC):

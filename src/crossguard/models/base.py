@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
-from crossguard.shapes import Embeddings, Images, Logits
+from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings
 
 _TEXTS_AT_ONCE = 1024  # bounds the memory of encoding thousands of prompts
 
@@ -24,10 +24,11 @@ _TEXTS_AT_ONCE = 1024  # bounds the memory of encoding thousands of prompts
 class Preprocess:
     """The family's own image processor, differentiable: resize, center crop and normalization of pixels in [0, 1].
 
-    `shortest` resizes the short side (CLIP), otherwise height and width are set (SigLIP). Resizing is bicubic or
-    bilinear with anti-aliasing and clamped to [0, 1], the kernel that Pillow uses; Pillow also rounds to 8 bits,
-    which has no gradient and is left out, so embeddings equal the processor's at the model's own size and differ by
-    rounding at others.
+    `resize` is the short side before the crop (CLIP); None sets height and width directly (SigLIP). Resizing is bicubic
+    or bilinear with anti-aliasing, with Pillow's kernel: rows first, then columns, each pass clipped to [0, 1]. Pillow
+    also rounds each pass to 8 bits, which has no gradient and is left out. So images of the model's own size are the
+    processor's exactly, and at other sizes no pixel differs by more than 1.1/255. (Pillow 13 takes some tall images
+    columns first; those differ by up to 20/255 at the few pixels where a pass overshoots the range of 8 bits.)
     """
 
     height: int
@@ -37,7 +38,7 @@ class Preprocess:
     std: tuple[float, float, float]
     mode: str = "bicubic"
 
-    def __call__(self, images: Images) -> Images:
+    def __call__(self, images: Images) -> Resized:
         height, width = images.shape[-2:]
         if self.resize is None:
             images = self._resized(images, self.height, self.width)
@@ -49,11 +50,12 @@ class Preprocess:
         std = torch.tensor(self.std, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
         return (images - mean) / std
 
-    def _resized(self, images: Images, height: int, width: int) -> Images:
+    def _resized(self, images: Images, height: int, width: int) -> Resized:
         if images.shape[-2:] == (height, width):
             return images
-        resized = F.interpolate(images, (height, width), mode=self.mode, align_corners=False, antialias=True)
-        return resized.clamp(0.0, 1.0)
+        for size in ((images.shape[-2], width), (height, width)):  # as Pillow: rows first, each pass clipped
+            images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True).clamp(0.0, 1.0)
+        return images
 
 
 class DualEncoder(nn.Module):
@@ -85,11 +87,11 @@ class DualEncoder(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes a checkpoint in the family's own format, readable without this package."""
 
-    def logits(self, images: Embeddings, texts: Embeddings) -> Logits:
+    def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         """Scaled cosines of every image with every text, plus the bias, in float32."""
         return cosine(images, texts) * self.scale.float() + self.bias.float()
 
-    def forward(self, images: Images, texts: Sequence[str] | None) -> tuple[Embeddings, Embeddings | None]:
+    def forward(self, images: Images, texts: Sequence[str] | None) -> tuple[Embeddings, TextEmbeddings | None]:
         """Both towers in one call, as distributed training wants it; without texts, the image tower alone."""
         return self.encode_image(images), None if texts is None else self.encode_text(texts)
 
@@ -112,7 +114,7 @@ class VisionLanguageModel(ABC):
         """Raw embeddings, shape (n, d)."""
 
     @abstractmethod
-    def logits(self, images: Embeddings, texts: Embeddings) -> Logits:
+    def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         """Scaled cosines plus bias, shape (images, texts)."""
 
     @property
@@ -166,7 +168,7 @@ class Checkpoint(VisionLanguageModel):
         chunks = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
         return torch.cat([network.encode_text(chunk) for chunk in chunks])
 
-    def logits(self, images: Embeddings, texts: Embeddings) -> Logits:
+    def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         return self.network.logits(images, texts)
 
 
@@ -191,7 +193,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def cosine(images: Embeddings, texts: Embeddings) -> Logits:
+def cosine(images: Embeddings, texts: TextEmbeddings) -> Logits:
     """The cosine of every image with every text, in float32."""
     return F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
 
@@ -203,7 +205,7 @@ def check_finite(network: nn.Module, source: str) -> None:
             raise CrossguardError(f"the weights in {source} are damaged: {name!r} holds NaN or infinite values")
 
 
-def _center_crop(images: Images, height: int, width: int) -> Images:
+def _center_crop(images: Images, height: int, width: int) -> Resized:
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     if top < 0 or left < 0:
         raise CrossguardError(f"an image of {tuple(images.shape[-2:])} is too small for a crop of {(height, width)}")

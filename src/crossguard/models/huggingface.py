@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ class HuggingFace(Checkpoint):
         return _load(self.path)
 
     def stamp(self) -> object:
-        weights = sorted(Path(self.path).glob("*.safetensors"))
-        return tuple((file.name, file.stat().st_mtime_ns) for file in weights)
+        files = sorted(file for file in Path(self.path).glob("*") if file.suffix in (".safetensors", ".json"))
+        return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 class TransformersEncoder(DualEncoder):
@@ -93,27 +94,35 @@ class TransformersEncoder(DualEncoder):
 
 
 def _load(path: str) -> DualEncoder:
-    import transformers
-
     _check_source(path)
-    quiet = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        model, info = transformers.AutoModel.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        processor = transformers.AutoImageProcessor.from_pretrained(path)
-    except CrossguardError:
-        raise
-    except MemoryError:
+        with _quiet():
+            try:
+                return _read(path, local=True)
+            except OSError:
+                if Path(path).is_dir():
+                    raise
+                _ask_hub(path)
+                return _read(path, local=False)
+    except (CrossguardError, MemoryError):
         raise
     except Exception as error:  # transformers raises many kinds; the user needs one sentence
         raise CrossguardError(_explain(path, error)) from error
-    finally:
-        transformers.logging.set_verbosity(quiet)
+
+
+def _read(path: str, local: bool) -> DualEncoder:
+    """The checkpoint, from the disk alone if `local`."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=local)
+    model, info = transformers.AutoModel.from_pretrained(
+        path,
+        config=config,
+        use_safetensors=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+        local_files_only=local,
+    )
     speaks = all(callable(getattr(model, name, None)) for name in ("get_image_features", "get_text_features"))
     if not speaks or getattr(model, "logit_scale", None) is None:
         kind = getattr(config, "model_type", type(model).__name__)
@@ -126,15 +135,57 @@ def _load(path: str) -> DualEncoder:
             f"the weights in {path} lack {len(missing)} tensors of its architecture, e.g. {missing[0]!r}"
         )
     check_finite(model, path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where files are missing
+        raise CrossguardError(f"{path} holds no tokenizer; add its files, such as tokenizer.json")
+    processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=local)
     return TransformersEncoder(model, tokenizer, processor).eval()
+
+
+def _ask_hub(path: str) -> None:
+    """Raises unless the hub has this model: one question, where `transformers` would retry for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(path, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CrossguardError(
+            f"{path!r} is neither a folder here nor a model of the hub that you may read; "
+            "check the name, or log in with 'hf auth login' if it is private"
+        ) from error
+    except Exception as error:  # no network, no server, or HF_HUB_OFFLINE
+        where = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        raise CrossguardError(
+            f"{path!r} is neither a folder here nor complete in the hub cache ({where}), and the hub cannot be "
+            f"reached; download it where there is a network (hf download {path}) and pass the folder"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, `transformers` prints neither warnings nor progress bars."""
+    import transformers
+
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _check_source(path: str) -> None:
     here = Path(path)
+    if not path.strip():
+        raise CrossguardError("the path of the model is empty; give the folder of a checkpoint or a hub id")
     if here.is_file():
         raise CrossguardError(
-            f"{path} is a file; give the folder of a transformers checkpoint (config.json, model.safetensors, tokenizer). "
-            "Pickle files (.pt, .pth, .bin) are never read"
+            f"{path} is a file; give the folder of a transformers checkpoint (config.json, model.safetensors, "
+            "tokenizer). Pickle files (.pt, .pth, .bin) are never read"
         )
     if here.is_dir():
         if not (here / "config.json").is_file():
@@ -143,21 +194,15 @@ def _check_source(path: str) -> None:
             pickles = sorted(file.name for file in here.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
             found = f"only {pickles[0]}, a pickle file, which is never read" if pickles else "no weights"
             raise CrossguardError(f"{path} holds {found}; convert or download the weights as model.safetensors")
-    elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or not path.strip():
+    elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise CrossguardError(f"there is no folder {path!r}; give the folder of a checkpoint or a hub id")
 
 
 def _explain(path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "size mismatch" in text or "mismatched" in text.lower() or "shape" in text.lower():
+    if "size mismatch" in text or "mismatched" in text:
         return f"the weights in {path} have other shapes than its config.json says: {text[:160]}"
-    if Path(path).is_dir():
-        return f"the checkpoint in {path} cannot be read: {text[:200]}"
-    where = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return (
-        f"{path!r} is neither a folder here nor in the hub cache ({where}), and the hub cannot be reached; "
-        f"download it where there is a network (hf download {path}) and pass the folder"
-    )
+    return f"the checkpoint in {path} cannot be read: {text[:200]}"
 
 
 def _features(output: Any) -> Embeddings:

@@ -10,7 +10,7 @@ import torch
 
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
-from crossguard.shapes import Embeddings, Images, Logits
+from crossguard.shapes import Embeddings, Images, Logits, TextEmbeddings
 
 
 class Wrapper(VisionLanguageModel):
@@ -24,7 +24,7 @@ class Wrapper(VisionLanguageModel):
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         return self.base.encode_text(texts)
 
-    def logits(self, images: Embeddings, texts: Embeddings) -> Logits:
+    def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         return self.base.logits(images, texts)
 
     @property

@@ -1,0 +1,235 @@
+"""Evaluation: what is asked, what is stored, and that nothing but the question changes the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+from crossguard import PGD, Both, CrossguardError, Joint, Linf, Scenes, Substitute, Words, ZeroShot, build, evaluate
+from crossguard.attacks.base import ImageAttack, TextAttack
+from crossguard.attacks.candidates import CandidateSource
+from crossguard.attacks.joint import Independent
+from crossguard.data import Prompts
+from crossguard.evaluate import question
+from crossguard.models.base import VisionLanguageModel, cosine
+from crossguard.models.wrapper import BitDepth
+from crossguard.seeds import derive, normal
+from crossguard.shapes import Embeddings, Images, Logits
+
+TASK = ZeroShot(Scenes("color", count=60))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(VisionLanguageModel):
+    """Embeds an image by its mean color and a text by fixed directions of its words; colors it can name."""
+
+    scale: float = 20.0
+
+    def encode_image(self, images: Images) -> Embeddings:
+        return images.mean((2, 3)) @ _matrix()
+
+    def encode_text(self, texts: Sequence[str]) -> Embeddings:
+        return torch.stack([_word_sum(text) for text in texts])
+
+    def logits(self, images: Embeddings, texts: Embeddings) -> Logits:
+        return cosine(images, texts) * self.scale
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@lru_cache
+def _matrix() -> torch.Tensor:
+    return normal(torch.tensor([1]), (3, 8))[0]
+
+
+@lru_cache
+def _word_sum(text: str) -> torch.Tensor:
+    return torch.stack([normal(torch.tensor([derive(word)]), (8,))[0] for word in text.split()]).sum(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Still(ImageAttack):
+    """Does nothing."""
+
+    def search(self, victim, clean, goal, budget, seeds):
+        return clean
+
+
+@dataclasses.dataclass(frozen=True)
+class Cheat(ImageAttack):
+    """Ignores its budget."""
+
+    def search(self, victim, clean, goal, budget, seeds):
+        return 1.0 - clean
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite(TextAttack):
+    """Replaces the last word by a given one."""
+
+    word: str = "thing"
+
+    def search(self, victim, clean, goal, budget, rivals):
+        return [" ".join([*text.split(" ")[:-1], self.word]) for text in clean]
+
+
+def test_a_clean_report_is_the_argmax_of_the_logits() -> None:
+    report = evaluate(TASK, Mean())
+    batch = next(TASK.batches(60, range(60)))
+    logits = Mean().classifier(TASK.data.prompts())(batch.images)
+    assert np.array_equal(report.outcomes.clean, logits.argmax(1).numpy())
+    assert np.array_equal(report.outcomes.adversarial, report.outcomes.clean)
+    assert report.question["attack"] == "None" and report.question["knowledge"] == "no attack"
+    assert report.n == 60 and not np.any(report.outcomes.gradients)
+
+
+@pytest.mark.parametrize(
+    "attack", [PGD(steps=5), Substitute(), Independent(PGD(steps=5)), Joint(PGD(steps=5))], ids=lambda a: type(a).__name__
+)
+def test_results_do_not_depend_on_the_batch_size(attack) -> None:
+    budget = Both(Linf(8 / 255), Words(1))
+    reports = [evaluate(TASK, Mean(), attack, budget, batch=size) for size in (60, 7)]
+    for name in ("id", "label", "clean", "adversarial", "gradients", "forwards"):
+        assert np.array_equal(*(getattr(report.outcomes, name) for report in reports)), name
+    assert np.allclose(*(report.outcomes.adversarial_margin for report in reports), atol=1e-3)
+    assert reports[0].question == reports[1].question
+
+
+def test_an_attack_hurts_and_its_noise_follows_the_seed() -> None:
+    clean = evaluate(TASK, Mean())
+    reports = [evaluate(TASK, Mean(), PGD(steps=3, stop=False), Linf(2 / 255), seed=seed) for seed in (0, 0, 1)]
+    assert reports[0].robust_accuracy <= clean.clean_accuracy
+    margins = [report.outcomes.adversarial_margin for report in reports]
+    assert np.mean(margins[0]) < np.mean(clean.outcomes.clean_margin)
+    assert np.array_equal(margins[0], margins[1]) and not np.array_equal(margins[0], margins[2])
+    assert float(np.max(reports[0].outcomes.size)) <= 2 / 255 + 1e-6
+    assert np.all(np.asarray(reports[0].outcomes.gradients) == 3)
+
+
+def test_doing_nothing_is_seen_and_ignoring_the_budget_is_refused() -> None:
+    still = evaluate(TASK, Mean(), Still(), Linf(8 / 255))
+    assert not np.any(still.outcomes.size)
+    assert still.robust_accuracy == still.clean_accuracy
+    with pytest.raises(CrossguardError, match="broke its budget"):
+        evaluate(TASK, Mean(), Cheat(), Linf(8 / 255))
+
+
+def test_text_attacks_rewrite_every_class_once() -> None:
+    report = evaluate(TASK, Mean(), Rewrite(), Words(1))
+    prompts = TASK.data.prompts()
+    rewritten = prompts.rewritten(Rewrite().search(None, prompts.flat, None, Words(1), []))
+    batch = next(TASK.batches(60, range(60)))
+    assert np.array_equal(
+        report.outcomes.adversarial, Mean().classifier(rewritten)(batch.images).argmax(1).numpy()
+    )
+    assert np.array_equal(report.outcomes.size, np.ones(60))
+    with pytest.raises(CrossguardError, match="broke its budget"):
+        evaluate(TASK, Mean(), Rewrite(), Words(0))
+
+
+def test_prompts_that_name_another_class_are_counted() -> None:
+    shapes = ZeroShot(Scenes("shape", count=24))
+    report = evaluate(shapes, Mean(), Rewrite("circle"), Words(1))
+    assert any("11 of 12 adversarial prompts name another class" in note for note in report.notes)
+    forbidden = evaluate(shapes, Mean(), Substitute(collisions="forbid"), Words(1))
+    assert not any("name another class" in note for note in forbidden.notes)
+
+
+def test_joint_is_not_weaker_than_independent() -> None:
+    budget = Both(Linf(1 / 255), Words(1))
+    attacks = [kind(PGD(steps=5), Substitute(collisions="forbid")) for kind in (Independent, Joint)]
+    apart, together = (evaluate(TASK, Mean(), attack, budget).standing for attack in attacks)
+    assert not np.any(together & ~apart)
+
+
+def test_the_surrogate_says_what_the_adversary_knows() -> None:
+    base, budget = Mean(), Linf(4 / 255)
+    defended = BitDepth(base, bits=3)
+    kinds = {surrogate: question(TASK, defended, PGD(), budget, surrogate)["knowledge"] for surrogate in (None, base, Mean(5.0))}
+    assert list(kinds.values()) == ["white box", "gray box", "transfer"]
+    white = evaluate(TASK, base, PGD(steps=5), budget)
+    gray = evaluate(TASK, defended, PGD(steps=5), budget, surrogate=base)
+    assert np.all(np.asarray(gray.outcomes.gradients) == 5), "crafting elsewhere must not stop at the other's boundary"
+    assert int(np.min(white.outcomes.gradients)) < 5
+
+
+def test_the_question_holds_what_matters_and_nothing_else() -> None:
+    both = Both(Linf(8 / 255), Words(1))
+    assert question(TASK, Mean(), PGD(), both) == question(TASK, Mean(), PGD(), Linf(8 / 255))
+    assert question(TASK, Mean(), None, both) == question(TASK, Mean(), None, None)
+    assert question(TASK, Mean(), PGD(), both)["attack"] == "PGD(steps=10, step=0.25, momentum=0.0, random_start=True, restarts=1, best=True, stop=True, loss=None)"
+    assert question(TASK, Mean(), PGD(), both, seed=1) != question(TASK, Mean(), PGD(), both)
+    for name in ("task", "attack", "budget"):
+        text = question(TASK, Mean(), Joint(), both)[name]
+        assert build(text) is not None
+
+
+def test_a_limit_draws_evenly() -> None:
+    report = evaluate(TASK, Mean(), limit=20)
+    assert report.n == 20
+    assert report.outcomes.id == tuple(TASK.data.id(index) for index in range(0, 60, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attack": PGD()}, "needs a budget"),
+        ({"attack": PGD(), "budget": Words(1)}, "allows no change of pixels"),
+        ({"attack": Substitute(), "budget": Linf(0.1)}, "allows no change of texts"),
+        ({"limit": 0}, "give 1 or more"),
+        ({"batch": 0}, "give 1 or more"),
+    ],
+)
+def test_bad_questions(arguments, message: str) -> None:
+    with pytest.raises(CrossguardError, match=message):
+        evaluate(TASK, Mean(), **arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(Mean):
+    def encode_image(self, images: Images) -> Embeddings:
+        return super().encode_image(images) * float("nan")
+
+
+def test_a_model_that_answers_nan_is_refused() -> None:
+    with pytest.raises(CrossguardError, match="not finite"):
+        evaluate(TASK, Broken())
+
+
+def test_prompts_are_checked() -> None:
+    with pytest.raises(CrossguardError, match="the class list is empty"):
+        Prompts.of((), ("a {}",))
+    with pytest.raises(CrossguardError, match="one class only"):
+        Prompts.of(("cat",), ("a {}",))
+    with pytest.raises(CrossguardError, match="label 1 is empty"):
+        Prompts.of(("cat", " "), ("a {}",))
+    with pytest.raises(CrossguardError, match="exactly once"):
+        Prompts.of(("cat", "dog"), ("a photo",))
+    twice = Prompts.of(("cat", "Cat", "dog"), ("a {}", "the {}"))
+    assert twice.duplicates == ("cat",)
+    assert twice.flat == ["a cat", "the cat", "a Cat", "the Cat", "a dog", "the dog"]
+    assert twice.rewritten(twice.flat) == twice
+
+
+def test_rivals_are_the_words_of_other_classes() -> None:
+    prompts = Prompts.of(("red circle", "blue circle"), ("a {}",), {"red": ("crimson",), "blue": ("azure",)})
+    red, blue = prompts.rivals()
+    assert red == {"blue", "azure"} and blue == {"red", "crimson"}
+
+
+def test_ensembles_average_unit_embeddings_over_templates() -> None:
+    model, prompts = Mean(), Prompts.of(("red", "blue"), ("a {}", "one {} thing"))
+    unit = torch.nn.functional.normalize(model.encode_text(prompts.flat), dim=1)
+    expected = torch.stack([unit[:2].mean(0), unit[2:].mean(0)])
+    assert torch.allclose(model.class_embeddings(prompts), expected, atol=1e-6)
+
+
+def test_candidate_sources_are_words() -> None:
+    assert isinstance(build("MaskedLM('embedded')"), CandidateSource)

@@ -1,0 +1,420 @@
+"""Models against the family's own processor, tokenizer and network; and every way a checkpoint can be bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import crossguard
+from crossguard.attacks.base import ImageVictim
+from crossguard.data import Prompts
+from crossguard.errors import CrossguardError
+from crossguard.goals import Untargeted
+from crossguard.models.base import VisionLanguageModel, frozen
+from crossguard.models.embedded import WEIGHTS, Tiny
+from crossguard.models.fresh import Fresh
+from crossguard.models.huggingface import HuggingFace, TransformersEncoder
+from crossguard.models.wrapper import BitDepth
+from crossguard.testing import check_model
+from fixtures import change_config, floats, pictures, save_clip, save_siglip, save_tokenizer, small
+
+FAMILIES = ("clip", "siglip", "dual")
+TEXTS = ["a photo of a red circle", "square", "the picture of two blue stars and a green box"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each family, and a tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    save_tokenizer(root / "tokenizer")
+    small(root / "tokenizer", size=32).load().save(root / "dual")
+    return {
+        "clip": save_clip(root / "clip"),
+        "siglip": save_siglip(root / "siglip"),
+        "dual": root / "dual",
+        "tokenizer": root / "tokenizer",
+    }
+
+
+def word(folders: dict[str, Path], family: str) -> HuggingFace:
+    return HuggingFace(str(folders[family]))
+
+
+def processed(folder: Path, images: Tensor) -> Tensor:
+    """What the family's own processor makes of 8-bit images."""
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    assert type(processor).__name__.endswith("Pil")  # the reference must be Pillow's
+    made = [processor(Image.fromarray(image.permute(1, 2, 0).numpy()), return_tensors="np") for image in images]
+    return torch.from_numpy(np.concatenate([one["pixel_values"] for one in made]))
+
+
+def reference(folder: Path) -> Any:
+    return transformers.AutoModel.from_pretrained(folder).eval()
+
+
+def refused(path: str | Path) -> str:
+    """The sentence that a checkpoint is refused with."""
+    with pytest.raises(CrossguardError) as raised:
+        HuggingFace(str(path)).load()
+    message = str(raised.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+# --- The same numbers as the family's own code ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_at_the_model_s_own_size(folders: dict[str, Path], family: str) -> None:
+    images = pictures(5, 32, 32)
+    with torch.no_grad():
+        expected = reference(folders[family]).get_image_features(pixel_values=processed(folders[family], images))
+        found = word(folders, family).encode_image(floats(images))
+    assert torch.allclose(found, expected.pooler_output, atol=1e-4, rtol=0)
+    assert found.norm(dim=1).std() > 1e-6  # raw, not on the sphere
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts(folders: dict[str, Path], family: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[family])
+    model = reference(folders[family])
+    if family == "siglip":
+        tokens = tokenizer(TEXTS, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
+        given = {"input_ids": tokens["input_ids"]}  # SigLIP looks at its padding
+    else:
+        tokens = tokenizer(TEXTS, padding=True, truncation=True, max_length=24, return_tensors="pt")
+        given = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+    with torch.no_grad():
+        expected = model.get_text_features(**given).pooler_output
+        found = word(folders, family).encode_text(TEXTS)
+        assert torch.allclose(found, expected, atol=1e-4, rtol=0)
+        assert word(folders, family).encode_text(["red " * 300]).shape == (1, found.shape[1])  # cut, not an error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_have_the_model_s_own_scale_and_bias(folders: dict[str, Path], family: str) -> None:
+    model, own = word(folders, family), reference(folders[family])
+    with torch.no_grad():
+        images, texts = model.encode_image(floats(pictures(3, 32, 32))), model.encode_text(TEXTS)
+        found = model.logits(images, texts)
+        scale, bias = float(own.logit_scale.exp()), float(getattr(own, "logit_bias", 0.0))
+        cosines = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    assert bias == (-3.5 if family == "siglip" else 0.0)
+    assert torch.allclose(found, scale * cosines + bias, atol=1e-4)
+    assert cosines.std() > 1e-3
+
+
+def test_logits_are_those_of_the_family_s_forward(folders: dict[str, Path]) -> None:
+    images = pictures(4, 32, 32)
+    for family in ("clip", "siglip"):
+        model, own = word(folders, family), reference(folders[family])
+        padding, length = ("max_length", 64) if family == "siglip" else (True, 24)
+        tokens = transformers.AutoTokenizer.from_pretrained(folders[family])(
+            TEXTS, padding=padding, max_length=length, truncation=True, return_tensors="pt"
+        )
+        if family == "siglip":
+            del tokens["attention_mask"]
+        tokens.pop("token_type_ids", None)
+        with torch.no_grad():
+            expected = own(pixel_values=processed(folders[family], images), **tokens).logits_per_image
+            found = model.logits(model.encode_image(floats(images)), model.encode_text(TEXTS))
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+WIDE = [(48, 64), (20, 20), (33, 47), (37, 101), (224, 224), (40, 32)]
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+@pytest.mark.parametrize(("height", "width"), [*WIDE, (100, 37), (64, 40)])
+def test_other_sizes_differ_by_rounding(folders: dict[str, Path], family: str, height: int, width: int) -> None:
+    """The bound of `Preprocess`: 1.1/255. Tall images hold no extremes, as Pillow 13 turns its passes there."""
+    low, high = (0, 255) if (height, width) in WIDE else (64, 191)
+    images = pictures(4, height, width, low, high)
+    model = word(folders, family)
+    network = model.network
+    assert isinstance(network, TransformersEncoder)
+    expected, found = processed(folders[family], images), network.preprocess(floats(images))
+    assert found.shape == expected.shape == (4, 3, 32, 32)
+    std = torch.tensor(network.preprocess.std).view(1, 3, 1, 1)
+    assert float(((found - expected) * std).abs().max()) * 255 < 1.1
+    with torch.no_grad():
+        wanted = reference(folders[family]).get_image_features(pixel_values=expected).pooler_output
+        assert float(F.cosine_similarity(model.encode_image(floats(images)), wanted).min()) > 0.9995
+
+
+def test_resizing_stays_in_range_and_passes_gradients(folders: dict[str, Path]) -> None:
+    network = word(folders, "siglip").network
+    assert isinstance(network, TransformersEncoder)
+    images = floats(pictures(2, 50, 21)).round().requires_grad_(True)  # black and white: the worst overshoots
+    pixels = network.preprocess(images)
+    assert pixels.min() >= -1.0 and pixels.max() <= 1.0  # mean 0.5, std 0.5
+    pixels.sum().backward()
+    assert images.grad is not None and bool(images.grad.flatten(1).any(1).all())
+
+
+# --- The contract ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_contract_of_a_model(folders: dict[str, Path], family: str) -> None:
+    check_model(word(folders, family))
+
+
+def test_the_contract_of_fresh_and_wrapped_models(folders: dict[str, Path]) -> None:
+    fresh = small(folders["tokenizer"])
+    check_model(fresh)
+    check_model(BitDepth(fresh, bits=5))
+    assert BitDepth(fresh).differentiable is False and fresh.differentiable is True
+    if WEIGHTS.is_dir():
+        check_model(Tiny())
+
+
+def test_a_purifier_is_attacked_as_if_it_were_the_identity(folders: dict[str, Path]) -> None:
+    base = word(folders, "clip")
+    model = BitDepth(base, bits=2)
+    prompts = Prompts.of(("red circle", "blue star"), ("a photo of a {}",))
+    images, goal = floats(pictures(3, 32, 32)), Untargeted(torch.tensor([0, 1, 0]))
+    pure = model.purify(images)
+    assert len(pure.unique()) == 4 and float((pure - images).abs().max()) <= 0.5 / 3 + 1e-6
+    found, losses, _ = ImageVictim(model.classifier(prompts)).ascend(images, goal)
+    expected, expected_losses, _ = ImageVictim(base.classifier(prompts)).ascend(pure, goal)
+    other, _, _ = ImageVictim(base.classifier(prompts)).ascend(images, goal)
+    assert torch.allclose(found, expected, atol=1e-6) and torch.allclose(losses, expected_losses, atol=1e-5)
+    assert not torch.allclose(found, other, atol=1e-4)
+    with pytest.raises(CrossguardError, match="1 to 8 bits"):
+        BitDepth(base, bits=0)
+
+
+def test_a_classifier_averages_unit_embeddings_over_templates(folders: dict[str, Path]) -> None:
+    model = word(folders, "clip")
+    prompts = Prompts.of(("red circle", "star"), ("a photo of a {}", "{}", "the {} thing"))
+    images = floats(pictures(2, 32, 32))
+    with torch.no_grad():
+        rows = [F.normalize(model.encode_text(list(texts)), dim=1).mean(0) for texts in prompts.texts]
+        cosines = F.normalize(model.encode_image(images), dim=1) @ F.normalize(torch.stack(rows), dim=1).T
+        assert torch.allclose(model.classifier(prompts)(images), model.network.scale * cosines, atol=1e-4)
+    assert not model.class_embeddings(prompts).requires_grad
+
+
+# --- Sharing, reading again, freezing ---
+
+
+def test_equal_words_share_one_frozen_network(folders: dict[str, Path]) -> None:
+    first, second = word(folders, "clip"), word(folders, "clip")
+    assert first is not second and first.network is second.network
+    assert not first.network.training and not any(p.requires_grad for p in first.network.parameters())
+    trainable = first.load()
+    assert trainable is not first.network and all(p.requires_grad for p in trainable.parameters())
+
+
+def test_a_rewritten_checkpoint_is_read_again(tmp_path: Path) -> None:
+    model = HuggingFace(str(save_clip(tmp_path / "x", seed=0)))
+    images = floats(pictures(1, 32, 32))
+    before, network = model.encode_image(images), model.network
+    assert model.network is network
+    save_clip(tmp_path / "x", seed=1)
+    assert model.network is not network and not torch.allclose(model.encode_image(images), before)
+    network = model.network
+    processor = json.loads((tmp_path / "x/preprocessor_config.json").read_text())
+    (tmp_path / "x/preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.0, 0.0, 0.0]}))
+    assert model.network is not network
+
+
+def test_saving_and_loading_changes_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    images = floats(pictures(2, 32, 32))
+    for family in FAMILIES:
+        model = word(folders, family)
+        model.load().save(tmp_path / family)
+        again = HuggingFace(str(tmp_path / family))
+        assert torch.equal(model.encode_image(images), again.encode_image(images))
+        assert torch.equal(model.encode_text(TEXTS), again.encode_text(TEXTS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_has_one_tower(folders: dict[str, Path], family: str) -> None:
+    network = word(folders, family).load()
+    towers = network.towers()
+    everything = [id(parameter) for named in towers.values() for parameter in named.values()]
+    assert sorted(everything) == sorted(id(parameter) for parameter in network.parameters())
+    assert len(towers["head"]) == (2 if family == "siglip" else 1)
+    for tower, given in (("image", None), ("text", ["a red star"])):
+        network.zero_grad(set_to_none=True)
+        made = network.encode_image(floats(pictures(2, 32, 32))) if given is None else network.encode_text(given)
+        made.sum().backward()
+        touched = {name for name, named in towers.items() if any(p.grad is not None for p in named.values())}
+        assert touched == {tower}
+
+
+def test_frozen_gives_back_what_it_took(folders: dict[str, Path]) -> None:
+    network = word(folders, "clip").load()
+    fixed = next(network.parameters()).requires_grad_(False)
+    with pytest.raises(KeyError), frozen(network):  # noqa: PT012
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        raise KeyError
+    assert not fixed.requires_grad and sum(not p.requires_grad for p in network.parameters()) == 1
+
+
+def test_fresh_models_are_what_their_word_says(folders: dict[str, Path]) -> None:
+    def weights(model: VisionLanguageModel) -> Tensor:
+        assert isinstance(model, Fresh)
+        return torch.cat([parameter.detach().flatten() for parameter in model.load().parameters()])
+
+    state = torch.random.get_rng_state()
+    one = weights(small(folders["tokenizer"]))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(one, weights(small(folders["tokenizer"])))
+    assert not torch.equal(one, weights(small(folders["tokenizer"], seed=1)))
+    for wrong in ({"widths": (8,)}, {"patch": 0}, {"text_width": 33}, {"widths": (), "depths": ()}):
+        with pytest.raises(CrossguardError):
+            Fresh(**wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CrossguardError, match="no tokenizer folder 'nowhere'"):
+        Fresh(tokenizer="nowhere").load()
+
+
+# --- What is no model ---
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
+    shutil.copytree(folders["clip"], tmp_path / "shape")
+    return tmp_path / "shape"
+
+
+def test_a_path_that_is_no_checkpoint(tmp_path: Path, copy: Path) -> None:
+    assert "there is no folder" in refused(tmp_path / "missing")
+    assert "the path of the model is empty" in refused("")
+    assert "is a file; give the folder" in refused(copy / "model.safetensors")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(tmp_path / "empty")
+    (copy / "model.safetensors").unlink()
+    assert "holds no weights" in refused(copy)
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    assert "only pytorch_model.bin, a pickle file, which is never read" in refused(copy)
+
+
+def test_another_architecture(tmp_path: Path, folders: dict[str, Path]) -> None:
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    assert "holds a 'bert' model, which is no dual encoder" in refused(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folders["tokenizer"]).save_pretrained(tmp_path)
+    assert "holds a 'bert' model, which is no dual encoder" in refused(tmp_path)
+    change_config(tmp_path, model_type="nonsense")
+    assert "cannot be read" in refused(tmp_path)
+
+
+def test_weights_that_do_not_fit(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    dropped = {name: tensor for name, tensor in weights.items() if name != "visual_projection.weight"}
+    save_file(dropped, copy / "model.safetensors", {"format": "pt"})
+    assert "lack 1 tensors of its architecture, e.g. 'visual_projection.weight'" in refused(copy)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    HuggingFace(str(copy)).load()
+    change_config(copy, projection_dim=20)
+    assert "have other shapes than its config.json says" in refused(copy)
+
+
+def test_damaged_weights(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    weights, data = load_file(path), path.read_bytes()
+    for value in (float("nan"), float("inf")):
+        broken = weights | {"text_projection.weight": torch.full_like(weights["text_projection.weight"], value)}
+        save_file(broken, path, {"format": "pt"})
+        assert "'text_projection.weight' holds NaN or infinite values" in refused(copy)
+    for cut in (0, 4, 1000, len(data) - 1):
+        path.write_bytes(data[:cut])
+        assert f"the checkpoint in {copy} cannot be read" in refused(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_damaged_or_missing_parts(copy: Path, name: str) -> None:
+    (copy / name).write_text("{")
+    refused(copy)
+    (copy / name).unlink()
+    for other in ("tokenizer_config.json", "vocab.json", "merges.txt"):
+        if name == "tokenizer.json":
+            (copy / other).unlink(missing_ok=True)
+    expected = {"config.json": "no config.json", "tokenizer.json": "holds no tokenizer"}.get(name, "cannot be read")
+    assert expected in refused(copy)
+
+
+@pytest.mark.parametrize("offline", ["1", "0"])
+def test_a_hub_id_without_network_is_one_quick_sentence(tmp_path: Path, offline: str) -> None:
+    """An address where nobody listens stands for the missing network."""
+    code = "import crossguard; crossguard.HuggingFace('somebody/some-clip').load()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True, text=True, check=False, timeout=15,
+    )  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert "'somebody/some-clip' is neither a folder here nor complete in the hub cache" in last
+    assert "hf download somebody/some-clip" in last and "Retry" not in done.stderr + done.stdout
+
+
+# --- The real size ---
+
+FULL = """
+import resource, sys, torch
+import crossguard
+torch.set_num_threads(2)
+model = crossguard.HuggingFace(sys.argv[1])
+prompts = crossguard.Prompts.of(("red circle", "green square", "star"), ("a photo of a {}",))
+images = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+logits = model.classifier(prompts)(images)
+assert logits.shape == (4, 3) and bool(torch.isfinite(logits).all())
+print(sum(p.numel() for p in model.network.parameters()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_model_of_full_size_in_little_memory(tmp_path: Path) -> None:
+    """A CLIP of the size of ViT-B/32 is loaded and asked about a handful of images."""
+    save_clip(tmp_path)  # for the tokenizer
+    config = transformers.CLIPConfig()  # ViT-B/32
+    config.text_config.bos_token_id, config.text_config.eos_token_id = 52, 53
+    with torch.device("meta"):
+        model = transformers.CLIPModel(config)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            block = torch.randn(4096) * 0.02  # repeated: drawing 150 million numbers takes seconds
+            parameter.copy_(block.repeat(parameter.numel() // 4096 + 1)[: parameter.numel()].view_as(parameter))
+            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "layrnorm.weight")):
+                parameter.fill_(1.0)
+        for part in (model.text_model, model.vision_model):
+            embeddings = part.embeddings
+            embeddings.position_ids.copy_(torch.arange(embeddings.position_ids.shape[1]))
+    model.save_pretrained(tmp_path)
+    del model
+    transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    size = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+    own = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own | size))
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    parameters, kilobytes = map(int, done.stdout.split())
+    assert parameters > 150_000_000
+    assert kilobytes < 6_000_000
+
+
+def test_importing_models_needs_no_torchvision() -> None:
+    code = "import sys; sys.modules['torchvision'] = None; import crossguard; crossguard.HuggingFace; crossguard.Fresh"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert crossguard.HuggingFace is HuggingFace
