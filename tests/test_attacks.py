@@ -83,7 +83,9 @@ class Averaging(ImageAttack):
 
 
 @pytest.mark.parametrize(
-    ("attack", "broken"), [(Lazy(), "did not lower"), (Greedy(), "broke its budget"), (Averaging(), "its batch")], ids=str
+    ("attack", "broken"),
+    [(Lazy(), "did not lower"), (Greedy(), "broke its budget"), (Averaging(), "its batch")],
+    ids=str,
 )
 def test_the_contract_catches(attack: ImageAttack, broken: str) -> None:
     with pytest.raises((AssertionError, CrossguardError), match=broken):
@@ -232,7 +234,12 @@ def test_tiny_losses_do_not_vanish_in_a_large_batch() -> None:
 
 def test_a_victim_that_answers_nan_is_refused() -> None:
     with pytest.raises(CrossguardError, match="not finite"):
-        PGD()(lambda images: images.flatten(1)[:, :3] * float("nan"), middle(2), Untargeted(torch.tensor([0, 1])), Linf(0.1))
+        PGD()(
+            lambda images: images.flatten(1)[:, :3] * float("nan"),
+            middle(2),
+            Untargeted(torch.tensor([0, 1])),
+            Linf(0.1),
+        )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +255,10 @@ def test_a_victim_that_answers_nan_is_refused() -> None:
         (lambda: PGD(best=False), "add stop=False"),
         (lambda: PGD().spends(Words(1)), "allows no change of pixels"),
         (lambda: Joint().spends(Linf(0.1)), "allows no change of texts"),
-        (lambda: Untargeted(torch.tensor([0])).climbing(Margin()) and Drift(torch.ones(1, 2)).climbing(Margin()), "its own"),
+        (
+            lambda: Untargeted(torch.tensor([0])).climbing(Margin()) and Drift(torch.ones(1, 2)).climbing(Margin()),
+            "its own",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make, message: str) -> None:  # noqa: ANN001
@@ -281,7 +291,12 @@ def test_budgets(budget: Linf | L2) -> None:
 
 def test_characters_count_as_levenshtein() -> None:
     budget = crossguard.Characters(3)
-    assert [budget.size(a, b) for a, b in [("kitten", "sitting"), ("", "abc"), ("cat", "cat"), ("cats", "cat")]] == [3, 3, 0, 1]
+    assert [budget.size(a, b) for a, b in [("kitten", "sitting"), ("", "abc"), ("cat", "cat"), ("cats", "cat")]] == [
+        3,
+        3,
+        0,
+        1,
+    ]
 
 
 def test_noise_belongs_to_the_sample() -> None:

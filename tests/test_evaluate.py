@@ -91,7 +91,9 @@ def test_a_clean_report_is_the_argmax_of_the_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    "attack", [PGD(steps=5), Substitute(), Independent(PGD(steps=5)), Joint(PGD(steps=5))], ids=lambda a: type(a).__name__
+    "attack",
+    [PGD(steps=5), Substitute(), Independent(PGD(steps=5)), Joint(PGD(steps=5))],
+    ids=lambda a: type(a).__name__,
 )
 def test_results_do_not_depend_on_the_batch_size(attack) -> None:
     budget = Both(Linf(8 / 255), Words(1))
@@ -126,9 +128,7 @@ def test_text_attacks_rewrite_every_class_once() -> None:
     prompts = TASK.data.prompts()
     rewritten = prompts.rewritten(Rewrite().search(None, prompts.flat, None, Words(1), []))
     batch = next(TASK.batches(60, range(60)))
-    assert np.array_equal(
-        report.outcomes.adversarial, Mean().classifier(rewritten)(batch.images).argmax(1).numpy()
-    )
+    assert np.array_equal(report.outcomes.adversarial, Mean().classifier(rewritten)(batch.images).argmax(1).numpy())
     assert np.array_equal(report.outcomes.size, np.ones(60))
     with pytest.raises(CrossguardError, match="broke its budget"):
         evaluate(TASK, Mean(), Rewrite(), Words(0))
@@ -152,7 +152,10 @@ def test_joint_is_not_weaker_than_independent() -> None:
 def test_the_surrogate_says_what_the_adversary_knows() -> None:
     base, budget = Mean(), Linf(4 / 255)
     defended = BitDepth(base, bits=3)
-    kinds = {surrogate: question(TASK, defended, PGD(), budget, surrogate)["knowledge"] for surrogate in (None, base, Mean(5.0))}
+    kinds = {
+        surrogate: question(TASK, defended, PGD(), budget, surrogate)["knowledge"]
+        for surrogate in (None, base, Mean(5.0))
+    }
     assert list(kinds.values()) == ["white box", "gray box", "transfer"]
     white = evaluate(TASK, base, PGD(steps=5), budget)
     gray = evaluate(TASK, defended, PGD(steps=5), budget, surrogate=base)
@@ -164,7 +167,10 @@ def test_the_question_holds_what_matters_and_nothing_else() -> None:
     both = Both(Linf(8 / 255), Words(1))
     assert question(TASK, Mean(), PGD(), both) == question(TASK, Mean(), PGD(), Linf(8 / 255))
     assert question(TASK, Mean(), None, both) == question(TASK, Mean(), None, None)
-    assert question(TASK, Mean(), PGD(), both)["attack"] == "PGD(steps=10, step=0.25, momentum=0.0, random_start=True, restarts=1, best=True, stop=True, loss=None)"
+    assert (
+        question(TASK, Mean(), PGD(), both)["attack"]
+        == "PGD(steps=10, step=0.25, momentum=0.0, random_start=True, restarts=1, best=True, stop=True, loss=None)"
+    )
     assert question(TASK, Mean(), PGD(), both, seed=1) != question(TASK, Mean(), PGD(), both)
     for name in ("task", "attack", "budget"):
         text = question(TASK, Mean(), Joint(), both)[name]

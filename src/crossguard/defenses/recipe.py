@@ -150,7 +150,8 @@ class Recipe(ABC):
             )
         folder = Path(out)
         question = {"recipe": show(self), "model": show(model), "data": show(data)}
-        with _owned(folder):
+        # A `Fit` may be asked for its network in the middle of an evaluation, where gradients are off.
+        with _owned(folder), torch.enable_grad():
             if _finished(folder, question):
                 return HuggingFace(str(folder))
             return _Run(self, model, data, folder, question).train()

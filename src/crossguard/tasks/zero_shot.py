@@ -150,19 +150,22 @@ def _doubts(prompts: Prompts) -> list[str]:
 
 
 def _text_notes(flat: list[str], prompts: Prompts, rivals: Sequence[frozenset[str]]) -> list[str]:
-    clean = prompts.flat
+    clean, notes = prompts.flat, []
     struck = collisions(flat, clean, rivals)
-    notes = []
     if any(struck):
         first = struck.index(True)
         notes.append(
-            f"{sum(struck)} of {len(flat)} adversarial prompts name another class ({clean[first]!r} became {flat[first]!r}): "
-            "the right answer to them is arguable, so the number is ill-posed; forbid them with "
+            f"{sum(struck)} of {len(flat)} adversarial prompts name another class ({clean[first]!r} became "
+            f"{flat[first]!r}): the right answer to them is arguable, so the number is ill-posed; forbid them with "
             "Substitute(collisions='forbid')"
         )
-    changed = sum(new != old for new, old in zip(flat, clean, strict=True))
-    if changed < len(flat):
+    same = len(flat) - len(set(flat)) - (len(clean) - len(set(clean)))
+    if same > 0:
         notes.append(
-            f"{len(flat) - changed} of {len(flat)} prompts stayed as they were: the attack found no candidate for them"
+            f"{same} of {len(flat)} adversarial prompts equal that of another class, so no model can tell those classes "
+            "apart; a smaller word budget or another candidate source avoids it"
         )
+    unchanged = sum(new == old for new, old in zip(flat, clean, strict=True))
+    if unchanged:
+        notes.append(f"{unchanged} of {len(flat)} prompts stayed as they were: the attack found no candidate for them")
     return notes
