@@ -2,8 +2,9 @@
 
     python benchmarks/training.py
 
-Both compute the symmetric in-batch loss and its gradient on a batch of CIFAR-10's kind (many images, ten classes); the values
-and gradients are compared before anything is timed. The text attack is in both: once per distinct prompt against once per image.
+Both compute the symmetric in-batch loss and its gradient on a batch of CIFAR-10's kind (many images, ten classes); the
+values and gradients are compared before anything is timed. The text attack is in both: once per distinct prompt against
+once per image, as the released MMCoA code does it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def main() -> None:
     assert torch.allclose(distinct(), duplicated(), rtol=1e-5)
     ratios = paired(lambda: duplicated().backward(), lambda: distinct().backward(), options.runs)
     print(
-        f"one MMCoA loss and gradient on {options.batch} images of {len(set(labels.tolist()))} classes, {options.runs} pairs"
+        f"one MMCoA loss and gradient on {options.batch} images of {len(set(labels.tolist()))} classes, "
+        f"{options.runs} pairs"
     )
     print("ratio per pair: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
     print(json.dumps({"duplicated_over_distinct_prompts": round(statistics.median(ratios), 2)}))

@@ -60,14 +60,14 @@ def test_contract_of_the_settings_of_pgd(attack: PGD) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Lazy(ImageAttack):
-    def search(self, victim, clean, goal, budget, seeds):  # noqa: ANN001, ANN201
+    def search(self, victim, clean, goal, budget, seeds):
         victim(clean)
         return clean
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy(ImageAttack):
-    def search(self, victim, clean, goal, budget, seeds):  # noqa: ANN001, ANN201
+    def search(self, victim, clean, goal, budget, seeds):
         gradient, _, _ = victim.ascend(clean, goal)
         return (clean + 2 * budget.eps * budget.ascent(gradient)).clamp(0, 1)
 
@@ -76,7 +76,7 @@ class Greedy(ImageAttack):
 class Averaging(ImageAttack):
     """Its noise belongs to the batch, not to the sample."""
 
-    def search(self, victim, clean, goal, budget, seeds):  # noqa: ANN001, ANN201
+    def search(self, victim, clean, goal, budget, seeds):
         noise = torch.rand(clean.shape, generator=torch.Generator().manual_seed(len(clean)))
         gradient, _, _ = victim.ascend(clean, goal)
         return budget.project(clean + budget.eps * (budget.ascent(gradient) + 0.1 * noise), clean)
@@ -261,7 +261,7 @@ def test_a_victim_that_answers_nan_is_refused() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused(make, message: str) -> None:  # noqa: ANN001
+def test_what_cannot_be_is_refused(make, message: str) -> None:
     with pytest.raises(CrossguardError, match=message):
         make()
 

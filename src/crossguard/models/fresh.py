@@ -86,7 +86,7 @@ class Fresh(Checkpoint):
             max_position_embeddings=32,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-            # The usual 0.02 is for widths of 768; here it makes all texts alike (cosine 0.99999) and learning starts late.
+            # The usual 0.02 is for widths of 768; here it makes all texts alike (cosine 0.99999): learning starts late.
             initializer_range=self.text_width**-0.5,
         )
         config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(

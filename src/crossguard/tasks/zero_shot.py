@@ -144,8 +144,8 @@ def _doubts(prompts: Prompts) -> list[str]:
     if not twice:
         return []
     return [
-        f"{len(twice)} class name(s) occur more than once ({', '.join(twice[:3])}): those classes cannot be told apart, so "
-        "accuracy is bounded below 100 %; give them different names"
+        f"{len(twice)} class name(s) occur more than once ({', '.join(twice[:3])}): those classes cannot be told "
+        "apart, so accuracy is bounded below 100 %; give them different names"
     ]
 
 
@@ -162,8 +162,8 @@ def _text_notes(flat: list[str], prompts: Prompts, rivals: Sequence[frozenset[st
     same = len(flat) - len(set(flat)) - (len(clean) - len(set(clean)))
     if same > 0:
         notes.append(
-            f"{same} of {len(flat)} adversarial prompts equal that of another class, so no model can tell those classes "
-            "apart; a smaller word budget or another candidate source avoids it"
+            f"{same} of {len(flat)} adversarial prompts equal that of another class, so no model can tell those "
+            "classes apart; a smaller word budget or another candidate source avoids it"
         )
     unchanged = sum(new == old for new, old in zip(flat, clean, strict=True))
     if unchanged:
