@@ -2,9 +2,10 @@
 
     python scripts/train_tiny.py --out runs/tiny
 
-Three stages, about half an hour on one core: the names of shapes first, because a contrastive loss on captions alone sits
-on a long plateau there (it finds colors at once and shapes late), then captions at two learning rates. The result is
-checked against the bars of the project and only then copied to the folder of --ship (`src/crossguard/assets/tiny`).
+Three stages, about half an hour on one core: the names of shapes first, because a contrastive loss on captions alone
+    sits on a long plateau there (it finds colors at once and shapes late), then captions at two learning rates. The
+    result is checked against the bars of the project and only then copied to the folder of --ship
+    (`src/crossguard/assets/tiny`).
 """
 
 from __future__ import annotations
