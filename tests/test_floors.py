@@ -13,7 +13,7 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, listed in enumerate(
         (
-            "shapes words errors seeds files",
+            "shapes words errors seeds files hub",
             "budgets goals data report",
             "models attacks datasets",
             "defenses tasks",

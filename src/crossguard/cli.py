@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from crossguard.report import Report
 
 
+_UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy of click inside newer typers
+
+
 class _Group(TyperGroup):
     """All commands, with one place where errors become sentences."""
 
@@ -45,6 +48,9 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             _say("crossguard: interrupted; run the same command to continue")
             raise typer.Exit(130) from None
+        except _UsageError as error:
+            command = error.ctx.command_path if error.ctx is not None else "crossguard"
+            sentence = f"{' '.join(error.format_message().split()).rstrip('.')}; see '{command} --help'"
         except CrossguardError as error:
             sentence = str(error)
             _debug()
@@ -348,7 +354,8 @@ def _at_least(option: str, value: int | None, least: int) -> None:
     from crossguard.words import LARGEST
 
     if value is not None and not least <= value <= LARGEST:
-        raise CrossguardError(f"{option} must be a whole number of at least {least}, not {value}")
+        most = f" and at most {LARGEST}" if value > LARGEST else ""
+        raise CrossguardError(f"{option} must be a whole number of at least {least}{most}, not {value}")
 
 
 def _skipping(option: str, word: Any) -> Any:

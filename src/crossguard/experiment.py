@@ -52,7 +52,7 @@ def read(kind: str, text: str, known: Mapping[str, Any] | None = None) -> Any:
     if not isinstance(value, wanted):
         article = "an" if kind[0] in "aeiou" else "a"
         raise CrossguardError(
-            f"{words.show(value, short=True)} is not {article} {kind}; see the list of 'crossguard words'"
+            f"{words.show(value, short=True)} is not {article} {kind.lower()}; see the list of 'crossguard words'"
         )
     return value
 
@@ -300,7 +300,8 @@ def _axis(path: Path, kind: str, value: object, known: Mapping[str, Any]) -> dic
 
 def _number(path: Path, name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= words.LARGEST:
-        raise CrossguardError(f"{path}: {name} must be a whole number of at least {least}, not {value!r}")
+        most = f" and at most {words.LARGEST}" if isinstance(value, int) and value > words.LARGEST else ""
+        raise CrossguardError(f"{path}: {name} must be a whole number of at least {least}{most}, not {value!r}")
     return value
 
 

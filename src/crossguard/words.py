@@ -212,7 +212,9 @@ class _Reader:
         positional = [field for field in takes if field.positional]
         if len(args) > len(positional):
             most = f"at most {len(positional)} ({', '.join(f.name for f in positional)})" if positional else "none"
-            raise WordError(f"{name} was given {len(args)} values without a name and takes {most}")
+            raise WordError(
+                f"{name} was given {len(args)} value{'s' * (len(args) > 1)} without a name and takes {most}"
+            )
         for field, node in zip(positional, args, strict=False):
             given[field.name] = self.read(node, depth + 1)
         for keyword in keywords:

@@ -16,6 +16,7 @@ from crossguard.errors import CrossguardError
 from crossguard.goals import Drift, Goal
 from crossguard.seeds import by_position
 from crossguard.shapes import Embeddings, Images, Labels, PerImage, Seeds
+from crossguard.words import WordError, show
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,14 @@ class Attack(ABC):
         image = budget.image if "image" in self.on else None
         text = budget.text if "text" in self.on else None
         if "image" in self.on and image is None:
-            raise CrossguardError(f"{self} changes pixels, but {budget} allows no change of pixels; try 'Linf(8/255)'")
+            raise CrossguardError(
+                f"{spelled(self)} changes pixels, but {spelled(budget)} allows no change of pixels; try 'Linf(8/255)'"
+            )
         if "text" in self.on and text is None:
             hint = "'Words(1)'" if self.on == ("text",) else "'Both(Linf(8/255), Words(1))'"
-            raise CrossguardError(f"{self} changes texts, but {budget} allows no change of texts; try {hint}")
+            raise CrossguardError(
+                f"{spelled(self)} changes texts, but {spelled(budget)} allows no change of texts; try {hint}"
+            )
         return image, text
 
 
@@ -152,7 +157,9 @@ class ImageAttack(Attack):
             seeds: one key per sample for its noise; by position in the batch, if not given.
         """
         if not isinstance(budget, PixelBudget):
-            raise CrossguardError(f"{self} changes pixels, but {budget} is no budget of pixels; try 'Linf(8/255)'")
+            raise CrossguardError(
+                f"{spelled(self)} changes pixels, but {budget!r} is no budget of pixels; try 'Linf(8/255)'"
+            )
         if not isinstance(victim, ImageVictim):
             victim = ImageVictim(victim)
         seeds = by_position(len(clean)) if seeds is None else seeds
@@ -193,7 +200,9 @@ class TextAttack(Attack):
             return []
         budget = Words(1) if budget is None else budget
         if not isinstance(budget, TextBudget):
-            raise CrossguardError(f"{self} changes texts, but {budget} is no budget of texts; try 'Words(1)'")
+            raise CrossguardError(
+                f"{spelled(self)} changes texts, but {budget!r} is no budget of texts; try 'Words(1)'"
+            )
         if rivals is not None and len(rivals) != len(texts):
             raise CrossguardError(f"{len(rivals)} sets of rival words were given for {len(texts)} texts")
         with torch.no_grad():
@@ -210,3 +219,11 @@ class TextAttack(Attack):
         budget: TextBudget,
         rivals: Sequence[frozenset[str]],
     ) -> list[str]: ...
+
+
+def spelled(word: Attack | Budget) -> str:
+    """The word as a user would write it; what is no word (a class of one's own) as Python shows it."""
+    try:
+        return show(word, short=True)
+    except WordError:
+        return str(word)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossguard.errors import CrossguardError
+from crossguard.hub import ask_hub, cached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -386,6 +387,8 @@ def _load(path: str) -> _Network:
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
     where, shown = _place(path)
+    if not Path(where).is_dir() and not cached(where):
+        ask_hub(where)  # at once, where transformers would try again for half a minute
     try:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as problem:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from crossguard.attacks.base import TextAttack, TextVictim
+from crossguard.attacks.base import TextAttack, TextVictim, spelled
 from crossguard.attacks.candidates import CandidateSource, MaskedLM, Proposals, core
 from crossguard.budgets import TextBudget, Words
 from crossguard.errors import CrossguardError
@@ -75,7 +75,9 @@ class Substitute(TextAttack):
         rivals: Sequence[frozenset[str]],
     ) -> list[str]:
         if not isinstance(budget, Words):
-            raise CrossguardError(f"{self} replaces whole words, but {budget} counts something else; try 'Words(1)'")
+            raise CrossguardError(
+                f"{spelled(self)} replaces whole words, but {budget} counts something else; try 'Words(1)'"
+            )
         if budget.count == 0:
             return clean
         proposals = self.source.propose(clean, self.top, self.threshold, self.coattack_compat)

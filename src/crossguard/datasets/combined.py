@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from crossguard.data import Dataset, spread
-from crossguard.datasets.pixels import fitted, given
+from crossguard.datasets.pixels import check_size, fitted, given
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Labels
 
@@ -84,8 +84,7 @@ class Concat(Dataset):
             raise CrossguardError(
                 "there is nothing to put together; give datasets, as in Concat((CIFAR10(), CIFAR100()))"
             )
-        if self.size is not None and self.size < 1:
-            raise CrossguardError(f"an image size of {self.size} pixels is not possible; give 1 or more, or None")
+        check_size(self.size)
         return tuple(accumulate(len(part) for part in self.parts))
 
     @cached_property

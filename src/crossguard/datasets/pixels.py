@@ -25,6 +25,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # never EPS and the lik
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ROTATED = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})  # where an orientation may be noted
 
+LARGEST_SIDE = 8192  # of a resized image: some 200 MB of pixels
+
 Held = TypeVar("Held")
 
 
@@ -102,6 +104,14 @@ def fitted(image: Image.Image, size: int | None) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def check_size(size: int | None) -> None:
+    """Raises where no image of this side can be made, or none that memory would hold."""
+    if size is not None and not 1 <= size <= LARGEST_SIDE:
+        raise CrossguardError(
+            f"an image size of {size} pixels is not possible; give a size from 1 to {LARGEST_SIDE}, or None"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,8 +193,7 @@ class Decoded(Dataset):
     @cached_property
     def opened(self) -> Opened:
         """The source behind the word."""
-        if self.size is not None and self.size < 1:
-            raise CrossguardError(f"an image size of {self.size} pixels is not possible; give 1 or more, or None")
+        check_size(self.size)
         return self._open()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -82,3 +82,6 @@ def _check(optimizer: Adam | AdamW | SGD) -> None:
         raise CrossguardError(
             f"{type(optimizer).__name__}(weight_decay={optimizer.weight_decay}) is not possible; give 0 or more"
         )
+    betas = getattr(optimizer, "betas", ())
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise CrossguardError(f"{type(optimizer).__name__}(betas={betas}) is not possible; give two from 0 to below 1")

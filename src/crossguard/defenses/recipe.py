@@ -50,7 +50,14 @@ class Augment:
     flip: bool = True
     shift: int = 4
 
+    def __post_init__(self) -> None:
+        if self.shift < 0:
+            raise CrossguardError(f"Augment(shift={self.shift}) is not possible; give 0 or more pixels")
+
     def __call__(self, images: Images, seeds: Seeds) -> Images:
+        if self.shift >= min(images.shape[-2:]):
+            size = tuple(images.shape[-2:])
+            raise CrossguardError(f"Augment(shift={self.shift}) is too far for images of {size} pixels; lower it")
         chance = uniform(seeds, (3,))
         if self.flip:
             images = torch.where((chance[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
@@ -133,6 +140,10 @@ class Recipe(ABC):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise CrossguardError(f"{name}({field}={value}) is not possible; give 1 or more")
+        if self.warmup < 0:
+            raise CrossguardError(f"{name}(warmup={self.warmup}) is not possible; give 0 or more steps")
+        if self.clip is not None and not self.clip > 0:
+            raise CrossguardError(f"{name}(clip={self.clip}) trains nothing; give a positive norm, or None")
 
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
@@ -146,7 +157,7 @@ class Recipe(ABC):
         """
         if not isinstance(model, Checkpoint):
             raise CrossguardError(
-                f"{show(model)} has no network of its own to train; train its base and wrap the result"
+                f"{show(model, short=True)} has no network of its own to train; train its base and wrap the result"
             )
         folder = Path(out)
         question = {"recipe": show(self), "model": show(model), "data": show(data)}
@@ -453,9 +464,11 @@ class _Run:
             raise CrossguardError(f"{path} is damaged ({error}); delete it to start the training again") from error
         if question != self.question:
             raise CrossguardError(_other_run(self.folder))
-        self.network.load_state_dict(
-            {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        )
+        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        try:
+            self.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CrossguardError(f"{path} is not of this model; delete it to start the training again") from error
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):

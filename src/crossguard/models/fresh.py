@@ -57,6 +57,12 @@ class Fresh(Checkpoint):
             < 1
         ):
             raise CrossguardError("every size of Fresh must be 1 or more")
+        smallest = self.patch * 2 ** (len(self.widths) - 1)  # each stage after the first halves the image
+        if self.size < smallest:
+            raise CrossguardError(
+                f"Fresh(size={self.size}) is not possible; {len(self.widths)} stages on patches of {self.patch} need "
+                f"at least {smallest} pixels"
+            )
         if self.text_width % 32:
             raise CrossguardError(f"Fresh(text_width={self.text_width}) is not possible; give a multiple of 32")
 
@@ -67,7 +73,12 @@ class Fresh(Checkpoint):
         folder = VOCABULARY if self.tokenizer == "embedded" else Path(self.tokenizer)
         if not folder.is_dir():
             raise CrossguardError(f"there is no tokenizer folder {str(folder)!r}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # transformers raises many kinds; the user needs one sentence
+            raise CrossguardError(
+                f"the folder {str(folder)!r} holds no tokenizer that can be read; give one with tokenizer.json"
+            ) from error
         image = transformers.ConvNextConfig(
             patch_size=self.patch,
             hidden_sizes=list(self.widths),

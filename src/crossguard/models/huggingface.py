@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossguard.errors import CrossguardError
+from crossguard.hub import ask_hub
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, check_finite
 from crossguard.shapes import Embeddings, Images
 
@@ -88,9 +88,10 @@ class TransformersEncoder(DualEncoder):
         return towers
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, safe_serialization=True)
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        with _quiet():
+            self.model.save_pretrained(folder, safe_serialization=True)
+            self.tokenizer.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
 
 
 def _load(path: str) -> DualEncoder:
@@ -102,7 +103,7 @@ def _load(path: str) -> DualEncoder:
             except OSError:
                 if Path(path).is_dir():
                     raise
-                _ask_hub(path)
+                ask_hub(path)
                 return _read(path, local=False)
     except (CrossguardError, MemoryError):
         raise
@@ -139,27 +140,10 @@ def _read(path: str, local: bool) -> DualEncoder:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where files are missing
         raise CrossguardError(f"{path} holds no tokenizer; add its files, such as tokenizer.json")
     processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=local)
-    return TransformersEncoder(model, tokenizer, processor).eval()
-
-
-def _ask_hub(path: str) -> None:
-    """Raises unless the hub has this model: one question, where `transformers` would retry for half a minute."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(path, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CrossguardError(
-            f"{path!r} is neither a folder here nor a model of the hub that you may read; "
-            "check the name, or log in with 'hf auth login' if it is private"
-        ) from error
-    except Exception as error:  # no network, no server, or HF_HUB_OFFLINE
-        where = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
-        raise CrossguardError(
-            f"{path!r} is neither a folder here nor complete in the hub cache ({where}), and the hub cannot be "
-            f"reached; download it where there is a network (hf download {path}) and pass the folder"
-        ) from error
+    encoder = TransformersEncoder(model, tokenizer, processor).eval()
+    with torch.no_grad():
+        encoder.encode_text(["a photo"])  # a tokenizer of another model often breaks only when it is used
+    return encoder
 
 
 @contextmanager
@@ -194,6 +178,14 @@ def _check_source(path: str) -> None:
             pickles = sorted(file.name for file in here.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
             found = f"only {pickles[0]}, a pickle file, which is never read" if pickles else "no weights"
             raise CrossguardError(f"{path} holds {found}; convert or download the weights as model.safetensors")
+        for file in here.glob("*.safetensors"):
+            with file.open("rb") as opened:
+                start = opened.read(4)
+            if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+                raise CrossguardError(
+                    f"{file} is a pickle file under another name, which is never read; convert or download the weights "
+                    "as model.safetensors"
+                )
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise CrossguardError(f"there is no folder {path!r}; give the folder of a checkpoint or a hub id")
 
@@ -201,7 +193,7 @@ def _check_source(path: str) -> None:
 def _explain(path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "size mismatch" in text or "mismatched" in text:
-        return f"the weights in {path} have other shapes than its config.json says: {text[:160]}"
+        return f"the weights in {path} have other shapes than its config.json says; fetch both from one place"
     return f"the checkpoint in {path} cannot be read: {text[:200]}"
 
 
