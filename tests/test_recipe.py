@@ -384,8 +384,7 @@ def test_half_precision_beside_full(base: Fresh, tmp_path: Path) -> None:
     assert equal(exact, weights(again)) and not equal(exact, rough)
     assert all(tensor.dtype == rough[name].dtype for name, tensor in exact.items())
     step, off = (
-        torch.cat([(exact[name] - other[name]).float().flatten() for name in exact])
-        for other in (weights(base), rough)
+        torch.cat([(exact[name] - other[name]).float().flatten() for name in exact]) for other in (weights(base), rough)
     )
     assert 0.0 < float(off.norm()) < 0.2 * float(step.norm()), "half precision takes another step than full"
 
