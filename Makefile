@@ -8,7 +8,6 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # Hardens the shipped model with three recipes and measures all four under every attack.
 demo: setup
 	$(BIN)/crossguard run experiments/demo.toml
-	$(BIN)/crossguard table runs/demo
 
 test: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

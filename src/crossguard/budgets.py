@@ -56,7 +56,7 @@ class PixelBudget(Budget):
     def project(self, images: Images, clean: Images) -> Images:
         """Back into the ball around `clean` and into [0, 1]. Clamping to the box moves towards `clean`, so the ball
         still holds."""
-        return (clean + self.shrink(images - clean)).clamp(0.0, 1.0)
+        return self.shrink(images - clean).add_(clean).clamp_(0.0, 1.0)
 
     def check(self, images: Images, clean: Images) -> PerImage:
         """The size of each perturbation; raises when one leaves the ball, the box or the finite numbers.

@@ -105,7 +105,7 @@ class PGD(ImageAttack):
                 norm = gradient.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
                 velocity = self.momentum * velocity + gradient / norm
                 gradient = velocity
-            images = budget.project(images + length * budget.ascent(gradient), clean)
+            images = budget.project(torch.add(images, budget.ascent(gradient), alpha=length), clean)
         if self.best:
             outputs = victim(images)
             found.offer(rows, images, goal.loss(outputs), goal.reached(outputs))
