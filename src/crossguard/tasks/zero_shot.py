@@ -58,14 +58,13 @@ class ZeroShot(Task):
             return _ZeroShotTrial(prompts, prompts, model, None, None, False, notes)
         if budget is None:
             raise CrossguardError(f"{attack} needs a budget, such as 'Linf(8/255)'")
-        pixels, words = attack.spends(budget)
+        _, words = attack.spends(budget)
         crafting = model if surrogate is None else surrogate
         rivals = prompts.rivals()
         flat = attack.rewrite(crafting.encode_text, prompts.flat, budget, rivals)
         if words is not None:
             words.check(flat, prompts.flat)
             notes += _text_notes(flat, prompts, rivals)
-        del pixels
         return _ZeroShotTrial(
             prompts, prompts.rewritten(flat), model, attack, budget, surrogate is not None, notes, crafting
         )
@@ -87,10 +86,9 @@ class _ZeroShotTrial(Trial):
         self.clean = self.model.classifier(self.before)
         self.rewritten = self.clean if same else self.model.classifier(self.after)
         crafting = self.crafting or self.model
-        self.craft_before = self.clean if crafting is self.model else crafting.classifier(self.before)
-        if crafting is self.model:
-            self.craft_after = self.rewritten
-        else:
+        self.craft_before, self.craft_after = self.clean, self.rewritten
+        if crafting is not self.model:
+            self.craft_before = crafting.classifier(self.before)
             self.craft_after = self.craft_before if same else crafting.classifier(self.after)
 
     def answer(self, batch: Labelled, seeds: Seeds) -> Answers:
