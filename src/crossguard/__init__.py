@@ -19,7 +19,7 @@ _EXPORTS = {
     "errors": "CrossguardError",
     "words": "build show WordError",
     "budgets": "Linf L2 Words Characters Both Budget PixelBudget TextBudget",
-    "goals": "Untargeted Targeted Drift CrossEntropy Margin Goal Loss",
+    "goals": "Untargeted Targeted ByWayOf Drift CrossEntropy Margin DLR Goal Loss",
     "data": "Prompts Labelled Dataset",
     "models.base": "VisionLanguageModel DualEncoder Checkpoint",
     "models.huggingface": "HuggingFace",
@@ -115,6 +115,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.errors import CrossguardError as CrossguardError
     from crossguard.evaluate import evaluate as evaluate
     from crossguard.experiment import Experiment as Experiment
+    from crossguard.goals import DLR as DLR
+    from crossguard.goals import ByWayOf as ByWayOf
     from crossguard.goals import CrossEntropy as CrossEntropy
     from crossguard.goals import Drift as Drift
     from crossguard.goals import Goal as Goal

@@ -53,6 +53,10 @@ class PixelBudget(Budget):
     def sample(self, seeds: Seeds, like: Images) -> Images:
         """A random perturbation inside the ball, drawn from each sample's own key."""
 
+    @abstractmethod
+    def surface(self, seeds: Seeds, like: Images) -> Images:
+        """A random perturbation of size `eps`, where AutoAttack starts."""
+
     def project(self, images: Images, clean: Images) -> Images:
         """Back into the ball around `clean` and into [0, 1]. Clamping to the box moves towards `clean`, so the ball
         still holds."""
@@ -101,6 +105,10 @@ class Linf(PixelBudget):
     def sample(self, seeds: Seeds, like: Images) -> Images:
         return (2.0 * uniform(seeds, like.shape[1:], like.device) - 1.0) * self.eps
 
+    def surface(self, seeds: Seeds, like: Images) -> Images:
+        noise = self.sample(seeds, like)
+        return noise * _per_image(self.eps / self.size(noise).clamp_min(1e-30))
+
 
 @dataclass(frozen=True)
 class L2(PixelBudget):
@@ -126,6 +134,9 @@ class L2(PixelBudget):
         direction = self.ascent(normal(fold(seeds, 1), like.shape[1:], like.device))
         radius = uniform(fold(seeds, 2), (1,), like.device)[:, 0]
         return direction * _per_image(self.eps * radius ** (1.0 / math.prod(like.shape[1:])))
+
+    def surface(self, seeds: Seeds, like: Images) -> Images:
+        return self.eps * self.ascent(normal(fold(seeds, 1), like.shape[1:], like.device))
 
 
 class TextBudget(Budget):

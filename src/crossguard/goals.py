@@ -25,6 +25,11 @@ class Loss(ABC):
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
         """Large when the answer is near `targets`."""
 
+    def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
+        """Large when the answer is nearer to `targets` than to `labels`: away from one class by way of another."""
+        del labels
+        return self.towards(logits, targets)
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
@@ -47,6 +52,35 @@ class Margin(Loss):
 
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
         return margin(logits, targets)
+
+    def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
+        return _at(logits, targets) - _at(logits, labels)
+
+
+@dataclass(frozen=True)
+class DLR(Loss):
+    """Difference of logits ratio (Croce and Hein 2020): the margin over the spread of the best logits, so that neither
+    the scale of the logits nor an offset matters.
+
+    Untargeted it divides by z(1) - z(3), by way of a target by z(1) - (z(3) + z(4)) / 2. With fewer classes than that
+    the last one there is takes their place; with two, where any such ratio is constant, it is the margin itself.
+    """
+
+    def away(self, logits: Logits, labels: Labels) -> PerImage:
+        return -margin(logits, labels) / self._spread(logits, 3)
+
+    def towards(self, logits: Logits, targets: Labels) -> PerImage:
+        return margin(logits, targets) / self._spread(logits, 3)
+
+    def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
+        return (_at(logits, targets) - _at(logits, labels)) / self._spread(logits, 4)
+
+    def _spread(self, logits: Logits, last: int) -> PerImage | float:
+        classes = logits.shape[1]
+        if classes < 3:
+            return 1.0
+        best = logits.topk(min(last, classes), dim=1).values
+        return best[:, 0] - best[:, 2:].mean(1) + 1e-12
 
 
 class Goal(ABC):
@@ -110,6 +144,27 @@ class Targeted(Goal):
 
 
 @dataclass(frozen=True)
+class ByWayOf(Goal):
+    """Any answer but the label, climbing towards one other class: how targeted attacks serve an untargeted goal."""
+
+    labels: Labels
+    targets: Labels
+    criterion: Loss = field(default_factory=CrossEntropy)
+
+    def loss(self, outputs: Tensor) -> PerImage:
+        return self.criterion.between(outputs, self.labels, self.targets)
+
+    def reached(self, outputs: Tensor) -> Mask:
+        return outputs.argmax(1) != self.labels
+
+    def at(self, keep: Tensor) -> ByWayOf:
+        return replace(self, labels=self.labels[keep], targets=self.targets[keep])
+
+    def climbing(self, loss: Loss) -> ByWayOf:
+        return replace(self, criterion=loss)
+
+
+@dataclass(frozen=True)
 class Drift(Goal):
     """Away from what the sample's embedding was: the label-free goal of BERT-Attack in MMCoA and of Co-Attack.
 
@@ -148,6 +203,21 @@ class Endless(Goal):
 
     def climbing(self, loss: Loss) -> Endless:
         return Endless(self.goal.climbing(loss))
+
+
+def classification(goal: Goal, attack: str) -> Untargeted | Targeted | ByWayOf:
+    """The goal itself, for attacks that need to know classes; raises where the goal has none."""
+    while isinstance(goal, Endless):
+        goal = goal.goal
+    if not isinstance(goal, Untargeted | Targeted | ByWayOf):
+        raise CrossguardError(
+            f"{attack} attacks a classification; {type(goal).__name__} has no classes, so try PGD instead"
+        )
+    return goal
+
+
+def _at(logits: Logits, classes: Labels) -> PerImage:
+    return logits.gather(1, classes[:, None])[:, 0]
 
 
 def margin(logits: Logits, labels: Labels) -> PerImage:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -34,9 +36,40 @@ def by_position(count: int) -> Seeds:
     return torch.arange(count, dtype=torch.int64)
 
 
-def fold(seeds: Seeds, number: int) -> Seeds:
-    """New keys for the `number`-th use (restart, EOT sample) of the same samples."""
+def fold(seeds: Seeds, number: int | Tensor) -> Seeds:
+    """New keys for the `number`-th use (restart, EOT sample) of the same samples; a tensor numbers each sample's."""
     return _mix(seeds * -7046029254386353131 + number)
+
+
+_drawing: ContextVar[Seeds | None] = ContextVar("crossguard_drawing", default=None)
+
+
+@contextmanager
+def drawing(seeds: Seeds) -> Iterator[None]:
+    """Inside, a random model draws its noise from these keys, one for each sample of the batch it is asked about."""
+    token = _drawing.set(seeds)
+    try:
+        yield
+    finally:
+        _drawing.reset(token)
+
+
+def drawn(count: int) -> Seeds:
+    """The keys a random model draws from for a batch of `count` images; fresh ones of torch's generator outside
+    `drawing`.
+
+    A batch that is a multiple of the samples (several views of each) has a key for each image, in the order
+    (sample, view).
+    """
+    seeds = _drawing.get()
+    if seeds is None:
+        return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64)
+    if len(seeds) == count:
+        return seeds
+    if not len(seeds) or count % len(seeds):
+        raise ValueError(f"{count} images cannot share the noise of {len(seeds)} samples")
+    views = count // len(seeds)
+    return fold(seeds.repeat_interleave(views), torch.arange(count) % views + 1)
 
 
 def uniform(seeds: Seeds, shape: torch.Size | tuple[int, ...], device: torch.device | None = None) -> Tensor:

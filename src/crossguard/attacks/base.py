@@ -4,8 +4,9 @@ them."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from crossguard.budgets import Budget, PixelBudget, TextBudget, Words
 from crossguard.errors import CrossguardError
 from crossguard.goals import Drift, Goal
-from crossguard.seeds import by_position
-from crossguard.shapes import Embeddings, Images, Labels, PerImage, Seeds
+from crossguard.seeds import by_position, drawing, fold
+from crossguard.shapes import Embeddings, Images, Labels, Mask, PerImage, Seeds
 from crossguard.words import WordError, show
 
 
@@ -34,16 +35,23 @@ class Queries:
 
 @dataclass(frozen=True)
 class ImageVictim:
-    """Images in, outputs (logits or embeddings) out, for the samples of one batch. Any callable on images makes one."""
+    """Images in, outputs (logits or embeddings) out, for the samples of one batch. Any callable on images makes one.
+
+    Args:
+        answer: the function itself, differentiable or not.
+        queries: counts the questions of each sample.
+        seeds: one key per sample: a random model draws its noise from them, anew at each question.
+        rows: which samples of the batch these are; all, if None.
+    """
 
     answer: Callable[[Images], Tensor]
     queries: Queries | None = None
-    rows: Tensor | None = None  # which samples of the batch these are; all, if None
+    seeds: Seeds | None = None
+    rows: Tensor | None = None
 
     def __call__(self, images: Images) -> Tensor:
         """The outputs, without a gradient."""
-        self._count("forwards", len(images))
-        with torch.no_grad():
+        with torch.no_grad(), self._asked("forwards", len(images)):
             return self.answer(images)
 
     def ascend(self, images: Images, goal: Goal) -> tuple[Images, PerImage, Tensor]:
@@ -52,9 +60,8 @@ class ImageVictim:
         The losses are summed, never averaged, and the gradient is taken of the pixels alone: no parameter gets a
             `.grad`.
         """
-        self._count("gradients", len(images))
         pixels = images.detach().requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), self._asked("gradients", len(images)):
             outputs = self.answer(pixels)
             losses = goal.loss(outputs)
             (gradient,) = torch.autograd.grad(losses.sum(), pixels)
@@ -64,18 +71,34 @@ class ImageVictim:
 
     def at(self, keep: Tensor) -> ImageVictim:
         """The same victim for some of the samples (a mask or indices)."""
-        if self.queries is None:
+        count = len(self.queries.forwards) if self.queries is not None else 0 if self.seeds is None else len(self.seeds)
+        if not count:
             return self
-        rows = torch.arange(len(self.queries.forwards)) if self.rows is None else self.rows
-        return ImageVictim(self.answer, self.queries, rows[keep.cpu()])
+        rows = torch.arange(count) if self.rows is None else self.rows
+        return replace(self, rows=rows[keep.cpu()])
 
-    def _count(self, kind: str, count: int) -> None:
-        if self.queries is not None:
-            counter: Tensor = getattr(self.queries, kind)
-            if self.rows is None:
-                counter += 1
-            else:
-                counter[self.rows[:count]] += 1
+    def drawing_from(self, seeds: Seeds) -> ImageVictim:
+        """The same victim with noise of its own for each sample, unless it has that already."""
+        if self.seeds is not None:
+            return self
+        return replace(self, seeds=seeds, queries=self.queries or Queries.none(len(seeds)))
+
+    @contextmanager
+    def _asked(self, kind: str, count: int) -> Iterator[None]:
+        """Counts a question about `count` images and lends its noise to the model."""
+        if self.queries is None:
+            yield
+            return
+        rows = torch.arange(len(self.queries.forwards)) if self.rows is None else self.rows
+        rows = rows[:count]
+        counter: Tensor = getattr(self.queries, kind)
+        counter[rows] += 1
+        if self.seeds is None:
+            yield
+            return
+        asked = self.queries.forwards[rows] + self.queries.gradients[rows]
+        with drawing(fold(self.seeds[rows], asked)):
+            yield
 
 
 @runtime_checkable
@@ -96,6 +119,36 @@ class PairVictim:
     before: ImageVictim
     after: ImageVictim
     encode: ImageVictim
+
+
+@dataclass
+class Found:
+    """The strongest image of each sample so far: one that reached the goal, or else the one of the highest loss."""
+
+    images: Images
+    losses: PerImage
+    won: Mask
+
+    @staticmethod
+    def nothing(clean: Images) -> Found:
+        count = len(clean)
+        return Found(
+            clean.clone(),
+            torch.full((count,), -torch.inf, device=clean.device),
+            torch.zeros(count, dtype=torch.bool, device=clean.device),
+        )
+
+    def open(self, stop: bool = True) -> Tensor:
+        """The samples that are still worth attacking."""
+        return (~self.won).nonzero()[:, 0] if stop else torch.arange(len(self.won), device=self.won.device)
+
+    def offer(self, rows: Tensor, images: Images, losses: PerImage, won: Mask) -> None:
+        """Keeps, of these candidates for the samples at `rows`, the ones that are stronger than what there is."""
+        better = (won & ~self.won[rows]) | ((won == self.won[rows]) & (losses > self.losses[rows]))
+        chosen = rows[better]
+        self.images[chosen] = images[better]
+        self.losses[chosen] = losses[better]
+        self.won[chosen] = won[better]
 
 
 class Attack(ABC):
@@ -163,6 +216,7 @@ class ImageAttack(Attack):
         if not isinstance(victim, ImageVictim):
             victim = ImageVictim(victim)
         seeds = by_position(len(clean)) if seeds is None else seeds
+        victim = victim.drawing_from(seeds)
         return self.search(victim, clean.detach(), goal, budget, seeds).detach()
 
     @abstractmethod

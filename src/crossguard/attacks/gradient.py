@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from crossguard.attacks.base import ImageAttack, ImageVictim
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim
 from crossguard.budgets import PixelBudget
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss
 from crossguard.seeds import fold
-from crossguard.shapes import Images, PerImage, Seeds
+from crossguard.shapes import Images, Seeds
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PGD(ImageAttack):
             goal = goal.climbing(self.loss)
         if budget.eps == 0.0:
             return clean.clone()
-        found = _Found.nothing(clean)
+        found = Found.nothing(clean)
         for start in range(self.restarts):
             keep = found.open(self.stop)
             if len(keep) == 0:
@@ -74,7 +74,7 @@ class PGD(ImageAttack):
 
     def _climb(
         self,
-        found: _Found,
+        found: Found,
         rows: torch.Tensor,
         victim: ImageVictim,
         clean: Images,
@@ -111,32 +111,3 @@ class PGD(ImageAttack):
             found.offer(rows, images, goal.loss(outputs), goal.reached(outputs))
         else:
             found.images[rows] = images
-
-
-@dataclass
-class _Found:
-    """The strongest image of each sample so far: one that reached the goal, or else the one of the highest loss."""
-
-    images: Images
-    losses: PerImage
-    won: torch.Tensor
-
-    @staticmethod
-    def nothing(clean: Images) -> _Found:
-        count = len(clean)
-        return _Found(
-            clean.clone(),
-            torch.full((count,), -torch.inf, device=clean.device),
-            torch.zeros(count, dtype=torch.bool, device=clean.device),
-        )
-
-    def open(self, stop: bool) -> torch.Tensor:
-        """The samples that are still worth attacking."""
-        return (~self.won).nonzero()[:, 0] if stop else torch.arange(len(self.won), device=self.won.device)
-
-    def offer(self, rows: torch.Tensor, images: Images, losses: PerImage, won: torch.Tensor) -> None:
-        better = (won & ~self.won[rows]) | ((won == self.won[rows]) & (losses > self.losses[rows]))
-        chosen = rows[better]
-        self.images[chosen] = images[better]
-        self.losses[chosen] = losses[better]
-        self.won[chosen] = won[better]

@@ -207,6 +207,7 @@ class _Run:
         self.total = recipe.steps or max(1, round(recipe.epochs * self.per_epoch))
         self.labels = data.labels()
         self.prompts = None if recipe.captions else data.prompts()
+        self.rivals = [] if self.prompts is None else self.prompts.rivals()
         self.network = model.load().to(self.accelerator.device)
         self.trained = _select(self.network, recipe)
         self.optimizer = recipe.optimizer.over(self.trained)
@@ -423,7 +424,7 @@ class _Run:
             return texts, own, [frozenset()] * len(texts), texts, own
         template = derive(self.recipe.seed, step, "template") % len(self.prompts.texts[0])
         classes = [texts[template] for texts in self.prompts.texts]
-        rivals = self.prompts.rivals()[template :: len(self.prompts.texts[0])]
+        rivals = self.rivals[template :: len(self.prompts.texts[0])]
         label = self.labels[list(chosen)]
         if all_classes:
             return classes, label, rivals, classes, label

@@ -47,7 +47,8 @@ class TransformersEncoder(DualEncoder):
 
     def __init__(self, model: nn.Module, tokenizer: Any, processor: Any) -> None:
         super().__init__()
-        self.model: Any = model
+        # In this layout convolutional towers are about a quarter faster on a CPU; others do not care.
+        self.model: Any = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.tokenizer = tokenizer
         self.processor = processor
         self.preprocess = _preprocess(processor)
