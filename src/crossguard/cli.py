@@ -112,6 +112,13 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
     batch: Annotated[int, typer.Option(help="Samples at once; results do not depend on it.")] = 128,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the report with every outcome.")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="A folder for the images and texts under attack; the word Kept(folder) reads it."),
+    ] = None,
+    keep_as: Annotated[
+        str, typer.Option(help="How to keep images: safetensors (exact) or png (8 bits).")
+    ] = "safetensors",
     skip_broken: _SkipBroken = False,
 ) -> None:
     """Answer one question: how often is the model right, clean and under attack?"""
@@ -122,6 +129,8 @@ def evaluate_command(
         if out.is_dir():
             raise CrossguardError(f"--out {out} is a folder; give the name of a file in it")
         files.check_writable(out.parent)
+    if keep is not None:
+        files.check_writable(keep)
     texts = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
     chosen = {kind: _read(f"--{kind}", kind, text) for kind, text in texts.items()}
     if skip_broken:
@@ -133,8 +142,11 @@ def evaluate_command(
         bar.step("evaluating")
         report = evaluate(
             chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-            limit=limit, seed=seed, batch=batch, progress=bar.progress,
+            limit=limit, seed=seed, batch=batch, progress=bar.progress, keep=keep, keep_as=keep_as,
+            partial=None if out is None else out.with_name(f".{out.name}.part"),
         )  # fmt: skip
+    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the first process speaks for all
+        return
     if out is not None:
         report.save(out)
     _print_report(report)

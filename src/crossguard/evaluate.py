@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from crossguard.attacks.base import Attack
 from crossguard.budgets import Budget
 from crossguard.data import spread
+from crossguard.datasets.kept import FORMATS, finish
+from crossguard.datasets.kept import keep as store
 from crossguard.errors import CrossguardError
+from crossguard.files import WriteError, reason, write
 from crossguard.goals import margin
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Wrapper
 from crossguard.report import Outcomes, Report, versions
 from crossguard.seeds import keys
-from crossguard.tasks.base import Task
+from crossguard.tasks.base import Task, Trial
 from crossguard.words import show
 
 
@@ -72,48 +81,92 @@ def evaluate(
     seed: int = 0,
     batch: int = 128,
     progress: Callable[[int, int], None] | None = None,
+    partial: str | Path | None = None,
+    keep: str | Path | None = None,
+    keep_as: str = "safetensors",
+    processes: bool = True,
 ) -> Report:
     """The report of one model on one task under one attack.
+
+    Under `torchrun` the samples are shared among the processes, each once, and every process gets the same report.
 
     Args:
         attack: None asks the clean question alone.
         surrogate: craft on this model instead, which alone says what the adversary knows: nothing given is a white
-            box, the
-            undefended base of a wrapper a gray box, any other model a transfer attack.
+            box, the undefended base of a wrapper a gray box, any other model a transfer attack.
         limit: that many samples, spread evenly over the task.
         seed: of all noise; each sample draws its own, so `batch` changes nothing but speed and memory.
         progress: is told (samples done, samples in all) after each batch.
+        partial: a file for the outcomes so far; an evaluation that was killed goes on after its last whole batch and
+            ends in the same report. Removed at the end.
+        keep: a folder for the images and texts under attack, which `Kept(folder)` reads; the report then also says
+            what is left of the attack when pixels are rounded to 8 bits.
+        keep_as: 'safetensors' (exact) or 'png' (rounded to 8 bits).
+        processes: False keeps an evaluation to itself under `torchrun`.
     """
     asked = question(task, model, attack, budget, surrogate, limit, seed)
     if len(task) == 0:
         raise CrossguardError(f"{show(task, short=True)} has no samples")
+    if keep is not None and keep_as not in FORMATS:
+        raise CrossguardError(f"images cannot be kept as {keep_as!r}; give one of {', '.join(FORMATS)}")
+    rank, world = _place() if processes else (0, 1)
     indices = spread(len(task), limit)
-    began = time.monotonic()
+    record = _Record.open(
+        None if partial is None else Path(partial), {"question": asked, "kept": str(keep)}, rank, world
+    )
+    began = time.monotonic() - record.seconds
+    mine = [index for index in indices if index not in record.rows][rank::world]
     trial = task.prepare(model, attack, budget, None if attack is None else surrogate)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-    ids: list[str] = []
-    for samples in task.batches(batch, indices):
-        answers = trial.answer(samples, keys(samples.ids, seed))
+    if progress is not None and record.rows:
+        progress(len(record.rows), len(indices))
+    done = len(record.rows)
+    for samples in task.batches(batch, mine):
+        here, mine = mine[: len(samples)], mine[len(samples) :]
+        seeds = keys(samples.ids, seed)
+        answers = trial.answer(samples, seeds)
         labels = samples.labels
-        ids += samples.ids
-        values = (
-            labels,
-            answers.clean.argmax(1),
-            answers.adversarial.argmax(1),
-            margin(answers.clean, labels),
-            margin(answers.adversarial, labels),
-            answers.size,
-            answers.queries.gradients,
-            answers.queries.forwards,
+        columns: dict[str, Tensor] = {
+            "label": labels,
+            "clean": answers.clean.argmax(1),
+            "adversarial": answers.adversarial.argmax(1),
+            "clean_margin": margin(answers.clean, labels),
+            "adversarial_margin": margin(answers.adversarial, labels),
+            "size": answers.size,
+            "gradients": answers.queries.gradients,
+            "forwards": answers.queries.forwards,
+        }
+        rows = [{"id": one} for one in samples.ids]
+        if keep is not None:
+            places = store(Path(keep), keep_as, here, answers.images)
+            rounded = (answers.images * 255.0).round() / 255.0
+            columns["rounded"] = trial.judge(rounded, seeds).argmax(1)
+            if trial.pixels is not None:
+                columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images)
+            rows = [row | place for row, place in zip(rows, places, strict=True)]
+        values = {name: column.detach().cpu().tolist() for name, column in columns.items()}
+        record.add(
+            {
+                index: row | {name: column[number] for name, column in values.items()}
+                for number, (index, row) in enumerate(zip(here, rows, strict=True))
+            },
+            time.monotonic() - began,
         )
-        for name, value in zip(_COLUMNS, values, strict=True):
-            columns[name].append(value.detach().cpu().numpy())
+        done += len(samples) * world
         if progress is not None:
-            progress(len(ids), len(indices))
-    notes = list(trial.notes) + _skipped(task)
+            progress(min(done, len(indices)), len(indices))
+    rows = _gathered(record.rows, world)
+    found = [rows[index] for index in indices]
+    notes = [*trial.notes, *_skipped(task)]
+    if keep is not None:
+        notes += _rounding(found, trial)
+        if rank == 0:
+            finish(Path(keep), asked, found, *trial.prompts)
     device = "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    outcomes = Outcomes(ids, *(np.concatenate(columns[name]) for name in _COLUMNS))
-    return Report(asked, outcomes, tuple(notes), versions(device), time.monotonic() - began)
+    outcomes = Outcomes([row["id"] for row in found], *([row[name] for row in found] for name in _COLUMNS))
+    report = Report(asked, outcomes, tuple(notes), versions(device), time.monotonic() - began)
+    if rank == 0:
+        record.close()
+    return report
 
 
 _COLUMNS = (
@@ -126,6 +179,105 @@ _COLUMNS = (
     "gradients",
     "forwards",
 )
+
+
+@dataclass
+class _Record:
+    """What is known of the samples so far: in memory, and where a file is given in one line of it per batch. A line
+    that was cut off by a kill doesn't count."""
+
+    rows: dict[int, dict[str, Any]]
+    seconds: float = 0.0
+    path: Path | None = None
+
+    @staticmethod
+    def open(path: Path | None, head: dict[str, Any], rank: int, world: int) -> _Record:
+        """Each process appends to a file of its own; the first one reads those of all and tells the others."""
+        record = _Record({}, path=None if path is None else path.with_name(f"{path.name}.{rank}"))
+        if path is None or record.path is None:
+            return record
+        if rank == 0:
+            for other in _files(path):
+                lines = _lines(other)
+                for line in lines[1:] if lines and lines[0] == head else []:
+                    record.rows |= {int(index): row for index, row in line["rows"].items()}
+                    record.seconds = max(record.seconds, line["seconds"])
+        known = [{"rows": record.rows, "seconds": record.seconds}]
+        if world > 1:
+            torch.distributed.broadcast_object_list(known, src=0)
+            record.rows, record.seconds = dict(known[0]["rows"]), known[0]["seconds"]
+        lines = [head, *known] if rank == 0 and record.rows else [head]
+        write(record.path, "".join(json.dumps(line) + "\n" for line in lines))
+        return record
+
+    def add(self, rows: dict[int, dict[str, Any]], seconds: float) -> None:
+        self.rows |= rows
+        self.seconds = seconds
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"rows": rows, "seconds": seconds}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise WriteError(f"{self.path} cannot be written: {reason(error)}") from error
+
+    def close(self) -> None:
+        if self.path is not None:
+            for path in _files(self.path.with_suffix("")):
+                path.unlink(missing_ok=True)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.[0-9]*"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; what follows a broken one is left out."""
+    found: list[dict[str, Any]] = []
+    try:
+        for line in path.read_text().splitlines():
+            found.append(json.loads(line))
+    except (OSError, ValueError):
+        pass
+    return found
+
+
+def _place() -> tuple[int, int]:
+    """Which of how many processes this is; joins them, where `torchrun` started several."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _gathered(rows: dict[int, dict[str, Any]], world: int) -> dict[int, dict[str, Any]]:
+    """The rows of all processes."""
+    if world == 1:
+        return rows
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, rows)
+    return {index: row for part in parts for index, row in part.items()}
+
+
+def _rounding(rows: list[dict[str, Any]], trial: Trial) -> list[str]:
+    """What becomes of the attack when its images are stored with 8 bits."""
+    robust = [row["clean"] == row["label"] == row["adversarial"] for row in rows]
+    rounded = [row["clean"] == row["label"] == row["rounded"] for row in rows]
+    text = (
+        f"rounded to 8 bits, the images under attack leave {100 * sum(rounded) / len(rows):.1f} % robust accuracy "
+        f"instead of {100 * sum(robust) / len(rows):.1f} %"
+    )
+    if trial.pixels is not None:
+        largest = max(row["rounded_size"] for row in rows)
+        text += f", and the largest perturbation has size {largest:.6g} in a budget of {trial.pixels.eps:.6g}"
+        if largest > trial.pixels.eps * (1 + 1e-4) + 1e-6:
+            text += "; choose eps as a whole number of 1/255 to stay inside"
+    return [text]
 
 
 def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: VisionLanguageModel | None) -> str:

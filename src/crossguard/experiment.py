@@ -230,6 +230,7 @@ class Experiment:
         report = evaluate(
             chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
             limit=self.limit, seed=self.seed, batch=self.batch, progress=progress,
+            partial=out / f".{cell.key}.part", processes=False,
         )  # fmt: skip
         report.save(out / f"{cell.key}.json")
         log.info("%s: clean %s, robust %s, %.1f s", cell.label, report.clean, report.robust, report.seconds)

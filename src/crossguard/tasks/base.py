@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from crossguard.attacks.base import Attack, Queries
-from crossguard.budgets import Budget
-from crossguard.data import Labelled
+from crossguard.budgets import Budget, PixelBudget
+from crossguard.data import Labelled, Prompts
 from crossguard.models.base import VisionLanguageModel
-from crossguard.shapes import Labels, Logits, Seeds
+from crossguard.shapes import Images, Labels, Logits, Seeds
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model said to one batch, clean and attacked: logits, the size of each perturbation, the questions it
-    took."""
+    """What the model said to one batch, clean and attacked: logits, the images under attack, the size of each
+    perturbation, the questions it took."""
 
     clean: Logits
     adversarial: Logits
+    images: Images
     size: Tensor
     queries: Queries
 
@@ -30,10 +31,20 @@ class Trial(ABC):
     """One model on one task under one attack: everything that is prepared once, before the batches come."""
 
     notes: Sequence[str] = ()
+    pixels: PixelBudget | None = None  # the part of the budget that concerns pixels, where the attack spends it
+
+    @property
+    @abstractmethod
+    def prompts(self) -> tuple[Prompts, Prompts]:
+        """The class prompts before and after the attack."""
 
     @abstractmethod
     def answer(self, batch: Labelled, seeds: Seeds) -> Answers:
         """Asks the model about a batch, before and after the attack."""
+
+    @abstractmethod
+    def judge(self, images: Images, seeds: Seeds) -> Logits:
+        """What the model says to images under attack, wherever they come from."""
 
 
 class Task(ABC):

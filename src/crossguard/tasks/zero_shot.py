@@ -14,7 +14,8 @@ from crossguard.data import Dataset, Labelled, Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Endless, Goal, Untargeted
 from crossguard.models.base import VisionLanguageModel
-from crossguard.shapes import Labels, Logits, Seeds
+from crossguard.seeds import drawing, fold
+from crossguard.shapes import Images, Labels, Logits, Seeds
 from crossguard.tasks.base import Answers, Task, Trial
 
 
@@ -90,43 +91,55 @@ class _ZeroShotTrial(Trial):
         if crafting is not self.model:
             self.craft_before = crafting.classifier(self.before)
             self.craft_after = self.craft_before if same else crafting.classifier(self.after)
+        words = None
+        if self.attack is not None and self.budget is not None:
+            self.pixels, words = self.attack.spends(self.budget)
+        self.changed = torch.zeros(len(self.before.names))  # how much of each class's prompts changed, at most
+        if words is not None and self.pixels is None:
+            self.changed = torch.tensor(
+                [
+                    float(max(words.size(new, old) for new, old in zip(after, before, strict=True)))
+                    for after, before in zip(self.after.texts, self.before.texts, strict=True)
+                ]
+            )
+
+    @property
+    def prompts(self) -> tuple[Prompts, Prompts]:
+        return self.before, self.after
 
     def answer(self, batch: Labelled, seeds: Seeds) -> Answers:
         device = self.model.device
         images, labels = batch.images.to(device), batch.labels.to(device)
         queries = Queries.none(len(batch))
-        with torch.no_grad():
+        with torch.no_grad(), drawing(fold(seeds, _CLEAN)):
             clean = _finite(self.clean(images))
-        adversarial, size = images, torch.zeros(len(batch))
+        adversarial, size = images, self.changed[batch.labels]
         if self.attack is not None and self.budget is not None:
             goal: Goal = Untargeted(labels)
             adversarial = self.attack.perturb(
-                self._victim(queries), images, Endless(goal) if self.elsewhere else goal, self.budget, seeds
+                self._victim(queries, seeds), images, Endless(goal) if self.elsewhere else goal, self.budget, seeds
             ).to(device)
-            pixels, words = self.attack.spends(self.budget)
-            if pixels is not None:
-                size = pixels.check(adversarial, images).cpu()
-            elif words is not None:
-                changed = [
-                    max(words.size(new, old) for new, old in zip(after, before, strict=True))
-                    for after, before in zip(self.after.texts, self.before.texts, strict=True)
-                ]
-                size = torch.tensor([float(changed[label]) for label in batch.labels.tolist()])
-        with torch.no_grad():
-            answer = (
-                clean
-                if adversarial is images and self.rewritten is self.clean
-                else _finite(self.rewritten(adversarial))
-            )
-        return Answers(clean.cpu(), answer.cpu(), size, queries)
+            if self.pixels is not None:
+                size = self.pixels.check(adversarial, images).cpu()
+        same = adversarial is images and self.rewritten is self.clean
+        answer = clean.cpu() if same else self.judge(adversarial, seeds)
+        return Answers(clean.cpu(), answer, adversarial, size, queries)
 
-    def _victim(self, queries: Queries) -> PairVictim:
+    def judge(self, images: Images, seeds: Seeds) -> Logits:
+        with torch.no_grad(), drawing(fold(seeds, _JUDGED)):
+            return _finite(self.rewritten(images.to(self.model.device))).cpu()
+
+    def _victim(self, queries: Queries, seeds: Seeds) -> PairVictim:
         crafting = self.crafting or self.model
+        noise = fold(seeds, _ATTACKED)
         return PairVictim(
-            ImageVictim(self.craft_before, queries),
-            ImageVictim(self.craft_after, queries),
-            ImageVictim(crafting.encode_image, queries),
+            ImageVictim(self.craft_before, queries, noise),
+            ImageVictim(self.craft_after, queries, noise),
+            ImageVictim(crafting.encode_image, queries, noise),
         )
+
+
+_CLEAN, _ATTACKED, _JUDGED = -1, -2, -3  # the noise a random model draws is another for each
 
 
 def _finite(logits: Logits) -> Logits:

@@ -1,0 +1,166 @@
+"""Adversarial images and texts that an evaluation kept: written as it goes on, read later as data for any model."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from crossguard import files
+from crossguard.data import Dataset, Labelled, Prompts
+from crossguard.datasets.pixels import decode
+from crossguard.errors import CrossguardError
+from crossguard.shapes import Images, Labels
+
+INDEX = "kept.json"
+FORMATS = ("safetensors", "png")
+
+
+@dataclass(frozen=True)
+class Kept(Dataset):
+    """What `crossguard eval --keep FOLDER` wrote: images as the attack left them, with their labels and class prompts.
+
+    A clean evaluation on it asks whether what was crafted on one model fools another.
+
+    Args:
+        path: the folder.
+        rewritten: with the class prompts as the attack rewrote them; the clean ones otherwise.
+    """
+
+    path: str
+    rewritten: bool = True
+
+    @cached_property
+    def _index(self) -> Any:
+        path = Path(self.path) / INDEX
+        try:
+            content = json.loads(path.read_bytes())
+            if missing := {"samples", "names", "texts", "clean_texts"} - set(content):
+                raise ValueError(f"{missing} is missing")
+        except FileNotFoundError:
+            raise CrossguardError(
+                f"{self.path} holds no kept images ({INDEX} is missing); give the folder of a finished 'eval --keep'"
+            ) from None
+        except OSError as error:
+            raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
+        except (ValueError, KeyError, TypeError):
+            raise CrossguardError(f"{path} is broken; run the evaluation with --keep again") from None
+        return content
+
+    def __len__(self) -> int:
+        return len(self._index["samples"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._index["names"])
+
+    def id(self, index: int) -> str:
+        return self._index["samples"][index]["id"]
+
+    def labels(self) -> Labels:
+        return torch.tensor([sample["label"] for sample in self._index["samples"]], dtype=torch.int64)
+
+    def prompts(self, templates: Sequence[str] | None = None) -> Prompts:
+        if templates:
+            return Prompts.of(self.names, templates)
+        texts = self._index["texts" if self.rewritten else "clean_texts"]
+        return Prompts(self.names, tuple(tuple(one) for one in texts))
+
+    def image(self, index: int) -> Tensor:
+        return (self._pixels(index) * 255.0).round().to(torch.uint8)
+
+    def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[Labelled]:
+        if size < 1:
+            raise CrossguardError(f"a batch size of {size} is not possible; give 1 or more")
+        labels, held = self.labels(), []
+        for index in range(len(self)) if indices is None else indices:
+            image = self._pixels(index)
+            if held and (len(held) == size or held[0][1].shape != image.shape):
+                yield self._exact(held, labels)
+                held = []
+            held.append((index, image))
+        if held:
+            yield self._exact(held, labels)
+
+    def _exact(self, held: list[tuple[int, Tensor]], labels: Labels) -> Labelled:
+        """The batch in the precision it was kept in: rounding to 8 bits would be another image."""
+        rows = [index for index, _ in held]
+        return Labelled(
+            tuple(self.id(index) for index in rows), torch.stack([image for _, image in held]), labels[rows]
+        )
+
+    def _pixels(self, index: int) -> Tensor:
+        sample = self._index["samples"][index]
+        path = Path(self.path) / sample["file"]
+        if path.suffix == ".png":
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
+            return decode(content).to(torch.float32) / 255.0
+        return self._shard(str(path))[sample["row"]]
+
+    def _shard(self, path: str) -> Images:
+        cache: dict[str, Images] = self._shards
+        if path not in cache:
+            from safetensors.torch import load_file
+
+            try:
+                cache.clear()
+                cache[path] = load_file(path)["images"]
+            except Exception as error:  # safetensors has one error for every kind of damage
+                raise CrossguardError(f"{path} is damaged ({error}); run the evaluation with --keep again") from error
+        return cache[path]
+
+    @cached_property
+    def _shards(self) -> dict[str, Images]:
+        return {}
+
+
+def keep(folder: Path, form: str, indices: Sequence[int], images: Images) -> list[dict[str, Any]]:
+    """Writes the images of one batch and says where each is; `finish` makes the folder readable."""
+    if form == "png":
+        places = []
+        for index, image in zip(indices, images, strict=True):
+            name = f"{index:06d}.png"
+            pixels = (image * 255.0).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            _save_png(folder / name, Image.fromarray(pixels))
+            places.append({"file": name, "row": 0})
+        return places
+    from safetensors.torch import save
+
+    name = f"images-{indices[0]:06d}.safetensors"
+    files.write(folder / name, save({"images": images.detach().cpu().contiguous()}))
+    return [{"file": name, "row": row} for row in range(len(indices))]
+
+
+def finish(
+    folder: Path,
+    question: Mapping[str, str],
+    samples: Sequence[Mapping[str, Any]],
+    before: Prompts,
+    after: Prompts,
+) -> None:
+    """Writes the index; written last, it says that everything else is there."""
+    content = {
+        "question": dict(question),
+        "names": before.names,
+        "clean_texts": before.texts,
+        "texts": after.texts,
+        "samples": list(samples),
+    }
+    files.write(folder / INDEX, json.dumps(content) + "\n")
+
+
+def _save_png(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    files.write(path, content.getvalue())

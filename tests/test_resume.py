@@ -1,0 +1,179 @@
+"""Long evaluations: killed and continued, shared among processes, kept for later."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from crossguard import (
+    PGD,
+    Both,
+    CrossguardError,
+    Independent,
+    Kept,
+    Linf,
+    Scenes,
+    Substitute,
+    Tiny,
+    Words,
+    ZeroShot,
+    evaluate,
+)
+from crossguard.attacks.base import ImageAttack
+from crossguard.evaluate import _COLUMNS
+from crossguard.report import Report
+
+TASK = ZeroShot(Scenes("color", count=40))
+ATTACK, BUDGET = PGD(steps=3), Linf(5 / 255)
+
+
+def same(one: Report, other: Report) -> None:
+    """The same report: answers and counts are equal, margins but for the rounding of batches of another size."""
+    assert one.question == other.question and one.outcomes.id == other.outcomes.id and one.notes == other.notes
+    for name in _COLUMNS:
+        assert np.allclose(getattr(one.outcomes, name), getattr(other.outcomes, name), atol=1e-4), name
+    assert np.array_equal(one.outcomes.adversarial, other.outcomes.adversarial)
+
+
+class Killed(Exception):
+    pass
+
+
+def killing_after(batches: int):
+    def progress(done: int, total: int) -> None:
+        nonlocal batches
+        batches -= 1
+        if not batches:
+            raise Killed
+
+    return progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(ImageAttack):
+    """PGD that remembers which noise keys it was asked for."""
+
+    seen: ClassVar[list[int]] = []
+
+    def search(self, victim, clean, goal, budget, seeds):
+        self.seen.extend(seeds.tolist())
+        return ATTACK.search(victim, clean, goal, budget, seeds)
+
+
+def test_a_killed_evaluation_goes_on_and_redoes_nothing(tmp_path: Path) -> None:
+    partial = tmp_path / "report.part"
+    whole = evaluate(TASK, Tiny(), Counting(), BUDGET, batch=16)
+    once = sorted(Counting.seen)
+    Counting.seen.clear()
+    with pytest.raises(Killed):
+        evaluate(TASK, Tiny(), Counting(), BUDGET, batch=16, partial=partial, progress=killing_after(2))
+    assert len(Counting.seen) == 32
+    with (tmp_path / "report.part.0").open("a") as file:
+        file.write('{"rows": {"33": {"id"')  # the kill came in the middle of a line
+    after = evaluate(TASK, Tiny(), Counting(), BUDGET, batch=7, partial=partial)
+    assert sorted(Counting.seen) == once, "a finished image was attacked again, or one was not attacked"
+    same(whole, after)
+    assert not list(tmp_path.iterdir()), "the file of the outcomes so far is left"
+
+
+def test_what_another_question_left_is_not_taken(tmp_path: Path) -> None:
+    partial = tmp_path / "report.part"
+    with pytest.raises(Killed):
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, partial=partial, progress=killing_after(2))
+    other = evaluate(TASK, Tiny(), ATTACK, Linf(1 / 255), partial=partial)
+    same(other, evaluate(TASK, Tiny(), ATTACK, Linf(1 / 255)))
+
+
+def test_a_file_of_outcomes_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CrossguardError, match="cannot be written"):
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, partial=tmp_path / "file" / "report.part")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "png"])
+def test_kept_images_are_judged_again_as_they_were(tmp_path: Path, form: str) -> None:
+    made = evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, keep=tmp_path, keep_as=form)
+    again = evaluate(ZeroShot(Kept(str(tmp_path))), Tiny(), batch=40)
+    assert again.outcomes.id == made.outcomes.id and np.array_equal(again.outcomes.label, made.outcomes.label)
+    (note,) = [note for note in made.notes if "rounded to 8 bits" in note]
+    if form == "safetensors":
+        assert np.array_equal(again.outcomes.clean, made.outcomes.adversarial)
+    else:
+        kept = np.asarray(again.outcomes.clean) == again.outcomes.label
+        left = 100 * np.mean(kept & (np.asarray(made.outcomes.clean) == made.outcomes.label))
+        assert f"leave {left:.1f} %" in note
+    assert f"instead of {100 * made.robust_accuracy:.1f} %" in note
+    assert "stay inside" not in note, "5/255 is a whole number of levels: rounding stays in the budget"
+    data = Kept(str(tmp_path))
+    assert data.image(3).dtype == torch.uint8 and len(data) == 40
+
+
+def test_rounding_out_of_the_budget_is_said(tmp_path: Path) -> None:
+    report = evaluate(TASK, Tiny(), ATTACK, Linf(1.6 / 255), limit=8, keep=tmp_path)
+    assert any("stay inside" in note for note in report.notes)
+
+
+def test_kept_texts_are_the_rewritten_ones(tmp_path: Path) -> None:
+    attack, budget = Independent(ATTACK, Substitute()), Both(BUDGET, Words(1))
+    made = evaluate(TASK, Tiny(), attack, budget, keep=tmp_path)
+    again = evaluate(ZeroShot(Kept(str(tmp_path))), Tiny())
+    assert np.array_equal(again.outcomes.clean, made.outcomes.adversarial)
+    clean = Kept(str(tmp_path), rewritten=False).prompts()
+    assert clean.texts == TASK.data.prompts().texts != Kept(str(tmp_path)).prompts().texts
+
+
+def test_an_evaluation_that_keeps_is_continued_too(tmp_path: Path) -> None:
+    keep, partial = tmp_path / "kept", tmp_path / "report.part"
+    with pytest.raises(Killed):
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, partial=partial, keep=keep, progress=killing_after(1))
+    with pytest.raises(CrossguardError, match="finished"):
+        len(Kept(str(keep)))
+    made = evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=7, partial=partial, keep=keep)
+    again = evaluate(ZeroShot(Kept(str(keep))), Tiny())
+    assert np.array_equal(again.outcomes.clean, made.outcomes.adversarial)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(None, "no kept images"), ("{", "broken"), ('{"samples": []}', "broken")]
+)
+def test_a_folder_without_kept_images_is_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
+    if content is not None:
+        (tmp_path / "kept.json").write_text(content)
+    with pytest.raises(CrossguardError, match=sentence):
+        len(Kept(str(tmp_path)))
+
+
+def test_a_damaged_kept_image_is_one_sentence(tmp_path: Path) -> None:
+    evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=8, keep=tmp_path)
+    (shard,) = tmp_path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(CrossguardError, match="damaged"):
+        evaluate(ZeroShot(Kept(str(tmp_path))), Tiny())
+    with pytest.raises(CrossguardError, match="kept as 'jpeg'"):
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, keep=tmp_path, keep_as="jpeg")
+
+
+def test_two_processes_share_an_evaluation_and_end_in_the_same_report(tmp_path: Path) -> None:
+    out, keep = tmp_path / "report.json", tmp_path / "kept"
+    words = ["--task", "ZeroShot(Scenes('color', count=41))", "--model", "Tiny()", "--attack", "PGD(steps=3)",
+             "--budget", "Linf(5/255)", "--batch", "16"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m",
+               "crossguard", "eval", *words, "--out", str(out), "--keep", str(keep)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("clean accuracy") == 1
+    shared = Report.load(out)
+    alone = evaluate(ZeroShot(Scenes("color", count=41)), Tiny(), ATTACK, BUDGET, keep=tmp_path / "alone")
+    same(alone, shared)
+    assert [sample["id"] for sample in json.loads((keep / "kept.json").read_text())["samples"]] == list(
+        alone.outcomes.id
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "kept", "report.json"]
