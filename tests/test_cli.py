@@ -42,10 +42,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def answer(
         task: Any, model: Any, attack: Any = None, budget: Any = None, surrogate: Any = None,
         limit: int | None = None, seed: int = 0, batch: int = 128,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None, **options: Any,
     ) -> Report:  # fmt: skip
         question = evaluation.question(task, model, attack, budget, surrogate, limit, seed)
-        questions.append(question | {"batch": batch, "task object": task})
+        questions.append(question | {"batch": batch, "task object": task} | options)
         if progress is not None:
             progress(2, 2)
         whole = {name: [0, 0] for name in ("label", "clean", "gradients", "forwards")}
@@ -232,7 +232,7 @@ def test_run_asks_each_question_once_and_prints_the_table(grid: Path, asked: lis
     assert len(asked) == 6
     assert {question["budget"] for question in asked} == {"None", "Linf(eps=8/255)", "Words(count=1)"}
     assert all(question["limit"] == "10" and question["seed"] == "3" for question in asked)
-    assert "| coarse | 100.0 % [34.2, 100.0] | 50.0 % [9.5, 90.5] | 50.0 % [9.5, 90.5] |" in result.stdout
+    assert "| coarse (white box, BPDA) | 100.0 % [34.2, 100.0] | 50.0 % [9.5, 90.5] | 50.0 % [9.5, 90.5] |" in result.stdout
     assert "6 cells, 0 answered already" in result.stderr and "[6/6] " in result.stderr
     out = grid.parent / "runs" / "grid"
     assert len([path for path in out.glob("*.json") if path.name != "experiment.json"]) == 6

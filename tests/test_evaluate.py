@@ -17,7 +17,7 @@ from crossguard.attacks.joint import Independent
 from crossguard.data import Prompts
 from crossguard.evaluate import question
 from crossguard.models.base import VisionLanguageModel, cosine
-from crossguard.models.wrapper import BitDepth
+from crossguard.models.wrapper import BitDepth, GaussianNoise
 from crossguard.seeds import derive, normal
 from crossguard.shapes import Embeddings, Images, Logits
 
@@ -156,7 +156,10 @@ def test_the_surrogate_says_what_the_adversary_knows() -> None:
         surrogate: question(TASK, defended, PGD(), budget, surrogate)["knowledge"]
         for surrogate in (None, base, Mean(5.0))
     }
-    assert list(kinds.values()) == ["white box", "gray box", "transfer"]
+    assert list(kinds.values()) == ["white box, BPDA", "gray box", "transfer"]
+    inside = question(TASK, GaussianNoise(defended), PGD(), budget)
+    assert inside["knowledge"] == "white box, BPDA", "gradients pass a purifier inside"
+    assert question(TASK, base, PGD(), budget)["knowledge"] == "white box"
     white = evaluate(TASK, base, PGD(steps=5), budget)
     gray = evaluate(TASK, defended, PGD(steps=5), budget, surrogate=base)
     assert np.all(np.asarray(gray.outcomes.gradients) == 5), "crafting elsewhere must not stop at the other's boundary"

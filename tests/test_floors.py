@@ -17,7 +17,8 @@ FLOORS: dict[str, int] = {
             "budgets goals data report",
             "models attacks datasets",
             "defenses tasks",
-            "evaluate diagnose testing",
+            "diagnose testing",
+            "evaluate",
             "experiment page table",
             "cli __main__",
         )

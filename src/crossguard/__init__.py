@@ -18,25 +18,31 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "errors": "CrossguardError",
     "words": "build show WordError",
-    "budgets": "Linf L2 Words Characters Both Budget PixelBudget TextBudget",
+    "budgets": "Linf L2 L1 Words Characters Both Budget PixelBudget TextBudget",
     "goals": "Untargeted Targeted ByWayOf Drift CrossEntropy Margin DLR Goal Loss",
     "data": "Prompts Labelled Dataset",
     "models.base": "VisionLanguageModel DualEncoder Checkpoint",
     "models.huggingface": "HuggingFace",
     "models.embedded": "Tiny",
     "models.fresh": "Fresh",
-    "models.wrapper": "Wrapper BitDepth Purifier",
+    "models.wrapper": "Wrapper BitDepth GaussianNoise Purifier Unrolled",
     "datasets.embedded": "Scenes",
     "datasets.folders": "Images",
     "datasets.parquet": "Parquet",
     "datasets.shards": "Shards",
     "datasets.known": "CIFAR10 CIFAR100 STL10 ImageNet TinyImageNet Caltech101 Caltech256 SUN397 "
     "Food101 OxfordPets Flowers102 DTD EuroSAT FGVCAircraft Country211 StanfordCars",
+    "datasets.kept": "Kept",
     "datasets.combined": "Concat Subset Prompted",
     "attacks.base": "Attack ImageAttack TextAttack ImageVictim PairVictim",
     "attacks.gradient": "PGD",
+    "attacks.apgd": "APGD",
+    "attacks.query": "Square RayS",
+    "attacks.boundary": "FAB DeepFool CarliniWagner",
     "attacks.text": "Substitute",
     "attacks.candidates": "MaskedLM CandidateSource",
+    "attacks.meta": "Worst Restarts EachTarget EOT OwnAnswer AtGate",
+    "attacks.standard": "AutoAttack RobustCLIP",
     "attacks.joint": "Independent Joint JointAttack",
     "defenses.recipe": "Recipe Augment",
     "defenses.finetuning": "FTStandard TeCoA MMCoA Contrastive",
@@ -45,6 +51,7 @@ _EXPORTS = {
     "tasks.base": "Task",
     "tasks.zero_shot": "ZeroShot",
     "evaluate": "evaluate",
+    "diagnose": "diagnose",
     "report": "Report",
     "experiment": "Experiment",
     "testing": "check_attack check_model",
@@ -55,18 +62,33 @@ VOCABULARY: dict[str, str] = {
 }
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from crossguard.attacks.apgd import APGD as APGD
     from crossguard.attacks.base import Attack as Attack
     from crossguard.attacks.base import ImageAttack as ImageAttack
     from crossguard.attacks.base import ImageVictim as ImageVictim
     from crossguard.attacks.base import PairVictim as PairVictim
     from crossguard.attacks.base import TextAttack as TextAttack
+    from crossguard.attacks.boundary import FAB as FAB
+    from crossguard.attacks.boundary import CarliniWagner as CarliniWagner
+    from crossguard.attacks.boundary import DeepFool as DeepFool
     from crossguard.attacks.candidates import CandidateSource as CandidateSource
     from crossguard.attacks.candidates import MaskedLM as MaskedLM
     from crossguard.attacks.gradient import PGD as PGD
     from crossguard.attacks.joint import Independent as Independent
     from crossguard.attacks.joint import Joint as Joint
     from crossguard.attacks.joint import JointAttack as JointAttack
+    from crossguard.attacks.meta import EOT as EOT
+    from crossguard.attacks.meta import AtGate as AtGate
+    from crossguard.attacks.meta import EachTarget as EachTarget
+    from crossguard.attacks.meta import OwnAnswer as OwnAnswer
+    from crossguard.attacks.meta import Restarts as Restarts
+    from crossguard.attacks.meta import Worst as Worst
+    from crossguard.attacks.query import RayS as RayS
+    from crossguard.attacks.query import Square as Square
+    from crossguard.attacks.standard import AutoAttack as AutoAttack
+    from crossguard.attacks.standard import RobustCLIP as RobustCLIP
     from crossguard.attacks.text import Substitute as Substitute
+    from crossguard.budgets import L1 as L1
     from crossguard.budgets import L2 as L2
     from crossguard.budgets import Both as Both
     from crossguard.budgets import Budget as Budget
@@ -83,6 +105,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.datasets.combined import Subset as Subset
     from crossguard.datasets.embedded import Scenes as Scenes
     from crossguard.datasets.folders import Images as Images
+    from crossguard.datasets.kept import Kept as Kept
     from crossguard.datasets.known import CIFAR10 as CIFAR10
     from crossguard.datasets.known import CIFAR100 as CIFAR100
     from crossguard.datasets.known import DTD as DTD
@@ -112,6 +135,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.defenses.optimizers import Optimizer as Optimizer
     from crossguard.defenses.recipe import Augment as Augment
     from crossguard.defenses.recipe import Recipe as Recipe
+    from crossguard.diagnose import diagnose as diagnose
     from crossguard.errors import CrossguardError as CrossguardError
     from crossguard.evaluate import evaluate as evaluate
     from crossguard.experiment import Experiment as Experiment
@@ -131,7 +155,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.models.fresh import Fresh as Fresh
     from crossguard.models.huggingface import HuggingFace as HuggingFace
     from crossguard.models.wrapper import BitDepth as BitDepth
+    from crossguard.models.wrapper import GaussianNoise as GaussianNoise
     from crossguard.models.wrapper import Purifier as Purifier
+    from crossguard.models.wrapper import Unrolled as Unrolled
     from crossguard.models.wrapper import Wrapper as Wrapper
     from crossguard.report import Report as Report
     from crossguard.tasks.base import Task as Task

@@ -57,6 +57,36 @@ class PixelBudget(Budget):
     def surface(self, seeds: Seeds, like: Images) -> Images:
         """A random perturbation of size `eps`, where AutoAttack starts."""
 
+    @abstractmethod
+    def dual(self, gradient: Images) -> PerImage:
+        """How far a function of this gradient climbs on a way of size 1: the dual norm of the gradient."""
+
+    def reach(self, images: Images, gradient: Images, rise: PerImage) -> Images:
+        """The smallest step, in this norm, along which a linear function of this gradient rises by `rise` (falls, if
+        that is negative) while the pixels stay in [0, 1]: the projection onto a hyperplane within the box that FAB
+        (Croce and Hein 2020, section 2.1) is made of. Where the box does not hold such a step, the step goes to the
+        corner of the box that comes nearest.
+
+        Only the direction of the gradient and the ratio of rise to gradient matter, so the scale of the logits does
+            not.
+        """
+        climb = gradient * _per_image(rise.sign())
+        steepest = climb.abs().flatten(1).amax(1).clamp_min(1e-30)
+        room = torch.where(climb > 0, 1.0 - images, images).clamp_min(0.0).masked_fill(climb == 0, 0.0)
+        slopes = climb.abs() / _per_image(steepest)
+        moved = self.moves(slopes.flatten(1), room.flatten(1), rise.abs() / steepest)
+        return climb.sign() * moved.view_as(images)
+
+    @abstractmethod
+    def moves(self, slopes: Tensor, room: Tensor, rise: PerImage) -> Tensor:
+        """How far each pixel has to move, at most its `room`, so that the sum of slope times move is `rise` and the
+        moves as a whole are smallest; all of the room, where that is not enough."""
+
+    def rounding(self, pixels: int) -> float:
+        """How much the size of a perturbation of so many pixels may grow when the image is rounded to float32."""
+        del pixels
+        return 1e-6
+
     def project(self, images: Images, clean: Images) -> Images:
         """Back into the ball around `clean` and into [0, 1]. Clamping to the box moves towards `clean`, so the ball
         still holds."""
@@ -65,8 +95,7 @@ class PixelBudget(Budget):
     def check(self, images: Images, clean: Images) -> PerImage:
         """The size of each perturbation; raises when one leaves the ball, the box or the finite numbers.
 
-        The tolerance of 1e-6 (times the largest possible rounding of a sum, for L2) is far below the 1/255 of a pixel
-        step.
+        The tolerance, 1e-4 of `eps` and what rounding can add, is far below the 1/255 of a pixel step.
         """
         if images.shape != clean.shape:
             raise CrossguardError(
@@ -78,7 +107,7 @@ class PixelBudget(Budget):
             raise CrossguardError("the attack returned pixels outside [0, 1]")
         size = self.size(images - clean)
         worst = float(size.max())
-        if worst > self.eps * (1.0 + 1e-4) + 1e-6:
+        if worst > self.eps * (1.0 + 1e-4) + self.rounding(clean[0].numel() if len(clean) else 0):
             raise CrossguardError(f"the attack broke its budget {self}: the largest perturbation has size {worst:.6g}")
         return size
 
@@ -109,6 +138,12 @@ class Linf(PixelBudget):
         noise = self.sample(seeds, like)
         return noise * _per_image(self.eps / self.size(noise).clamp_min(1e-30))
 
+    def dual(self, gradient: Images) -> PerImage:
+        return gradient.abs().flatten(1).sum(1)
+
+    def moves(self, slopes: Tensor, room: Tensor, rise: PerImage) -> Tensor:
+        return torch.minimum(_level(slopes, room, slopes * room, rise)[:, None], room)
+
 
 @dataclass(frozen=True)
 class L2(PixelBudget):
@@ -137,6 +172,83 @@ class L2(PixelBudget):
 
     def surface(self, seeds: Seeds, like: Images) -> Images:
         return self.eps * self.ascent(normal(fold(seeds, 1), like.shape[1:], like.device))
+
+    def dual(self, gradient: Images) -> PerImage:
+        return gradient.flatten(1).norm(dim=1)
+
+    def moves(self, slopes: Tensor, room: Tensor, rise: PerImage) -> Tensor:
+        limits = torch.where(slopes > 0, room / slopes, torch.inf)
+        level = _level(slopes * slopes, limits, slopes * room, rise)[:, None]
+        return torch.where(limits <= level, room, level * slopes)
+
+
+@dataclass(frozen=True)
+class L1(PixelBudget):
+    """The absolute changes of all pixels and channels may add up to at most `eps`, in pixels of [0, 1]: few pixels may
+    change much. 12 is usual on CIFAR-10 (Tramer and Boneh 2019, Croce and Hein 2021)."""
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        _check_eps(self, 1e6, "no image is that far from another", usual="12")
+
+    def size(self, delta: Images) -> PerImage:
+        return delta.abs().flatten(1).sum(1)
+
+    def rounding(self, pixels: int) -> float:
+        # Each pixel is rounded on its own, by up to half the spacing of float32 below 1.
+        return 1e-6 + pixels * 2.0**-25
+
+    def ascent(self, gradient: Images, density: PerImage | float | None = None) -> Images:
+        """The signs of the largest coordinates of the gradient, a fraction `density` of all, scaled to unit size.
+
+        The fastest direction of all is a single coordinate, which the box stops almost at once; SLIDE (Tramer and Boneh
+        2019) and l1-APGD (Croce and Hein 2021) therefore step along several. Unless told otherwise these are 1 %, as in
+        SLIDE, but no fewer than hold the budget if each moves by one half: in small images 1 % could not spend it.
+        """
+        size = gradient.abs().flatten(1)
+        pixels = size.shape[1]
+        if density is None:
+            density = min(max(0.01, 2.0 * self.eps / pixels), 1.0)
+        density = torch.as_tensor(density, dtype=size.dtype, device=size.device).expand(len(size))
+        last = (pixels - 1 - ((1.0 - density) * pixels).clamp(0, pixels - 1).long())[:, None]
+        ranked = size.topk(int(last.max()) + 1, dim=1).values if len(size) else size
+        signs = gradient.sign() * (size >= ranked.gather(1, last)).view_as(gradient)
+        return signs / _per_image(self.size(signs).clamp_min(1.0))
+
+    def shrink(self, delta: Images) -> Images:
+        return _soften(delta, self.eps, None)
+
+    def project(self, images: Images, clean: Images) -> Images:
+        # The nearest point of ball and box together: a clamp after the ball would leave budget unspent (Croce and Hein
+        # 2021).
+        return self._within(images - clean, clean).add_(clean).clamp_(0.0, 1.0)
+
+    def sample(self, seeds: Seeds, like: Images) -> Images:
+        # Uniform in the ball: the directions of independent Laplace variables, the radius as its volume grows.
+        pixels = like.shape[1:]
+        draw = 2.0 * uniform(fold(seeds, 1), pixels, like.device) - 1.0
+        laplace = draw.sign() * -torch.log1p(-draw.abs().clamp_max(1.0 - 2.0**-24))
+        radius = uniform(fold(seeds, 2), (1,), like.device)[:, 0] ** (1.0 / math.prod(pixels))
+        return laplace * _per_image(self.eps * radius / self.size(laplace).clamp_min(1e-30))
+
+    def surface(self, seeds: Seeds, like: Images) -> Images:
+        return self._within(normal(fold(seeds, 1), like.shape[1:], like.device), like)
+
+    def dual(self, gradient: Images) -> PerImage:
+        return gradient.abs().flatten(1).amax(1)
+
+    def moves(self, slopes: Tensor, room: Tensor, rise: PerImage) -> Tensor:
+        # The steepest pixels first, each as far as it goes; the last one a part of its way.
+        order = slopes.argsort(dim=1, descending=True, stable=True)
+        gains = (slopes * room).gather(1, order)
+        missing = rise[:, None] - (gains.cumsum(1) - gains)
+        share = torch.where(gains > 0, missing / gains, 0.0).clamp(0.0, 1.0)
+        return room * torch.zeros_like(room).scatter(1, order, share)
+
+    def _within(self, delta: Images, clean: Images) -> Images:
+        """The nearest point to `delta` of the ball and the box around `clean` together."""
+        return _soften(delta, self.eps, torch.where(delta > 0.0, 1.0 - clean, clean))
 
 
 class TextBudget(Budget):
@@ -215,11 +327,11 @@ class Both(Budget):
         return self.words
 
 
-def _check_eps(budget: Linf | L2, most: float, why: str) -> None:
+def _check_eps(budget: Linf | L2 | L1, most: float, why: str, usual: str = "8/255") -> None:
     if not 0.0 <= budget.eps <= most:
         raise CrossguardError(
             f"{type(budget).__name__}(eps={budget.eps}) is not a budget: eps is in pixels of [0, 1], "
-            f"so 8/255 is usual, at least 0 and at most {most:g} ({why})"
+            f"so {usual} is usual, at least 0 and at most {most:g} ({why})"
         )
 
 
@@ -230,3 +342,52 @@ def _check_count(budget: Words | Characters) -> None:
 
 def _per_image(values: PerImage) -> Tensor:
     return values.view(-1, 1, 1, 1)
+
+
+def _level(weights: Tensor, limits: Tensor, full: Tensor, wanted: PerImage) -> PerImage:
+    """The water level at which the sum of `weights * min(level, limits)` is `wanted`; infinite, if it never is.
+
+    The sum is concave in the level, so Newton's method from below climbs to it and never passes it, and ends when it
+    floods no further coordinate: the variable fixing of Kiwiel (2008) for the continuous knapsack. No sorting, a
+    handful of rounds, and the same answer in any batch. `full` is `weights * limits`.
+    """
+    level = wanted / weights.sum(1).clamp_min(1e-30)
+    level = torch.where(full.sum(1) > wanted, level, torch.inf)
+    while True:
+        flooded = limits <= level[:, None]
+        left = wanted - torch.where(flooded, full, 0.0).sum(1)
+        higher = torch.maximum(level, left / torch.where(flooded, 0.0, weights).sum(1).clamp_min(1e-30))
+        if bool((higher <= level).all()):
+            return level
+        level = higher
+
+
+def _soften(delta: Images, eps: float, room: Images | None) -> Images:
+    """The nearest perturbation of L1 norm at most `eps` (and, with `room`, of no coordinate beyond its room).
+
+    It takes the same threshold t off every coordinate: sign(d) min(max(|d| - t, 0), room), with t >= 0 the root of the
+    sum minus `eps` (Croce and Hein 2021). The sum falls piecewise linearly in t, so a Newton step from the piece that
+    holds the root is exact; where one would leave the bracket, or takes too many, the bracket is halved. The authors
+    sort all breakpoints instead.
+    """
+    size = delta.abs().flatten(1)
+    limit = None if room is None else room.flatten(1)
+    low, high = size.new_zeros(len(size)), size.amax(1)
+    left, threshold, done = size, low, torch.zeros_like(low, dtype=torch.bool)
+    for attempt in range(60):
+        left = (size - threshold[:, None]).clamp_min_(0.0)
+        moving = left > 0.0
+        if limit is not None:
+            moving &= left < limit
+            left = torch.minimum(left, limit)
+        excess = left.sum(1) - eps
+        # A sample that is done stays as it is, whatever the others of its batch still need.
+        done = done | (excess.abs() <= 1e-6 * eps) | ((threshold == 0.0) & (excess <= 0.0))
+        if bool(done.all()):
+            break
+        low, high = torch.where(excess > 0.0, threshold, low), torch.where(excess > 0.0, high, threshold)
+        newton = threshold + excess / moving.sum(1)
+        middle = 0.5 * (low + high)
+        guess = torch.where((newton > low) & (newton < high), newton, middle) if attempt < 20 else middle
+        threshold = torch.where(done, threshold, guess)
+    return left.view_as(delta).copysign(delta)

@@ -112,6 +112,9 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
     batch: Annotated[int, typer.Option(help="Samples at once; results do not depend on it.")] = 128,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the report with every outcome.")] = None,
+    doubt: Annotated[
+        int, typer.Option(help="Look on so many samples for signs that the number is too kind; 64 is a good start.")
+    ] = 0,
     keep: Annotated[
         Path | None,
         typer.Option(help="A folder for the images and texts under attack; the word Kept(folder) reads it."),
@@ -125,6 +128,7 @@ def evaluate_command(
     _at_least("--limit", limit, 1)
     _at_least("--batch", batch, 1)
     _at_least("--seed", seed, 0)
+    _at_least("--doubt", doubt, 0)
     if out is not None:
         if out.is_dir():
             raise CrossguardError(f"--out {out} is a folder; give the name of a file in it")
@@ -142,7 +146,7 @@ def evaluate_command(
         bar.step("evaluating")
         report = evaluate(
             chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-            limit=limit, seed=seed, batch=batch, progress=bar.progress, keep=keep, keep_as=keep_as,
+            limit=limit, seed=seed, batch=batch, progress=bar.progress, keep=keep, keep_as=keep_as, doubt=doubt,
             partial=None if out is None else out.with_name(f".{out.name}.part"),
         )  # fmt: skip
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the first process speaks for all
@@ -187,16 +191,19 @@ def run(
     folder = Path("runs") / file.stem if out is None else out
     with _Bar() as bar:
         experiment.run(folder, bar)
-    _print_table(folder, None)
+    _print_table(folder, None, False)
 
 
 @app.command()
 def table(
     folder: Annotated[Path, typer.Argument(help="A folder of reports.", metavar="FOLDER")],
     form: Annotated[str | None, typer.Option("--format", help="markdown, csv, json or latex.")] = None,
+    worst: Annotated[
+        bool, typer.Option("--worst", help="Pool all attacks on a model within a budget: the worst case per image.")
+    ] = False,
 ) -> None:
     """Print the reports of a folder as a table."""
-    _print_table(folder, form)
+    _print_table(folder, form, worst)
 
 
 @app.command()
@@ -285,12 +292,13 @@ def _print_report(report: Report) -> None:
         typer.echo(f"- {note}")
 
 
-def _print_table(folder: Path, form: str | None) -> None:
+def _print_table(folder: Path, form: str | None, worst: bool) -> None:
     from crossguard.table import FORMATS, Answers, pretty, render
 
     if form is not None and form not in FORMATS:
         raise CrossguardError(f"unknown format {form!r}; give one of {', '.join(FORMATS)}")
     answers = Answers.load(folder)
+    answers = answers.pooled() if worst else answers
     if form is None and sys.stdout.isatty():
         Console(markup=False, highlight=False).print(pretty(answers))
     else:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from crossguard.budgets import Budget
 from crossguard.data import spread
 from crossguard.datasets.kept import FORMATS, finish
 from crossguard.datasets.kept import keep as store
+from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, reason, write
 from crossguard.goals import margin
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Wrapper
+from crossguard.models.wrapper import Unrolled, Wrapper
 from crossguard.report import Outcomes, Report, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
@@ -85,6 +86,7 @@ def evaluate(
     keep: str | Path | None = None,
     keep_as: str = "safetensors",
     processes: bool = True,
+    doubt: int = 0,
 ) -> Report:
     """The report of one model on one task under one attack.
 
@@ -103,6 +105,7 @@ def evaluate(
             what is left of the attack when pixels are rounded to 8 bits.
         keep_as: 'safetensors' (exact) or 'png' (rounded to 8 bits).
         processes: False keeps an evaluation to itself under `torchrun`.
+        doubt: run the checks of `diagnose` on that many samples; what they find stands in the notes of the report.
     """
     asked = question(task, model, attack, budget, surrogate, limit, seed)
     if len(task) == 0:
@@ -164,6 +167,9 @@ def evaluate(
     device = "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     outcomes = Outcomes([row["id"] for row in found], *([row[name] for row in found] for name in _COLUMNS))
     report = Report(asked, outcomes, tuple(notes), versions(device), time.monotonic() - began)
+    if doubt and attack is not None:
+        doubts = diagnose(report, task, model, attack, budget, surrogate, doubt, seed)
+        report = replace(report, notes=(*notes, *doubts), seconds=time.monotonic() - began)
     if rank == 0:
         record.close()
     return report
@@ -281,16 +287,17 @@ def _rounding(rows: list[dict[str, Any]], trial: Trial) -> list[str]:
 
 
 def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: VisionLanguageModel | None) -> str:
+    """What the adversary knows, and how gradients get through what has none."""
     if attack is None:
         return "no attack"
+    if isinstance(surrogate, Unrolled) and surrogate.base == model:
+        return "white box, unrolled"
+    layers: list[VisionLanguageModel] = [model]
+    while isinstance(layers[-1], Wrapper):
+        layers.append(layers[-1].base)
     if surrogate is None or surrogate == model:
-        return "white box"
-    base = model
-    while isinstance(base, Wrapper):
-        base = base.base
-        if surrogate == base:
-            return "gray box"
-    return "transfer"
+        return "white box" if all(layer.differentiable for layer in layers) else "white box, BPDA"
+    return "gray box" if surrogate in layers else "transfer"
 
 
 def _skipped(task: Task) -> list[str]:

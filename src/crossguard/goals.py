@@ -62,25 +62,30 @@ class DLR(Loss):
     """Difference of logits ratio (Croce and Hein 2020): the margin over the spread of the best logits, so that neither
     the scale of the logits nor an offset matters.
 
-    Untargeted it divides by z(1) - z(3), by way of a target by z(1) - (z(3) + z(4)) / 2. With fewer classes than that
-    the last one there is takes their place; with two, where any such ratio is constant, it is the margin itself.
+    Untargeted it divides by z(1) - z(3), with a target by z(1) - (z(3) + z(4)) / 2. With three classes and a target
+    the last two take the place of z(3) and z(4), because the ratio would be constant where the target is the third;
+    with two classes, where any such ratio is constant, it is the margin itself. The paper has neither case.
     """
 
     def away(self, logits: Logits, labels: Labels) -> PerImage:
-        return -margin(logits, labels) / self._spread(logits, 3)
+        return -margin(logits, labels) / _spread(logits, 2, 3)
 
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
-        return margin(logits, targets) / self._spread(logits, 3)
+        return margin(logits, targets) / self._spread_with_target(logits)
 
     def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
-        return (_at(logits, targets) - _at(logits, labels)) / self._spread(logits, 4)
+        return (_at(logits, targets) - _at(logits, labels)) / self._spread_with_target(logits)
 
-    def _spread(self, logits: Logits, last: int) -> PerImage | float:
-        classes = logits.shape[1]
-        if classes < 3:
-            return 1.0
-        best = logits.topk(min(last, classes), dim=1).values
-        return best[:, 0] - best[:, 2:].mean(1) + 1e-12
+    def _spread_with_target(self, logits: Logits) -> PerImage | float:
+        return _spread(logits, 1, 3) if logits.shape[1] == 3 else _spread(logits, 2, 4)
+
+
+def _spread(logits: Logits, first: int, last: int) -> PerImage | float:
+    """The best logit minus the mean of those ranked from `first` up to `last` (exclusive, counted from 0)."""
+    if logits.shape[1] < 3:
+        return 1.0
+    best = logits.topk(last, dim=1).values
+    return best[:, 0] - best[:, first:].mean(1) + 1e-12
 
 
 class Goal(ABC):

@@ -6,10 +6,11 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -17,7 +18,7 @@ from rich.text import Text
 from crossguard import files
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
-from crossguard.report import Rate, Report, ReportError
+from crossguard.report import Outcomes, Rate, Report, ReportError
 
 FORMATS = ("markdown", "csv", "json", "latex")
 
@@ -80,6 +81,26 @@ class Answers:
             doubts.append(f"{missing} of {len(order)} cells are not answered yet; run the experiment again to go on.")
         first = [reports.pop(one) for one in order if one in reports]
         return Answers((*first, *reports.values()), labels, tuple(doubts))
+
+    def pooled(self) -> Answers:
+        """The worst case per image over all attacks, surrogates and seeds that met a model within the same budget.
+
+        Carlini et al. 2019 count an image as robust only if no attack breaks it. Reports are pooled where task, limit,
+        model and budget agree; those of other images (by their ids) are left out and named.
+        """
+        groups: dict[str, list[Report]] = {}
+        for report in self.reports:
+            if _attacked(report):
+                groups.setdefault(_part(report, "task", "limit", "model", "budget"), []).append(report)
+        pooled, doubts = [report for report in self.reports if not _attacked(report)], list(self.doubts)
+        for reports in groups.values():
+            first = reports[0]
+            same = [report for report in reports if report.outcomes.id == first.outcomes.id]
+            if len(same) < len(reports):
+                where = f"{self.label(first, 'model')}, {self.label(first, 'budget')}"
+                doubts.append(f"{len(reports) - len(same)} reports of other images were not pooled [{where}]")
+            pooled.append(_worst(same))
+        return replace(self, reports=tuple(pooled), doubts=tuple(doubts))
 
     def tables(self) -> list[Table]:
         """One table per task, limit, surrogate and seed, in the order of the reports.
@@ -186,6 +207,37 @@ class Answers:
         present = dict.fromkeys(_part(report, part) for report in reports)
         listed = [word for word in self.labels.get(part, {}) if word in present]
         return list(dict.fromkeys([*listed, *present]))
+
+
+def _worst(reports: list[Report]) -> Report:
+    """One report of what is left of each image after all of these: the first attack that broke it, or else the one
+    that came nearest."""
+    first = reports[0]
+
+    def stack(name: str) -> np.ndarray:
+        return np.stack([np.asarray(getattr(report.outcomes, name)) for report in reports])
+
+    def picked(right: str, margin: str, *names: str) -> dict[str, np.ndarray]:
+        """The columns of the report whose answer is wrong, or else has the smallest margin, sample by sample."""
+        rank = np.where(stack(right) == first.outcomes.label, np.nan_to_num(stack(margin), nan=np.inf), -np.inf)
+        return {name: stack(name)[rank.argmin(0), np.arange(first.n)] for name in (right, margin, *names)}
+
+    columns = {
+        **picked("clean", "clean_margin"),  # a random model answers anew each time
+        **picked("adversarial", "adversarial_margin", "size"),
+        **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
+    }
+    attack = f"worst case of {len(reports)} reports"
+    question = {**first.question, "attack": attack, "surrogate": "pooled", "seed": "pooled", "knowledge": "pooled"}
+    notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
+    return Report(
+        question=question,
+        outcomes=Outcomes(first.outcomes.id, first.outcomes.label, **columns),
+        notes=notes,
+        versions=first.versions,
+        seconds=sum(report.seconds for report in reports),
+        short={**first.short, "attack": attack, "surrogate": "pooled"},
+    )
 
 
 def render(answers: Answers, form: str) -> str:

@@ -113,12 +113,14 @@ class PairVictim:
     """What an attack may ask where images meet texts, for the samples of one batch.
 
     `before` answers images against the clean texts, `after` against the texts as the attack rewrote them; `encode`
-    gives the images' raw embeddings. All three share one counter.
+    gives the images' raw embeddings, `gate` how far the defense is from doing nothing, where it has a gate. All share
+    one counter.
     """
 
     before: ImageVictim
     after: ImageVictim
     encode: ImageVictim
+    gate: ImageVictim | None = None
 
 
 @dataclass
@@ -187,9 +189,11 @@ class Attack(ABC):
 
 
 class ImageAttack(Attack):
-    """An attack on pixels: `attack(victim, clean, goal, budget)` returns images inside the budget."""
+    """An attack on pixels: `attack(victim, clean, goal, budget)` returns images inside the budget. `norms` are the
+    kinds of budgets it is made for."""
 
     on = ("image",)
+    norms: ClassVar[tuple[type[PixelBudget], ...]] = (PixelBudget,)
 
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
         pixels, _ = self.spends(budget)
@@ -209,15 +213,32 @@ class ImageAttack(Attack):
         Args:
             seeds: one key per sample for its noise; by position in the batch, if not given.
         """
+        victim, seeds = self.ready(victim, clean, budget, seeds)
+        return self.search(victim, clean.detach(), goal, budget, seeds).detach()
+
+    def ready(
+        self,
+        victim: ImageVictim | Callable[[Images], Tensor],
+        clean: Images,
+        budget: PixelBudget,
+        seeds: Seeds | None,
+    ) -> tuple[ImageVictim, Seeds]:
+        """The victim as the search may ask it, and the keys of its noise; raises for a budget this attack cannot
+        spend."""
         if not isinstance(budget, PixelBudget):
             raise CrossguardError(
                 f"{spelled(self)} changes pixels, but {budget!r} is no budget of pixels; try 'Linf(8/255)'"
             )
+        if not isinstance(budget, self.norms):
+            names = " or ".join(norm.__name__ for norm in self.norms)
+            raise CrossguardError(
+                f"{spelled(self)} is an attack for {names} and cannot spend {spelled(budget)}; give an {names} budget, "
+                "or try PGD, which knows every norm"
+            )
         if not isinstance(victim, ImageVictim):
             victim = ImageVictim(victim)
         seeds = by_position(len(clean)) if seeds is None else seeds
-        victim = victim.drawing_from(seeds)
-        return self.search(victim, clean.detach(), goal, budget, seeds).detach()
+        return victim.drawing_from(seeds), seeds
 
     @abstractmethod
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images: ...

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
-from crossguard.shapes import Embeddings, Images, Logits, TextEmbeddings
+from crossguard.seeds import drawn, normal
+from crossguard.shapes import Embeddings, Images, Logits, PerImage, TextEmbeddings
 
 
 class Wrapper(VisionLanguageModel):
@@ -31,6 +34,19 @@ class Wrapper(VisionLanguageModel):
     def device(self) -> torch.device:
         return self.base.device
 
+    def smooth(self) -> VisionLanguageModel:
+        """A stand-in whose gradients are its true ones, every hard step (a sign, a rounding, a gate) replaced by a
+        smooth one: what `Unrolled` crafts on. Raises, where a wrapper offers none."""
+        if self.differentiable:
+            return self
+        raise CrossguardError(f"{type(self).__name__} offers no smooth version of itself; it is attacked by BPDA")
+
+    def gate(self, images: Images) -> PerImage:
+        """How far the defense is from doing nothing: it acts on an image where this is positive. Raises, where a
+        wrapper always acts."""
+        del images
+        raise CrossguardError(f"{type(self).__name__} has no gate to aim at; it always acts")
+
 
 class Purifier(Wrapper):
     """A wrapper that cleans the pixels first. Attacks see through it by BPDA (Athalye et al. 2018): the forward uses
@@ -45,6 +61,14 @@ class Purifier(Wrapper):
 
     def encode_image(self, images: Images) -> Embeddings:
         return self.base.encode_image(images + (self.purify(images) - images).detach())
+
+    def smoothed(self, images: Images) -> Images:
+        """`purify` without its hard steps, differentiable."""
+        del images
+        raise CrossguardError(f"{type(self).__name__} offers no smooth version of itself; it is attacked by BPDA")
+
+    def smooth(self) -> VisionLanguageModel:
+        return _Smoothed(self)
 
 
 @dataclass(frozen=True)
@@ -62,3 +86,71 @@ class BitDepth(Purifier):
     def purify(self, images: Images) -> Images:
         levels = 2**self.bits - 1
         return torch.round(images * levels) / levels
+
+    def smoothed(self, images: Images) -> Images:
+        """The staircase with steps of finite slope: between two levels a sigmoid that passes through both."""
+        levels, steepness = 2**self.bits - 1, 8.0
+        below = torch.floor(images * levels).detach()
+        rise = torch.sigmoid(steepness * (images * levels - below - 0.5))
+        low, high = 1.0 / (1.0 + math.exp(steepness / 2)), 1.0 / (1.0 + math.exp(-steepness / 2))
+        return (below + (rise - low) / (high - low)) / levels
+
+
+@dataclass(frozen=True)
+class GaussianNoise(Wrapper):
+    """Adds Gaussian noise of standard deviation `std` (in pixels of [0, 1]) to each image, anew at each question: the
+    simplest random defense. One draw, not the vote of randomized smoothing (Cohen et al. 2019)."""
+
+    base: VisionLanguageModel
+    std: float = 8 / 255
+    random = True
+
+    def __post_init__(self) -> None:
+        if not self.std >= 0.0:
+            raise CrossguardError(f"GaussianNoise(std={self.std}) is not possible; give 0 or more, in pixels of [0, 1]")
+
+    def encode_image(self, images: Images) -> Embeddings:
+        noise = normal(drawn(len(images)), images.shape[1:], images.device)
+        return self.base.encode_image((images + self.std * noise).clamp(0.0, 1.0))
+
+    def smooth(self) -> VisionLanguageModel:
+        return replace(self, base=self.base.smooth()) if isinstance(self.base, Wrapper) else self
+
+
+@dataclass(frozen=True)
+class Unrolled(VisionLanguageModel):
+    """A defended model with its hard steps made smooth, as the surrogate to craft on: gradients go through the defense
+    instead of around it (BPDA). Judged is the defense itself: `surrogate="Unrolled(BitDepth(Tiny()))"`."""
+
+    base: Wrapper
+
+    def encode_image(self, images: Images) -> Embeddings:
+        return self.base.smooth().encode_image(images)
+
+    def encode_text(self, texts: Sequence[str]) -> Embeddings:
+        return self.base.smooth().encode_text(texts)
+
+    def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
+        return self.base.logits(images, texts)
+
+    def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
+        return self.base.smooth().classifier(prompts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+
+@dataclass(frozen=True)
+class _Smoothed(Wrapper):
+    """A purifier with the gradients of its smooth version."""
+
+    purifier: Purifier
+
+    @property
+    def base(self) -> VisionLanguageModel:  # type: ignore[override]
+        inner = self.purifier.base
+        return inner.smooth() if isinstance(inner, Wrapper) else inner
+
+    def encode_image(self, images: Images) -> Embeddings:
+        return self.base.encode_image(self.purifier.smoothed(images))

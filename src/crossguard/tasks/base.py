@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,6 +37,11 @@ class Trial(ABC):
     @abstractmethod
     def prompts(self) -> tuple[Prompts, Prompts]:
         """The class prompts before and after the attack."""
+
+    @property
+    @abstractmethod
+    def victim(self) -> Callable[[Images], Logits]:
+        """What the model says to images, differentiable: the victim of an attack that knows everything."""
 
     @abstractmethod
     def answer(self, batch: Labelled, seeds: Seeds) -> Answers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from crossguard.data import Dataset, Labelled, Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Endless, Goal, Untargeted
 from crossguard.models.base import VisionLanguageModel
+from crossguard.models.wrapper import Wrapper
 from crossguard.seeds import drawing, fold
 from crossguard.shapes import Images, Labels, Logits, Seeds
 from crossguard.tasks.base import Answers, Task, Trial
@@ -107,6 +108,10 @@ class _ZeroShotTrial(Trial):
     def prompts(self) -> tuple[Prompts, Prompts]:
         return self.before, self.after
 
+    @property
+    def victim(self) -> Callable[[Images], Logits]:
+        return self.rewritten
+
     def answer(self, batch: Labelled, seeds: Seeds) -> Answers:
         device = self.model.device
         images, labels = batch.images.to(device), batch.labels.to(device)
@@ -136,6 +141,7 @@ class _ZeroShotTrial(Trial):
             ImageVictim(self.craft_before, queries, noise),
             ImageVictim(self.craft_after, queries, noise),
             ImageVictim(crafting.encode_image, queries, noise),
+            ImageVictim(crafting.gate, queries, noise) if isinstance(crafting, Wrapper) else None,
         )
 
 

@@ -1,0 +1,260 @@
+"""Attacks made of attacks: the worst of several, again with other noise, one class after the other, on average over
+what is random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, PairVictim
+from crossguard.attacks.gradient import PGD
+from crossguard.budgets import Budget, PixelBudget
+from crossguard.errors import CrossguardError
+from crossguard.goals import DLR, ByWayOf, Endless, Goal, Loss, Untargeted, classification
+from crossguard.seeds import fold, normal
+from crossguard.shapes import Images, Labels, Logits, Mask, PerImage, Seeds
+
+
+@dataclass(frozen=True)
+class Worst(ImageAttack):
+    """One attack after the other, each on the images that still stand: the ensemble of AutoAttack (Croce and Hein
+    2020), and the worst case per image that Carlini et al. 2019 ask for.
+
+    For a goal without an end every attack runs on every image, and the highest loss counts.
+    """
+
+    attacks: tuple[ImageAttack, ...] = (PGD(), PGD(loss=DLR()))
+
+    def __post_init__(self) -> None:
+        if not self.attacks:
+            raise CrossguardError("Worst() of no attacks does nothing; give some, such as Worst((PGD(), Square()))")
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        found, _ = _asked(victim, clean, goal)
+        for number, attack in enumerate(self.attacks):
+            _try(attack, found, victim, clean, goal, budget, fold(seeds, number) if number else seeds)
+        return found.images
+
+
+@dataclass(frozen=True)
+class Restarts(ImageAttack):
+    """The same attack `count` times, each time with other noise, on the images that still stand."""
+
+    attack: ImageAttack = field(default_factory=PGD)
+    count: int = 5
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise CrossguardError(f"Restarts(count={self.count}) does nothing; give 1 or more")
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        return Worst((self.attack,) * self.count).search(victim, clean, goal, budget, seeds)
+
+
+@dataclass(frozen=True)
+class EachTarget(ImageAttack):
+    """The attack once by way of each of the likeliest other classes, most likely first, on the images that still stand.
+
+    `EachTarget(APGD(loss=DLR()))` is APGD-T of AutoAttack. Classes that can't be told from the label (their names are
+    the same, so their logits are) are no way out and come last; with fewer classes than targets all are taken.
+
+    Args:
+        targets: how many classes; AutoAttack takes 9.
+    """
+
+    attack: ImageAttack = field(default_factory=PGD)
+    targets: int = 9
+
+    def __post_init__(self) -> None:
+        if self.targets < 1:
+            raise CrossguardError(f"EachTarget(targets={self.targets}) aims at nothing; give 1 or more classes")
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        aim = classification(goal, "EachTarget")
+        if not isinstance(aim, Untargeted):
+            raise CrossguardError("EachTarget serves an untargeted goal; a targeted one has its class already")
+        found, outputs = _asked(victim, clean, goal)
+        for number, targets in enumerate(likeliest(outputs, aim.labels, self.targets)):
+            way: Goal = ByWayOf(aim.labels, targets, aim.criterion)
+            way = Endless(way) if isinstance(goal, Endless) else way
+            noise = fold(seeds, number) if number else seeds
+            _try(self.attack, found, victim, clean, goal, budget, noise, way)
+        return found.images
+
+
+@dataclass(frozen=True)
+class EOT(ImageAttack):
+    """The attack on the average over everything random (expectation over transformation, Athalye et al. 2018): each
+    step averages gradients, losses and outputs over several draws of the model's own noise.
+
+    Args:
+        samples: draws; AutoAttack's 'rand' takes 20.
+        noise: standard deviation of Gaussian pixel noise added to each draw, in pixels of [0, 1]; it smooths a
+            deterministic model whose gradient is shattered.
+        flip: mirror every second draw: an adversary for defenses that look at mirrored views.
+    """
+
+    attack: ImageAttack = field(default_factory=PGD)
+    samples: int = 20
+    noise: float = 0.0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise CrossguardError(f"EOT(samples={self.samples}) averages over nothing; give 1 or more")
+        if not self.noise >= 0.0:
+            raise CrossguardError(f"EOT(noise={self.noise}) is not possible; give 0 or more, in pixels of [0, 1]")
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        averaged = _Averaged(
+            victim.answer, victim.queries, victim.seeds, victim.rows, self.samples, self.noise, self.flip
+        )
+        return self.attack(averaged, clean, goal, budget, seeds)
+
+
+@dataclass(frozen=True)
+class OwnAnswer(ImageAttack):
+    """The attack with the victim's own clean answer for a label: an adversary who doesn't know the truth.
+
+    Robust accuracy that is higher under the true label than under this one, or higher than clean accuracy, says that
+    the defense reads the label off the perturbation (label leakage, Kurakin et al. 2017).
+    """
+
+    attack: ImageAttack = field(default_factory=PGD)
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        aim = classification(goal, "OwnAnswer")
+        if not isinstance(aim, Untargeted):
+            raise CrossguardError("OwnAnswer serves an untargeted goal; a targeted one needs no label")
+        own: Goal = replace(aim, labels=victim(clean).argmax(1))
+        return self.attack(victim, clean, Endless(own) if isinstance(goal, Endless) else own, budget, seeds)
+
+
+@dataclass(frozen=True)
+class AtGate(ImageAttack):
+    """The attack with a second aim: that the defense does nothing.
+
+    Climbs the goal's loss minus `weight` times what is left above the gate, so the image slips below the threshold
+    while it is turned (detector-aware attacks, Carlini and Wagner 2017; Tramer et al. 2020). Aims at models with a
+    `gate`, and holds attacks that climb one loss, such as PGD and APGD.
+    """
+
+    attack: ImageAttack = field(default_factory=PGD)
+    weight: float = 10.0
+
+    def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
+        pixels, _ = self.spends(budget)
+        assert pixels is not None
+        if victim.gate is None:
+            raise CrossguardError("AtGate needs a defense with a gate to aim at; this model has none")
+        before, gate = victim.before.answer, victim.gate.answer
+
+        def both(images: Images) -> Tensor:
+            return torch.cat([before(images), gate(images)[:, None]], 1)
+
+        return self.attack(replace(victim.before, answer=both), images, _Gated(goal, self.weight), pixels, seeds)
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        """Where no gate is known, the attack alone."""
+        return self.attack(victim, clean, goal, budget, seeds)
+
+
+@dataclass(frozen=True)
+class _Gated(Goal):
+    """A goal over logits, with the gate as a last column of the outputs."""
+
+    goal: Goal
+    weight: float
+
+    def loss(self, outputs: Tensor) -> PerImage:
+        return self.goal.loss(outputs[:, :-1]) - self.weight * outputs[:, -1].clamp_min(0.0)
+
+    def reached(self, outputs: Tensor) -> Mask:
+        return self.goal.reached(outputs[:, :-1])
+
+    def at(self, keep: Tensor) -> _Gated:
+        return _Gated(self.goal.at(keep), self.weight)
+
+    def climbing(self, loss: Loss) -> _Gated:
+        return _Gated(self.goal.climbing(loss), self.weight)
+
+
+@dataclass(frozen=True)
+class _Averaged(ImageVictim):
+    """A victim whose answers are means over several draws."""
+
+    samples: int = 1
+    noise: float = 0.0
+    flip: bool = False
+
+    def __call__(self, images: Images) -> Tensor:
+        return sum((super(_Averaged, self).__call__(view) for view in self._views(images)), start=torch.zeros(())) / (
+            self.samples
+        )
+
+    def ascend(self, images: Images, goal: Goal) -> tuple[Images, PerImage, Tensor]:
+        gradient, losses, outputs = torch.zeros_like(images), torch.zeros(len(images), device=images.device), None
+        for number, view in enumerate(self._views(images)):
+            one, loss, output = super().ascend(view, goal)
+            gradient += one.flip(3) if self._mirrored(number) else one
+            losses += loss
+            outputs = output if outputs is None else outputs + output
+        assert outputs is not None
+        return gradient / self.samples, losses / self.samples, outputs / self.samples
+
+    def _views(self, images: Images) -> Iterable[Images]:
+        for number in range(self.samples):
+            view = images
+            if self.noise and self.seeds is not None and self.queries is not None:
+                rows = torch.arange(len(self.seeds)) if self.rows is None else self.rows
+                rows = rows[: len(images)]
+                asked = self.queries.forwards[rows] + self.queries.gradients[rows]
+                keys = fold(fold(self.seeds[rows], asked), _VIEWS)
+                view = view + self.noise * normal(keys, images.shape[1:], images.device)
+            yield view.flip(3) if self._mirrored(number) else view
+
+    def _mirrored(self, number: int) -> bool:
+        return self.flip and number % 2 == 1
+
+
+_VIEWS = 7  # sets the noise of the views apart from that of the model
+
+
+def likeliest(logits: Logits, labels: Labels, count: int) -> list[Labels]:
+    """The `count` other classes of highest logit, as one label per image each, or as many as there are; those that
+    can't be told from the label come last."""
+    own = logits.gather(1, labels[:, None])
+    others = torch.where(logits == own, -torch.finfo(logits.dtype).max, logits).scatter(1, labels[:, None], -torch.inf)
+    ranked = others.argsort(dim=1, descending=True, stable=True)
+    return list(ranked[:, : min(count, logits.shape[1] - 1)].unbind(1))
+
+
+def _asked(victim: ImageVictim, clean: Images, goal: Goal) -> tuple[Found, Tensor]:
+    """What is found before any attack (images that are beaten as they are), and the clean outputs."""
+    found = Found.nothing(clean)
+    outputs = victim(clean)
+    found.offer(found.open(), clean, goal.loss(outputs), goal.reached(outputs))
+    return found, outputs
+
+
+def _try(
+    attack: ImageAttack,
+    found: Found,
+    victim: ImageVictim,
+    clean: Images,
+    goal: Goal,
+    budget: PixelBudget,
+    seeds: Seeds,
+    way: Goal | None = None,
+) -> None:
+    """Runs one attack on the images that still stand (with the goal `way`, if given); `goal` judges what it made."""
+    rows = found.open()
+    if not len(rows):
+        return
+    asked = victim.at(rows)
+    made = attack(asked, clean[rows], (way or goal).at(rows), budget, seeds[rows.cpu()])
+    outputs = asked(made)
+    found.offer(rows, made, goal.at(rows).loss(outputs), goal.at(rows).reached(outputs))

@@ -1,0 +1,294 @@
+"""Signs that a robust number is too kind: checks that doubt an evaluation, each with its remedy.
+
+They follow AutoAttack's warnings (Croce and Hein 2020, `checks.py`), the checklist of Carlini et al. 2019 and the
+evaluation of test-time defenses by Croce et al. 2022. A check that stays silent proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossguard.attacks.base import Attack, ImageAttack, ImageVictim
+from crossguard.attacks.meta import EOT
+from crossguard.attacks.query import Square
+from crossguard.attacks.standard import AutoAttack
+from crossguard.budgets import Both, Budget, Linf, PixelBudget
+from crossguard.data import Labelled, spread
+from crossguard.goals import Untargeted
+from crossguard.models.base import VisionLanguageModel
+from crossguard.models.wrapper import Wrapper
+from crossguard.report import Report
+from crossguard.seeds import fold, keys
+from crossguard.tasks.base import Task, Trial
+
+_QUERIES = 1000  # of the query attack that looks for masked gradients
+_LARGE = 100.0  # times the budget, under which nothing should stand
+
+
+def diagnose(
+    report: Report,
+    task: Task,
+    model: VisionLanguageModel,
+    attack: Attack | None,
+    budget: Budget | None,
+    surrogate: VisionLanguageModel | None = None,
+    samples: int = 64,
+    seed: int = 0,
+) -> tuple[str, ...]:
+    """Doubts about the report, each a sentence with its remedy.
+
+    Args:
+        samples: how many samples the checks that cost something look at.
+    """
+    doubts = list(_of_the_report(report))
+    indices = spread(len(task), min(samples, report.n))
+    case = _Case(task, model, attack, budget, surrogate, seed, indices)
+    for check in _CHECKS:
+        doubt = check(case)
+        if doubt is not None:
+            doubts.append(doubt)
+    return tuple(doubts)
+
+
+def _of_the_report(report: Report) -> Iterator[str]:
+    """What the numbers alone say."""
+    if report.adversarial.successes > report.clean.successes:
+        yield (
+            f"robust above clean: {report.adversarial.successes} of {report.n} answers are right under attack and "
+            f"{report.clean.successes} without; the defense may read the label off the perturbation: attack with "
+            "OwnAnswer(...), which doesn't know the label"
+        )
+
+
+@dataclass
+class _Case:
+    """The evaluation in doubt, on a few samples."""
+
+    task: Task
+    model: VisionLanguageModel
+    attack: Attack | None
+    budget: Budget | None
+    surrogate: VisionLanguageModel | None
+    seed: int
+    indices: list[int]
+
+    def batches(self) -> Iterator[Labelled]:
+        return self.task.batches(128, self.indices)
+
+    def clean(self) -> Trial:
+        return self.task.prepare(self.model, None, None, None)
+
+    def standing(
+        self, attack: Attack | None, budget: Budget | None, surrogate: VisionLanguageModel | None = None
+    ) -> list[bool]:
+        """Which samples are right both clean and under this attack."""
+        trial = self.task.prepare(self.model, attack, budget, surrogate)
+        found: list[bool] = []
+        for batch in self.batches():
+            answers = trial.answer(batch, keys(batch.ids, self.seed))
+            right = (answers.clean.argmax(1) == batch.labels) & (answers.adversarial.argmax(1) == batch.labels)
+            found += right.tolist()
+        return found
+
+    @property
+    def pixels(self) -> PixelBudget | None:
+        if self.attack is None or self.budget is None:
+            return None
+        return self.attack.spends(self.budget)[0]
+
+
+def _random(case: _Case) -> str | None:
+    """Two answers to the same images."""
+    if _averages(case.attack):
+        return None
+    trial, moved, most = case.clean(), 0, 0.0
+    for batch in case.batches():
+        noise = keys(batch.ids, case.seed)
+        one, other = (F.normalize(trial.judge(batch.images, fold(noise, number)), dim=1) for number in (1, 2))
+        apart = (one - other).norm(dim=1)
+        moved, most = moved + int((apart > 1e-4).sum()), max(most, float(apart.max()))
+    if not moved:
+        return None
+    return (
+        f"random model: {moved} of {len(case.indices)} images get another answer when asked again (logits move by up "
+        f"to {most:.2g} of their length); average over its noise with EOT(...) or AutoAttack('rand')"
+    )
+
+
+def _probabilities(case: _Case) -> str | None:
+    """Outputs that sum to one."""
+    trial = case.clean()
+    for batch in case.batches():
+        answers = trial.judge(batch.images, keys(batch.ids, case.seed))
+        inside = bool((answers >= 0.0).all() and (answers <= 1.0).all())
+        if not inside or not torch.allclose(answers.sum(1), torch.ones(len(answers)), atol=1e-5):
+            return None
+    return (
+        "probabilities instead of logits: the model's outputs lie in [0, 1] and sum to one, so cross-entropy "
+        "saturates; give logits"
+    )
+
+
+def _zero_gradients(case: _Case) -> str | None:
+    """Images from which no gradient leads anywhere."""
+    if case.pixels is None:
+        return None
+    count, trial = 0, case.task.prepare(case.surrogate or case.model, None, None, None)
+    for batch in case.batches():
+        answer = trial.victim
+        labels = batch.labels.to(case.model.device)
+        gradient, _, _ = ImageVictim(answer).ascend(batch.images.to(case.model.device), Untargeted(labels))
+        count += int((~gradient.flatten(1).any(1)).sum())
+    if not count:
+        return None
+    return (
+        f"zero gradients: for {count} of {len(case.indices)} images the gradient of the loss vanishes, so an attack by "
+        "gradients stands still; attack with Square() or RayS(), through Unrolled(...), or with another loss (DLR(), "
+        "Margin())"
+    )
+
+
+def _optimizes(case: _Case) -> str | None:
+    """A forward that differentiates."""
+    trial, batch = case.clean(), next(case.batches())
+    with _watched() as calls:
+        trial.judge(batch.images[:2], keys(batch.ids[:2], case.seed))
+    if not calls:
+        return None
+    return (
+        "optimization inside the forward: the model takes gradients to answer, so standard attacks see an "
+        "approximation of it; attack the fixed model and transfer (surrogate = its base), through Unrolled(...), and "
+        "with Square()"
+    )
+
+
+def _large_budget(case: _Case) -> str | None:
+    """Nothing stands where the adversary may draw another image."""
+    pixels = case.pixels
+    if pixels is None or case.budget is None or pixels.eps == 0.0:
+        return None
+    eps = pixels.eps * _LARGE
+    huge = replace(pixels, eps=min(eps, 1.0) if isinstance(pixels, Linf) else eps)  # type: ignore[type-var]
+    wide: Budget = replace(case.budget, pixels=huge) if isinstance(case.budget, Both) else huge
+    left = sum(case.standing(case.attack, wide, case.surrogate))
+    if not left:
+        return None
+    return (
+        f"{left} of {len(case.indices)} images stand under {_LARGE:.0f} times the budget, where nothing should: the "
+        "attack is too weak or the gradients are masked; attack with Worst((APGD(), Square()))"
+    )
+
+
+def _more_steps(case: _Case) -> str | None:
+    """An attack that has converged gains nothing by going on."""
+    longer = _doubled(case.attack)
+    if case.pixels is None or longer == case.attack:
+        return None
+    now, then = (sum(case.standing(attack, case.budget, case.surrogate)) for attack in (case.attack, longer))
+    if then >= now:
+        return None
+    return (
+        f"twice the steps lower robust accuracy: {then} instead of {now} of {len(case.indices)} images stand; give the "
+        "attack more steps until the number stays"
+    )
+
+
+def _query_attack(case: _Case) -> str | None:
+    """A black box that beats the gradient says that the gradient is masked."""
+    pixels = case.pixels
+    if pixels is None or not isinstance(case.attack, ImageAttack) or not isinstance(pixels, Square.norms):
+        return None
+    now = case.standing(case.attack, case.budget, case.surrogate)
+    black = case.standing(Square(queries=_QUERIES), pixels)
+    more = sum(stands and not beaten for stands, beaten in zip(now, black, strict=True))
+    if not more:
+        return None
+    return (
+        f"a query attack beats the gradient: Square with {_QUERIES} queries breaks {more} of the {sum(now)} images "
+        "that stood; the gradients are masked: attack with AutoAttack() or Worst((..., Square(), RayS()))"
+    )
+
+
+def _undefended(case: _Case) -> str | None:
+    """What the base of a defense gives away."""
+    if not isinstance(case.model, Wrapper) or case.pixels is None:
+        return None
+    base: VisionLanguageModel = case.model
+    while isinstance(base, Wrapper):
+        base = base.base
+    if case.surrogate == base:
+        return (
+            "only a gray box: the attack was crafted on the undefended base and doesn't know the defense; leave out "
+            "the surrogate for an adaptive attack"
+        )
+    now = case.standing(case.attack, case.budget, case.surrogate)
+    transferred = case.standing(case.attack, case.budget, base)
+    more = sum(stands and not beaten for stands, beaten in zip(now, transferred, strict=True))
+    if not more:
+        return None
+    return (
+        f"transfer beats the white box: crafted on the undefended base, the same attack breaks {more} of the "
+        f"{sum(now)} images that stood; count the worst case per image of both ('crossguard table --worst')"
+    )
+
+
+_CHECKS: tuple[Callable[[_Case], str | None], ...] = (
+    _random,
+    _probabilities,
+    _zero_gradients,
+    _optimizes,
+    _large_budget,
+    _more_steps,
+    _query_attack,
+    _undefended,
+)
+
+
+def _averages(attack: Any) -> bool:
+    """Whether an attack averages over noise."""
+    if isinstance(attack, EOT) or (isinstance(attack, AutoAttack) and attack.version == "rand"):
+        return True
+    if isinstance(attack, tuple):
+        return any(_averages(part) for part in attack)
+    return is_dataclass(attack) and any(_averages(getattr(attack, field.name)) for field in fields(attack))
+
+
+def _doubled(attack: Any) -> Any:
+    """The same attack with twice the steps, wherever it or an attack inside it has a number of steps."""
+    if isinstance(attack, tuple):
+        return tuple(_doubled(part) for part in attack)
+    if not isinstance(attack, Attack) or not is_dataclass(attack):
+        return attack
+    changes = {field.name: _doubled(getattr(attack, field.name)) for field in fields(attack)}
+    if isinstance(changes.get("steps"), int):
+        changes["steps"] *= 2
+    return replace(attack, **changes)
+
+
+@contextmanager
+def _watched() -> Iterator[list[str]]:
+    """Notes every call for a gradient inside. Compiled code isn't seen."""
+    calls: list[str] = []
+    kept = torch.autograd.grad, torch.autograd.backward, Tensor.backward
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return function(*arguments, **options)
+
+        return called
+
+    torch.autograd.grad = noting("grad", kept[0])
+    torch.autograd.backward = noting("backward", kept[1])
+    Tensor.backward = noting("backward", kept[2])
+    try:
+        yield calls
+    finally:
+        torch.autograd.grad, torch.autograd.backward, Tensor.backward = kept

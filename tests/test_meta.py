@@ -1,0 +1,436 @@
+"""Attacks made of attacks, attacks through defenses, and the checks that doubt a number."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crossguard import (
+    APGD,
+    DLR,
+    EOT,
+    FAB,
+    L1,
+    L2,
+    PGD,
+    AtGate,
+    AutoAttack,
+    BitDepth,
+    CrossguardError,
+    Drift,
+    EachTarget,
+    GaussianNoise,
+    Linf,
+    Margin,
+    OwnAnswer,
+    Restarts,
+    RobustCLIP,
+    Scenes,
+    Square,
+    Targeted,
+    Tiny,
+    Unrolled,
+    Untargeted,
+    Worst,
+    ZeroShot,
+    evaluate,
+)
+from crossguard.attacks.base import ImageAttack, ImageVictim, Queries
+from crossguard.attacks.meta import likeliest
+from crossguard.data import spread
+from crossguard.diagnose import _Case
+from crossguard.goals import ByWayOf, Endless
+from crossguard.models.base import VisionLanguageModel
+from crossguard.models.wrapper import Wrapper
+from crossguard.report import Outcomes, Report
+from crossguard.seeds import by_position, uniform
+from crossguard.shapes import Images, PerImage
+from crossguard.table import Answers, render
+from crossguard.testing import LinearVictim, check_model
+
+diagnose = importlib.import_module("crossguard.diagnose")  # the module, not the function of that name
+TASK, BUDGET = ZeroShot(Scenes("object", count=48)), Linf(5 / 255)
+WEAK = PGD(steps=1, step=0.3, random_start=False)
+STILL = PGD(steps=2, step=0.2, random_start=False)
+
+
+def middle(count: int, size: int = 6) -> torch.Tensor:
+    return 0.4 + 0.2 * uniform(by_position(count), (3, size, size))
+
+
+@dataclass(frozen=True)
+class Logging(ImageAttack):
+    """An attack that remembers which samples it was given, and under which goal."""
+
+    attack: ImageAttack
+    seen: tuple = ()
+
+    def search(self, victim, clean, goal, budget, seeds):
+        LOG.append((len(clean), goal, seeds.clone()))
+        return self.attack.search(victim, clean, goal, budget, seeds)
+
+
+LOG: list = []
+
+
+# Ensembles
+
+
+def test_the_worst_of_attacks_is_the_pointwise_worst_and_asks_only_those_who_stand() -> None:
+    victim, images, budget = LinearVictim(2), middle(64), Linf(0.025)
+    labels = victim(images).argmax(1).detach()
+    goal, parts = Untargeted(labels), (PGD(steps=1, step=0.8, random_start=False), PGD(steps=20))
+    LOG.clear()
+    together = Worst((Logging(parts[0]), Logging(parts[1])))(victim, images, goal, budget)
+    alone = [goal.reached(victim(part(victim, images, goal, budget))) for part in parts]
+    assert torch.equal(goal.reached(victim(together)), alone[0] | alone[1])
+    assert [count for count, _, _ in LOG] == [64, int((~alone[0]).sum())]
+    assert 0 < int(alone[0].sum()) < 64
+
+
+def test_restarts_have_other_noise_and_the_first_has_its_own() -> None:
+    victim, images = LinearVictim(3), middle(8)
+    goal = Untargeted(victim(images).argmax(1).detach())
+    LOG.clear()
+    Restarts(Logging(PGD(steps=1)), 3)(victim, images, Endless(goal), Linf(0.001), by_position(8))
+    assert len(LOG) == 3 and torch.equal(LOG[0][2], by_position(8))
+    assert not torch.equal(LOG[1][2], LOG[2][2])
+
+
+def test_without_an_end_every_attack_runs_on_all_and_the_highest_loss_counts() -> None:
+    victim, images, budget = LinearVictim(3), middle(16), Linf(0.02)
+    goal = Endless(Untargeted(victim(images).argmax(1).detach()))
+    made = Worst((PGD(steps=20), WEAK))(victim, images, goal, budget)
+    best = PGD(steps=20)(victim, images, goal, budget)
+    assert torch.equal(made, best)
+    drift = Drift(victim(images).detach())
+    assert bool((drift.loss(victim(Worst((PGD(), WEAK))(victim, images, drift, budget))) > 1e-4).all())
+
+
+def test_each_target_goes_through_the_likeliest_classes() -> None:
+    logits = torch.tensor([[5.0, 1.0, 4.0, 3.0], [0.0, 9.0, 9.0, 1.0]])
+    first, second, third = likeliest(logits, torch.tensor([0, 1]), 9)
+    assert first.tolist() == [2, 3] and second.tolist() == [3, 0]
+    assert third.tolist() == [1, 2], "a class that can't be told from the label comes last"
+    victim, images = LinearVictim(4), middle(8)
+    labels = victim(images).argmax(1).detach()
+    LOG.clear()
+    EachTarget(Logging(PGD(steps=2)), 9)(victim, images, Untargeted(labels), Linf(1e-4))
+    ways = [goal for _, goal, _ in LOG]
+    assert len(ways) == 3 and all(isinstance(way, ByWayOf) for way in ways)
+    assert torch.stack([way.targets for way in ways], 1).sort(1).values.shape == (8, 3)
+    with pytest.raises(CrossguardError, match="untargeted goal"):
+        EachTarget()(victim, images, Targeted(labels), BUDGET)
+    with pytest.raises(CrossguardError, match="try PGD"):
+        EachTarget()(victim, images, Drift(victim(images).detach()), BUDGET)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 1000])
+@pytest.mark.parametrize("attack", [AutoAttack(), AutoAttack("rand"), RobustCLIP(steps=5)], ids=repr)
+def test_any_number_of_classes_works(classes: int, attack: ImageAttack) -> None:
+    if isinstance(attack, AutoAttack):
+        attack = Worst(tuple(shortened(part) for part in attack.parts(BUDGET)))
+    victim, images = LinearVictim(classes), middle(6)
+    labels = victim(images).argmax(1).detach()
+    made = attack(victim, images, Untargeted(labels), Linf(0.3))
+    assert bool((victim(made).argmax(1) != labels).all())
+
+
+def shortened(attack: ImageAttack) -> ImageAttack:
+    """The same attack with few steps."""
+    changes = {}
+    for name, value in (("steps", 5), ("queries", 50), ("samples", 2)):
+        if hasattr(attack, name):
+            changes[name] = value
+    if hasattr(attack, "attack"):
+        changes["attack"] = shortened(attack.attack)
+    return replace(attack, **changes)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 7])
+def test_dlr_ignores_scale_and_offset_and_works_with_few_classes(classes: int) -> None:
+    logits = uniform(by_position(5), (classes,)) * 4
+    ranked = logits.argsort(1, descending=True)
+    labels = ranked[:, 0]
+    targets = torch.stack([ranked[row, min(row % (classes - 1) + 1, classes - 1)] for row in range(5)])
+    logits.requires_grad_(True)
+    for loss in (DLR().away(logits, labels), DLR().towards(logits, targets), DLR().between(logits, labels, targets)):
+        (gradient,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        assert bool(torch.isfinite(loss).all()) and bool(gradient.any(1).all()), "a constant loss leads nowhere"
+    if classes > 2:
+        for shifted in (10 * logits, logits + 3):
+            assert torch.allclose(DLR().away(shifted, labels), DLR().away(logits, labels), atol=1e-4)
+            assert torch.allclose(
+                DLR().between(shifted, labels, targets), DLR().between(logits, labels, targets), atol=1e-4
+            )
+
+
+def test_targeted_losses_have_the_right_sign() -> None:
+    victim, images, budget = LinearVictim(5), middle(12), Linf(0.3)
+    labels = victim(images).argmax(1).detach()
+    targets = (labels + 1) % 5
+    for loss in (None, Margin(), DLR()):
+        made = APGD(steps=40, loss=loss)(victim, images, Targeted(targets), budget)
+        assert bool((victim(made).argmax(1) == targets).all()), f"{loss} climbs away from its target"
+
+
+# Through random, masking and gated defenses
+
+
+def test_a_random_model_draws_the_same_noise_for_a_sample_in_any_batch() -> None:
+    model = GaussianNoise(Tiny(), 0.1)
+    check_model_without_noise(model)
+    reports = [evaluate(TASK, model, EOT(PGD(steps=2), 3), BUDGET, batch=size) for size in (48, 7)]
+    assert np.array_equal(*(report.outcomes.adversarial for report in reports))
+    assert np.allclose(*(report.outcomes.clean_margin for report in reports), atol=1e-3)
+    other = evaluate(TASK, model, seed=1)
+    assert not np.allclose(other.outcomes.clean_margin, reports[0].outcomes.clean_margin, atol=1e-3)
+
+
+def check_model_without_noise(model: GaussianNoise) -> None:
+    check_model(replace(model, std=0.0))
+
+
+def test_eot_averages_gradients_over_the_models_noise_and_counts_each() -> None:
+    images, labels = middle(4, 16), torch.tensor([0, 1, 2, 0])
+    answer = GaussianNoise(Tiny(), 0.1).classifier(Scenes("color", count=4).prompts())
+    queries = Queries.none(4)
+    victim = ImageVictim(answer, queries, by_position(4))
+    LOG.clear()
+
+    @dataclass(frozen=True)
+    class Once(ImageAttack):
+        def search(self, victim, clean, goal, budget, seeds):
+            LOG.append(victim.ascend(clean, goal)[0])
+            return clean
+
+    EOT(Once(), 6)(victim, images, Untargeted(labels), BUDGET)
+    assert queries.gradients.tolist() == [6] * 4
+    again = ImageVictim(answer, Queries.none(4), by_position(4))
+    singles = torch.stack([again.ascend(images, Untargeted(labels))[0] for _ in range(6)])
+    assert torch.allclose(LOG[0], singles.mean(0), rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(singles[0], singles[1], rtol=1e-2, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Masked(BitDepth):
+    """Quantizes, and lets no gradient through: what a defense looks like to an attack that ignores it."""
+
+    def encode_image(self, images: Images) -> torch.Tensor:
+        return self.base.encode_image(self.purify(images).detach() + 0.0 * images)
+
+    differentiable = False
+
+
+def test_a_masking_defense_looks_robust_until_it_is_attacked_adaptively() -> None:
+    masked, open_ = Masked(Tiny(), 3), BitDepth(Tiny(), 3)
+    attack = PGD(steps=20, step=0.1)
+    naive = evaluate(TASK, masked, attack, BUDGET)
+    bpda = evaluate(TASK, open_, attack, BUDGET)
+    unrolled = evaluate(TASK, open_, attack, BUDGET, surrogate=Unrolled(open_))
+    clean = evaluate(TASK, Tiny(), None)
+    assert naive.robust_accuracy > 0.75 * clean.clean_accuracy
+    assert bpda.robust_accuracy < 0.5 * naive.robust_accuracy
+    assert unrolled.robust_accuracy < 0.5 * naive.robust_accuracy
+    assert unrolled.question["knowledge"] == "white box, unrolled" and bpda.question["knowledge"] == "white box, BPDA"
+
+
+def test_a_random_defense_looks_robust_until_it_is_averaged() -> None:
+    noisy = GaussianNoise(Tiny(), 0.12)
+    attack = PGD(steps=10, step=0.25)
+    naive = evaluate(TASK, noisy, PGD(steps=1, step=0.5, best=False, stop=False), BUDGET)
+    averaged = evaluate(TASK, noisy, EOT(replace(attack, stop=False, best=False), 10), BUDGET)
+    single = evaluate(TASK, noisy, attack, BUDGET)
+    assert averaged.robust_accuracy < naive.robust_accuracy
+    assert averaged.robust_accuracy <= single.robust_accuracy + 0.03
+
+
+def test_the_smooth_staircase_follows_the_hard_one_and_has_a_gradient() -> None:
+    defense, images = BitDepth(Tiny(), 3), middle(4, 12)
+    assert float((defense.smoothed(images) - defense.purify(images)).abs().max()) < 0.5 / 7 + 1e-3
+    levels = torch.arange(8).view(1, 1, 1, 8).expand(1, 3, 1, 8) / 7
+    assert torch.allclose(defense.smoothed(levels), levels, atol=1e-4)
+    images.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(Unrolled(defense).encode_image(images).sum(), images)
+    (plain,) = torch.autograd.grad(defense.encode_image(images).sum(), images)
+    assert bool(gradient.flatten(1).any(1).all()) and not torch.allclose(gradient, plain)
+    noisy = Unrolled(GaussianNoise(BitDepth(Tiny(), 3), 0.0))
+    assert torch.allclose(noisy.encode_image(images), Unrolled(defense).encode_image(images))
+
+
+@dataclass(frozen=True)
+class Gate(Wrapper):
+    """Answers by a gray image where the image is bright: a defense that acts on a gate."""
+
+    base: VisionLanguageModel
+    threshold: float = 0.5
+
+    def gate(self, images: Images) -> PerImage:
+        return images.mean((1, 2, 3)) - self.threshold
+
+    def encode_image(self, images: Images) -> torch.Tensor:
+        acts = (self.gate(images) > 0).view(-1, 1, 1, 1)
+        return self.base.encode_image(
+            torch.where(acts, images.detach().mean((2, 3), keepdim=True) + 0 * images, images)
+        )
+
+
+def test_an_attack_at_the_gate_switches_the_defense_off() -> None:
+    batch = next(TASK.batches(48, range(48)))
+    means = batch.images.mean((1, 2, 3))
+    model = Gate(Tiny(), float(means.median()) - 0.5 / 255)
+    reports, budget = {}, Linf(32 / 255)
+    for name, attack in (("plain", PGD(steps=5)), ("gate", AtGate(PGD(steps=20, step=0.1, stop=False), 1000.0))):
+        trial = TASK.prepare(model, attack, budget, None)
+        made = trial.answer(batch, by_position(48)).images
+        reports[name] = int((model.gate(made) > 0).sum())
+    assert reports["gate"] < reports["plain"]
+    with pytest.raises(CrossguardError, match="no gate"):
+        evaluate(TASK, BitDepth(Tiny()), AtGate(PGD(steps=1)), BUDGET, limit=4)
+    with pytest.raises(CrossguardError, match="this model has none"):
+        evaluate(TASK, Tiny(), AtGate(PGD(steps=1)), BUDGET, limit=4)
+
+
+def test_own_answer_attacks_what_the_model_said_and_not_the_truth() -> None:
+    victim, images = LinearVictim(4), middle(10)
+    said = victim(images).argmax(1).detach()
+    wrong = (said + 1) % 4
+    own = OwnAnswer(PGD(steps=5))(victim, images, Untargeted(wrong), Linf(0.05))
+    assert torch.equal(own, PGD(steps=5)(victim, images, Untargeted(said), Linf(0.05)))
+    assert not torch.equal(own, PGD(steps=5)(victim, images, Endless(Untargeted(wrong)), Linf(0.05)))
+
+
+# Doubts
+
+
+def case(model: VisionLanguageModel, attack: ImageAttack, surrogate: VisionLanguageModel | None = None) -> _Case:
+    return _Case(TASK, model, attack, BUDGET, surrogate, 0, spread(48, 12))
+
+
+@dataclass(frozen=True)
+class Probabilities(Wrapper):
+    base: VisionLanguageModel
+
+    def classifier(self, prompts):
+        inner = self.base.classifier(prompts)
+        return lambda images: inner(images).softmax(1)
+
+
+@dataclass(frozen=True)
+class Optimizing(Wrapper):
+    """Takes a gradient to answer."""
+
+    base: VisionLanguageModel
+
+    def encode_image(self, images: Images) -> torch.Tensor:
+        with torch.enable_grad():
+            pixels = images.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(self.base.encode_image(pixels).square().sum(), pixels)
+        return self.base.encode_image(images + 0.0 * gradient)
+
+
+@pytest.mark.parametrize(
+    ("check", "model", "attack", "said"),
+    [
+        (diagnose._random, GaussianNoise(Tiny(), 0.05), PGD(steps=2), "random model: 12 of 12"),
+        (diagnose._probabilities, Probabilities(Tiny()), PGD(steps=2), "probabilities instead of logits"),
+        (diagnose._zero_gradients, Masked(Tiny(), 3), PGD(steps=2), "zero gradients: for 12 of 12"),
+        (diagnose._optimizes, Optimizing(Tiny()), PGD(steps=2), "optimization inside the forward"),
+        (diagnose._large_budget, Masked(Tiny(), 3), STILL, "stand under 100 times the budget"),
+        (diagnose._more_steps, Tiny(), PGD(steps=2, step=0.2, random_start=False), "twice the steps lower"),
+        (diagnose._query_attack, Masked(Tiny(), 3), STILL, "a query attack beats the gradient"),
+        (diagnose._undefended, Masked(Tiny(), 3), PGD(steps=5), "transfer beats the white box"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_sign_of_a_weak_evaluation_is_said(
+    check, model: VisionLanguageModel, attack: ImageAttack, said: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(diagnose, "_QUERIES", 150)
+    assert said in (check(case(model, attack)) or "")
+    assert check(case(Tiny(), PGD(steps=20, step=0.1))) is None, "a sound evaluation is doubted"
+
+
+def test_a_gray_box_alone_is_said() -> None:
+    said = diagnose._undefended(case(BitDepth(Tiny()), PGD(steps=2), Tiny()))
+    assert said is not None and "only a gray box" in said
+
+
+def test_a_random_attack_on_a_random_model_is_not_doubted_for_it() -> None:
+    assert diagnose._random(case(GaussianNoise(Tiny(), 0.05), EOT(PGD(steps=2)))) is None
+    assert diagnose._random(case(GaussianNoise(Tiny(), 0.05), Worst((PGD(), EOT())))) is None
+
+
+def test_twice_the_steps_reach_into_attacks_of_attacks() -> None:
+    attack = Worst((PGD(steps=3), EachTarget(APGD(steps=4)), Square(queries=7)))
+    assert diagnose._doubled(attack) == Worst((PGD(steps=6), EachTarget(APGD(steps=8)), Square(queries=7)))
+
+
+def test_robust_above_clean_is_said_and_doubts_stand_in_the_report(monkeypatch) -> None:
+    monkeypatch.setattr(diagnose, "_CHECKS", (diagnose._more_steps,))
+    report = evaluate(TASK, Tiny(), STILL, BUDGET, limit=12, doubt=12)
+    assert [note for note in report.notes if "twice the steps" in note]
+    good = report.outcomes
+    leaking = Report(
+        report.question,
+        replace(good, clean=(np.asarray(good.label) + 1) % 100, adversarial=good.label),
+    )
+    (first, *_) = diagnose._of_the_report(leaking)
+    assert "robust above clean: 12 of 12" in first and "OwnAnswer" in first
+
+
+# Pooling
+
+
+def test_the_table_pools_the_worst_case_per_image(tmp_path: Path) -> None:
+    base = evaluate(TASK, Tiny(), WEAK, BUDGET, limit=6).question
+
+    def report(name: str, clean: list[int], adversarial: list[int], margins: list[float], seed: int, ids: str) -> None:
+        zeros = [0] * 4
+        outcomes = Outcomes(ids, zeros, clean, adversarial, [1.0] * 4, margins, [0.1 * seed] * 4, [seed] * 4, zeros)
+        Report({**base, "seed": str(seed)}, outcomes, (f"note {seed}",)).save(tmp_path / f"{name}.json")
+
+    report("a", [0, 0, 0, 2], [0, 1, 0, 0], [3.0, -1.0, 1.0, 1.0], 1, "wxyz")
+    report("b", [0, 0, 0, 0], [0, 0, 2, 0], [2.0, 2.0, -2.0, 1.0], 2, "wxyz")
+    report("c", [0] * 4, [3] * 4, [-9.0] * 4, 3, "abcd")
+    pooled = Answers.load(tmp_path).pooled()
+    (one,) = pooled.reports
+    assert list(one.outcomes.adversarial) == [0, 1, 2, 0] and list(one.outcomes.adversarial_margin) == [2, -1, -2, 1]
+    assert list(one.outcomes.clean) == [0, 0, 0, 2], "a random model that is once wrong is wrong"
+    assert one.robust.successes == 1 and list(one.outcomes.gradients) == [3] * 4
+    assert np.allclose(one.outcomes.size, [0.2, 0.1, 0.2, 0.1]) and one.notes == ("note 1", "note 2")
+    assert "worst case of 2 reports" in one.question["attack"] and any("not pooled" in doubt for doubt in pooled.doubts)
+    assert "worst case of 2 reports" in render(pooled, "markdown")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Worst(()), "does nothing"),
+        (lambda: Restarts(count=0), "1 or more"),
+        (lambda: EachTarget(targets=0), "1 or more classes"),
+        (lambda: EOT(samples=0), "1 or more"),
+        (lambda: EOT(noise=-1.0), "0 or more"),
+        (lambda: AutoAttack("strong"), "standard, plus, rand"),
+        (lambda: GaussianNoise(Tiny(), -1.0), "0 or more"),
+    ],
+)
+def test_nonsense_is_one_sentence(make, sentence: str) -> None:
+    with pytest.raises(CrossguardError, match=sentence):
+        make()
+
+
+def test_autoattack_stands_for_the_published_ensemble() -> None:
+    standard = AutoAttack().parts(BUDGET)
+    assert standard == (APGD(), EachTarget(APGD(loss=DLR()), 9), FAB(), Square())
+    once, each, fab = AutoAttack().parts(L1(12.0))
+    assert once == Restarts(APGD(large_eps=True), 5) and each == EachTarget(APGD(loss=DLR(), large_eps=True), 5)
+    assert fab == FAB()
+    plus = AutoAttack("plus").parts(L2(0.5))
+    assert plus[:2] == (Restarts(APGD(), 5), Restarts(APGD(loss=DLR()), 5)) and plus[3:] == (Square(), *standard[1:3])
+    assert AutoAttack("rand").parts(BUDGET) == (EOT(APGD(), 20), EOT(APGD(loss=DLR()), 20))
