@@ -232,7 +232,10 @@ def test_run_asks_each_question_once_and_prints_the_table(grid: Path, asked: lis
     assert len(asked) == 6
     assert {question["budget"] for question in asked} == {"None", "Linf(eps=8/255)", "Words(count=1)"}
     assert all(question["limit"] == "10" and question["seed"] == "3" for question in asked)
-    assert "| coarse (white box, BPDA) | 100.0 % [34.2, 100.0] | 50.0 % [9.5, 90.5] | 50.0 % [9.5, 90.5] |" in result.stdout
+    assert (
+        "| coarse (white box, BPDA) | 100.0 % [34.2, 100.0] | 50.0 % [9.5, 90.5] | 50.0 % [9.5, 90.5] |"
+        in result.stdout
+    )
     assert "6 cells, 0 answered already" in result.stderr and "[6/6] " in result.stderr
     out = grid.parent / "runs" / "grid"
     assert len([path for path in out.glob("*.json") if path.name != "experiment.json"]) == 6
@@ -374,3 +377,9 @@ def test_experiments_that_are_no_text_or_lack_a_key(grid: Path):
     grid.write_text(GRID)
     (grid.parent / "taken").write_text("")
     assert "cannot be written to" in error("run", "grid.toml", "--out", "taken")
+
+
+def test_a_word_explains_what_it_inherits() -> None:
+    shown = call("words", "MMCoA").stdout
+    assert "alpha: weight of the adversarial images" in shown
+    assert "Args of every Recipe:" in shown and "steps: optimizer steps." in shown

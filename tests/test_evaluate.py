@@ -5,12 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from crossguard import PGD, Both, CrossguardError, Joint, Linf, Scenes, Substitute, Words, ZeroShot, build, evaluate
+from crossguard import (
+    PGD,
+    Both,
+    CrossguardError,
+    Fresh,
+    HuggingFace,
+    Joint,
+    Linf,
+    Scenes,
+    Substitute,
+    Words,
+    ZeroShot,
+    build,
+    evaluate,
+)
 from crossguard.attacks.base import ImageAttack, TextAttack
 from crossguard.attacks.candidates import CandidateSource
 from crossguard.attacks.joint import Independent
@@ -242,3 +257,15 @@ def test_ensembles_average_unit_embeddings_over_templates() -> None:
 
 def test_candidate_sources_are_words() -> None:
     assert isinstance(build("MaskedLM('embedded')"), CandidateSource)
+
+
+def test_other_weights_in_the_same_folder_are_another_question(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        Fresh(seed=seed, widths=(8,), depths=(1,), text_width=32, text_layers=1).load().save(tmp_path / str(seed))
+    word = HuggingFace(str(tmp_path / "0"))
+    first = question(TASK, BitDepth(word), None, None)
+    assert len(first["weights"]) == 12 and "weights" not in question(TASK, Mean(), None, None)
+    (tmp_path / "1" / "model.safetensors").replace(tmp_path / "0" / "model.safetensors")
+    assert question(TASK, BitDepth(word), None, None)["weights"] != first["weights"]
+    both = question(TASK, Mean(), PGD(), Linf(0.1), word)
+    assert both["weights"] and both["weights"] != first["weights"]

@@ -305,6 +305,17 @@ def test_few_shots_are_the_same_whatever_the_order(base: Fresh, tmp_path: Path) 
     )
 
 
+def test_fresh_shots_are_others_in_every_epoch_and_start_over(base: Fresh, tmp_path: Path) -> None:
+    recipe = FTStandard(shots=2, batch=6, epochs=3.0, fresh_shots=True)
+    run = started(recipe, base, tmp_path, Blots())  # 10, 9 and 5 images of the classes
+    epochs = [sorted(_order(run, step)) for step in range(3)]
+    assert all(torch.bincount(Blots().labels()[epoch]).tolist() == [2, 2, 2] for epoch in epochs)
+    assert not set(epochs[0]) & set(epochs[1]) and len(set(epochs[0]) & set(epochs[2])) == 1
+    late = started(recipe, base, tmp_path, Blots())
+    assert sorted(_order(late, 2)) == epochs[2], "a continued run sees what it would have seen"
+    assert "such as shots=16" in refused(lambda: FTStandard(fresh_shots=True))
+
+
 def test_an_epoch_sees_every_image_once(base: Fresh, tmp_path: Path) -> None:
     run = started(FTStandard(batch=8, epochs=2.0), base, tmp_path)
     assert run.total == 6
@@ -496,10 +507,10 @@ def test_mistakes_are_one_sentence(base: Fresh, tmp_path: Path) -> None:
     assert "cannot be written to" in refused(lambda: fit(base, Blots(), tmp_path / "file"))
     assert "cannot be written to" in refused(lambda: fit(base, Blots(), "/proc/none"))
     assert "1 training images; at least 2" in refused(lambda: fit(base, Blots(count=1), tmp_path / "x"))
-    assert not (tmp_path / "x" / "model.safetensors").exists()
+    assert not (tmp_path / "x").exists(), "a refused training leaves nothing"
     for wrong in (
-        {"steps": 0}, {"epochs": 0.0}, {"batch": 1}, {"towers": ()}, {"towers": ("legs",)}, {"last": 0}, {"shots": 0},
-        {"save_every": 0},
+        {"steps": 0}, {"epochs": 0.0}, {"epochs": 1e300}, {"seed": -1}, {"batch": 1}, {"towers": ()}, {"last": 0},
+        {"towers": ("legs",)}, {"shots": 0}, {"save_every": 0},
     ):  # fmt: skip
         refused(lambda wrong=wrong: FTStandard(**wrong))
     assert "allows no change of pixels" in refused(lambda: TeCoA(budget=Words(1)))
@@ -511,6 +522,18 @@ def test_a_loss_that_explodes_is_said(base: Fresh, tmp_path: Path, recipe: Recip
     said = refused(lambda: replace(recipe, steps=6, optimizer=SGD(lr=1e30)).fit(base, Blots(), tmp_path))
     assert "is not finite; lower the learning rate (now 1e+30)" in said
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "crossguard.json").exists()
+
+
+def test_captions_that_are_not_there_are_said(base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Blots, "captions", lambda self, index: ())
+    assert "has no caption" in refused(lambda: FTStandard(steps=1, batch=4, captions=True).fit(base, Blots(), tmp_path))
+
+
+def test_a_finished_folder_is_not_taken_by_another_recipe(base: Fresh, tmp_path: Path) -> None:
+    FTStandard(steps=1, batch=4).fit(base, Blots(), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert "another recipe" in refused(lambda: FTStandard(steps=2, batch=4).fit(base, Blots(), tmp_path))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_images_of_several_sizes_are_said(base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,6 @@ def train(
     chosen_data = _read("--data", "Dataset", data)
     if skip_broken:
         chosen_data = _skipping("--data", chosen_data)
-    files.check_writable(out)
     trained = chosen_recipe.fit(chosen_model, chosen_data, out)
     typer.echo(show(trained, short=True))
 
@@ -344,6 +343,10 @@ def _print_word(name: str) -> None:
         typer.echo("  no fields")
     typer.echo()
     typer.echo(inspect.cleandoc(kind.__doc__ or ""))
+    for base in kind.__mro__[1:]:  # what inherited fields mean stands with the class that brought them
+        _, found, options = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nArgs:\n")
+        if found and dataclasses.is_dataclass(base):
+            typer.echo(f"\nArgs of every {base.__name__}:\n{options}")
 
 
 def _kind(word: type) -> str:

@@ -24,6 +24,7 @@ from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, reason, write
 from crossguard.goals import margin
 from crossguard.models.base import VisionLanguageModel
+from crossguard.models.huggingface import HuggingFace
 from crossguard.models.wrapper import Unrolled, Wrapper
 from crossguard.report import Outcomes, Report, versions
 from crossguard.seeds import keys
@@ -60,6 +61,7 @@ def question(
             )
         pixels, words = attack.spends(budget)
         budget = budget if pixels is not None and words is not None else pixels or words
+    weights = " ".join(dict.fromkeys([*_fingerprints(model), *_fingerprints(surrogate)]))
     return {
         "task": show(task),
         "model": show(model),
@@ -69,7 +71,7 @@ def question(
         "knowledge": _knowledge(model, attack, surrogate),
         "limit": str(limit),
         "seed": str(seed),
-    }
+    } | ({"weights": weights} if weights else {})
 
 
 def evaluate(
@@ -284,6 +286,15 @@ def _rounding(rows: list[dict[str, Any]], trial: Trial) -> list[str]:
         if largest > trial.pixels.eps * (1 + 1e-4) + 1e-6:
             text += "; choose eps as a whole number of 1/255 to stay inside"
     return [text]
+
+
+def _fingerprints(word: Any) -> list[str]:
+    """The hashes of the local weights that a model word reads, also through its wrappers."""
+    if isinstance(word, HuggingFace):
+        return [word.fingerprint] if word.fingerprint else []
+    if not isinstance(word, Wrapper | Unrolled):
+        return []
+    return _fingerprints(word.base)
 
 
 def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: VisionLanguageModel | None) -> str:

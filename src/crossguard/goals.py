@@ -13,6 +13,9 @@ from crossguard.errors import CrossguardError
 from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage
 
 
+_NOBODY = -(2**31)  # torch would pass over the label -100 in silence: a loss of zero, and an attack that does nothing
+
+
 class Loss(ABC):
     """A per-image quantity of logits that an adversary climbs. Never averaged: a mean over a large batch underflows
     in half precision and turns into a weak attack."""
@@ -36,10 +39,10 @@ class CrossEntropy(Loss):
     """Cross-entropy of the logits, with the model's own logit scale inside (Madry et al. 2018)."""
 
     def away(self, logits: Logits, labels: Labels) -> PerImage:
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=_NOBODY)
 
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
-        return -F.cross_entropy(logits.float(), targets, reduction="none")
+        return -F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=_NOBODY)
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,11 @@ class Untargeted(Goal):
     criterion: Loss = field(default_factory=CrossEntropy)
 
     def loss(self, outputs: Tensor) -> PerImage:
+        _check_classes(outputs, self.labels)
         return self.criterion.away(outputs, self.labels)
 
     def reached(self, outputs: Tensor) -> Mask:
+        _check_classes(outputs, self.labels)
         return outputs.argmax(1) != self.labels
 
     def at(self, keep: Tensor) -> Untargeted:
@@ -136,9 +141,11 @@ class Targeted(Goal):
     criterion: Loss = field(default_factory=CrossEntropy)
 
     def loss(self, outputs: Tensor) -> PerImage:
+        _check_classes(outputs, self.targets)
         return self.criterion.towards(outputs, self.targets)
 
     def reached(self, outputs: Tensor) -> Mask:
+        _check_classes(outputs, self.targets)
         return outputs.argmax(1) == self.targets
 
     def at(self, keep: Tensor) -> Targeted:
@@ -157,9 +164,11 @@ class ByWayOf(Goal):
     criterion: Loss = field(default_factory=CrossEntropy)
 
     def loss(self, outputs: Tensor) -> PerImage:
+        _check_classes(outputs, self.labels, self.targets)
         return self.criterion.between(outputs, self.labels, self.targets)
 
     def reached(self, outputs: Tensor) -> Mask:
+        _check_classes(outputs, self.labels)
         return outputs.argmax(1) != self.labels
 
     def at(self, keep: Tensor) -> ByWayOf:
@@ -219,6 +228,23 @@ def classification(goal: Goal, attack: str) -> Untargeted | Targeted | ByWayOf:
             f"{attack} attacks a classification; {type(goal).__name__} has no classes, so try PGD instead"
         )
     return goal
+
+
+def _check_classes(logits: Logits, *wanted: Labels) -> None:
+    """Refuses labels that the victim has no logits for, and victims that cannot be wrong."""
+    count = logits.shape[1]
+    if count < 2:
+        raise CrossguardError("the victim has a single class, so no answer of it can be wrong; give 2 or more classes")
+    for labels in wanted:
+        if len(labels) != len(logits):
+            raise CrossguardError(f"{len(labels)} labels were given for {len(logits)} images; give one for each")
+        # On an accelerator reading them would make every step wait, and an index out of range is an error there by
+        # itself.
+        if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= count)).any()):
+            wrong = int(labels[(labels < 0) | (labels >= count)][0])
+            raise CrossguardError(
+                f"class {wrong} does not exist: the victim answers with {count} classes, so labels are 0 to {count - 1}"
+            )
 
 
 def _at(logits: Logits, classes: Labels) -> PerImage:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossguard.budgets import Budget, PixelBudget, TextBudget, Words
 from crossguard.errors import CrossguardError
@@ -237,6 +237,7 @@ class ImageAttack(Attack):
             )
         if not isinstance(victim, ImageVictim):
             victim = ImageVictim(victim)
+        _check_mode(victim.answer)
         seeds = by_position(len(clean)) if seeds is None else seeds
         return victim.drawing_from(seeds), seeds
 
@@ -294,6 +295,17 @@ class TextAttack(Attack):
         budget: TextBudget,
         rivals: Sequence[frozenset[str]],
     ) -> list[str]: ...
+
+
+def _check_mode(answer: Callable[[Images], Tensor]) -> None:
+    """Batch normalization in training mode would tie every answer to the batch, and learn from the attack."""
+    if isinstance(answer, nn.Module) and any(
+        isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in answer.modules()
+    ):
+        raise CrossguardError(
+            "the victim's batch normalization is in training mode, so its answers depend on the batch; call .eval() "
+            "first"
+        )
 
 
 def spelled(word: Attack | Budget) -> str:

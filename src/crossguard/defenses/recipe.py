@@ -89,6 +89,8 @@ class Recipe(ABC):
         towers: what is trained, of 'image', 'text' and 'head' (the logit scale and bias).
         last: train only the last so many layers of each tower (a layer is a module that owns parameters); all, if None.
         shots: train on this many images of each class, the same ones in every epoch; all, if None.
+        fresh_shots: other images of each class in every epoch, as the released code of MMCoA does: it reports "k-shot"
+            runs that see k times epochs images of a class. Starts over when they run out (there, epochs become empty).
         captions: pair each image with one of its captions (drawn anew each step) instead of its class prompt.
         augment: random flips and shifts; none, if None.
         clamp_scale: keep the logit scale at most 100, as CLIP and TeCoA train.
@@ -107,6 +109,7 @@ class Recipe(ABC):
     towers: tuple[str, ...] = TOWERS
     last: int | None = None
     shots: int | None = None
+    fresh_shots: bool = False
     captions: bool = False
     augment: Augment | None = None
     clamp_scale: bool = False
@@ -128,8 +131,14 @@ class Recipe(ABC):
         name = type(self).__name__
         if self.steps is not None and self.steps < 1:
             raise CrossguardError(f"{name}(steps={self.steps}) trains nothing; give 1 or more steps")
-        if not self.epochs > 0:
-            raise CrossguardError(f"{name}(epochs={self.epochs}) trains nothing; give a positive number of epochs")
+        if not 0 < self.epochs <= 1e6:
+            raise CrossguardError(
+                f"{name}(epochs={self.epochs}) is not possible; give a positive number of epochs, at most a million"
+            )
+        if self.seed < 0:
+            raise CrossguardError(f"{name}(seed={self.seed}) is not possible; give 0 or more")
+        if self.fresh_shots and self.shots is None:
+            raise CrossguardError(f"{name}(fresh_shots=True) needs a number of shots, such as shots=16")
         if self.batch < 2:
             raise CrossguardError(
                 f"{name}(batch={self.batch}) is not possible; a contrastive batch needs at least 2 images"
@@ -193,7 +202,7 @@ class _Run:
         self.recipe, self.model, self.data, self.folder, self.question = recipe, model, data, folder, question
         # Precision is not accelerate's business here: it keeps one setting for the whole process, and runs differ.
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-        self.indices = _few_shot(data, recipe)
+        self.indices, self.shown = _few_shot(data, recipe, 0), 0
         if len(self.indices) < 2:
             raise CrossguardError(
                 f"{show(data, short=True)} has {len(self.indices)} training images; at least 2 are needed"
@@ -376,6 +385,8 @@ class _Run:
     def _batch(self, step: int, all_classes: bool) -> _Batch:
         epoch, place = divmod(step, self.per_epoch)
         order = torch.randperm(len(self.indices), generator=_generator(self.recipe.seed, "order", epoch))
+        if epoch and self.recipe.fresh_shots and self.shown != epoch:
+            self.indices, self.shown = _few_shot(self.data, self.recipe, epoch), epoch
         chosen = [self.indices[i] for i in order[place * self.batch : (place + 1) * self.batch].tolist()]
         share = self.batch // self.accelerator.num_processes
         first = share * self.accelerator.process_index
@@ -497,9 +508,9 @@ class _Run:
         log.info("finished after %.1f seconds", self.seconds)
 
 
-def _few_shot(data: Dataset, recipe: Recipe) -> list[int]:
+def _few_shot(data: Dataset, recipe: Recipe, epoch: int) -> list[int]:
     """The training indices: all, or a fixed random `shots` of each class that do not depend on the order of the
-    data."""
+    data; with `fresh_shots` the next ones in each epoch."""
     if recipe.shots is None:
         return list(range(len(data)))
     by_class: dict[int, list[tuple[int, int]]] = {}
@@ -508,7 +519,12 @@ def _few_shot(data: Dataset, recipe: Recipe) -> list[int]:
     short = [label for label, members in by_class.items() if len(members) < recipe.shots]
     if short:
         raise CrossguardError(f"class {data.names[short[0]]!r} has fewer than {recipe.shots} images; lower shots")
-    return sorted(index for members in by_class.values() for _, index in sorted(members)[: recipe.shots])
+    first = epoch * recipe.shots if recipe.fresh_shots else 0
+    return sorted(
+        sorted(members)[(first + shot) % len(members)][1]
+        for members in by_class.values()
+        for shot in range(recipe.shots)
+    )
 
 
 def _select(network: DualEncoder, recipe: Recipe) -> list[nn.Parameter]:
@@ -555,12 +571,20 @@ def _generator(*parts: object) -> torch.Generator:
 @contextmanager
 def _owned(folder: Path) -> Iterator[None]:
     """One training run a folder at a time; a second process waits. Worker processes of one run share it."""
+    made = not folder.exists()
     check_writable(folder)
     if int(os.environ.get("RANK", "0")) > 0:
         yield
         return
-    with FileLock(folder / ".lock"):
-        yield
+    try:
+        with FileLock(folder / ".lock"):
+            yield
+    except CrossguardError:
+        if made and {path.name for path in folder.iterdir()} <= {".lock", "log.txt"}:  # refused before the first step
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+        raise
 
 
 def _finished(folder: Path, question: dict[str, str]) -> bool:

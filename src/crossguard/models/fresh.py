@@ -63,6 +63,8 @@ class Fresh(Checkpoint):
                 f"Fresh(size={self.size}) is not possible; {len(self.widths)} stages on patches of {self.patch} need "
                 f"at least {smallest} pixels"
             )
+        if self.seed < 0:
+            raise CrossguardError(f"Fresh(seed={self.seed}) is not possible; give 0 or more")
         if self.text_width % 32:
             raise CrossguardError(f"Fresh(text_width={self.text_width}) is not possible; give a multiple of 32")
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crossguard.errors import CrossguardError
+from crossguard.files import reason
 from crossguard.hub import ask_hub
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, check_finite
 from crossguard.shapes import Embeddings, Images
@@ -31,9 +34,30 @@ class HuggingFace(Checkpoint):
     def load(self) -> DualEncoder:
         return _load(self.path)
 
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the weights of a local folder, so that an answer about other weights is not taken for this one;
+        empty for a hub id."""
+        return _fingerprint(self.path, self.stamp())
+
     def stamp(self) -> object:
         files = sorted(file for file in Path(self.path).glob("*") if file.suffix in (".safetensors", ".json"))
         return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(path: str, stamp: object) -> str:
+    del stamp  # only part of the key
+    digest = hashlib.sha256()
+    found = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    for file in found:
+        try:
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise CrossguardError(f"{file} cannot be read: {reason(error)}") from error
+    return digest.hexdigest()[:12] if found else ""
 
 
 class TransformersEncoder(DualEncoder):
