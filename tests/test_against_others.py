@@ -80,9 +80,9 @@ def convnet() -> nn.Module:
 
 
 def templates(count: int, start: int = 99991) -> tuple[Tensor, Tensor]:
-    clean = 0.5 + 0.12 * normal(torch.arange(10) + 1000, (3, 12, 12))
+    clean = 0.5 + 0.12 * normal(torch.arange(10) + 1000, (3, 10, 10))
     labels = (torch.arange(count) * 7 + start) % 10
-    return (clean[labels] + 0.12 * normal(by_position(count) + 5000 + start, (3, 12, 12))).clamp(0, 1), labels
+    return (clean[labels] + 0.12 * normal(by_position(count) + 5000 + start, (3, 10, 10))).clamp(0, 1), labels
 
 
 def middle(count: int, size: int = 6) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from crossguard import (
     APGD,
+    BF16,
     DLR,
     EOT,
     FAB,
@@ -303,6 +304,17 @@ def test_own_answer_attacks_what_the_model_said_and_not_the_truth() -> None:
     own = OwnAnswer(PGD(steps=5))(victim, images, Untargeted(wrong), Linf(0.05))
     assert torch.equal(own, PGD(steps=5)(victim, images, Untargeted(said), Linf(0.05)))
     assert not torch.equal(own, PGD(steps=5)(victim, images, Endless(Untargeted(wrong)), Linf(0.05)))
+
+
+def test_an_attack_in_bfloat16_is_judged_in_float32_and_its_survivors_are_tried_again() -> None:
+    attack = PGD(steps=5, step=0.3, random_start=False)
+    half, full = (evaluate(TASK, Tiny(), one, BUDGET, limit=24) for one in (BF16(attack), attack))
+    both = evaluate(TASK, Tiny(), Worst((BF16(attack), attack)), BUDGET, limit=24)
+    assert np.array_equal(half.outcomes.clean, full.outcomes.clean)
+    assert np.allclose(half.outcomes.clean_margin, full.outcomes.clean_margin)
+    assert abs(half.robust.successes - full.robust.successes) <= 4
+    assert not np.any(both.standing & ~full.standing), "weaker than in full precision"
+    assert not np.array_equal(half.outcomes.adversarial_margin, full.outcomes.adversarial_margin)
 
 
 # Doubts

@@ -41,7 +41,7 @@ _EXPORTS = {
     "attacks.boundary": "FAB DeepFool CarliniWagner",
     "attacks.text": "Substitute",
     "attacks.candidates": "MaskedLM CandidateSource",
-    "attacks.meta": "Worst Restarts EachTarget EOT OwnAnswer AtGate",
+    "attacks.meta": "Worst Restarts EachTarget EOT OwnAnswer AtGate BF16",
     "attacks.standard": "AutoAttack RobustCLIP",
     "attacks.joint": "Independent Joint JointAttack",
     "defenses.recipe": "Recipe Augment",
@@ -77,6 +77,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.attacks.joint import Independent as Independent
     from crossguard.attacks.joint import Joint as Joint
     from crossguard.attacks.joint import JointAttack as JointAttack
+    from crossguard.attacks.meta import BF16 as BF16
     from crossguard.attacks.meta import EOT as EOT
     from crossguard.attacks.meta import AtGate as AtGate
     from crossguard.attacks.meta import EachTarget as EachTarget

@@ -134,6 +134,26 @@ class OwnAnswer(ImageAttack):
 
 
 @dataclass(frozen=True)
+class BF16(ImageAttack):
+    """The attack in bfloat16 autocast, for hardware that is faster in it; whoever judges does so in float32.
+
+    What only rounding has beaten still stands for the judge, so a number to quote takes the survivors again in full
+    precision: `Worst((BF16(attack), attack))`. Float16 is not offered: its gradients underflow.
+    """
+
+    attack: ImageAttack = field(default_factory=PGD)
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        full = victim.answer
+
+        def answer(images: Images) -> Tensor:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                return full(images).float()
+
+        return self.attack(replace(victim, answer=answer), clean, goal, budget, seeds)
+
+
+@dataclass(frozen=True)
 class AtGate(ImageAttack):
     """The attack with a second aim: that the defense does nothing.
 
