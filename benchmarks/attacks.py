@@ -1,52 +1,226 @@
-"""What a PGD step costs beside a bare forward and backward through frozen weights, on the shipped model.
+"""What our attacks cost: beside a bare loop of gradients, beside AutoAttack, and beside the PGD of other libraries.
 
-    python benchmarks/attacks.py
+    python benchmarks/attacks.py                          # a PGD step beside a bare forward and backward
+    python benchmarks/attacks.py autoattack --victim resnet --images 32 --runs 1
+    python benchmarks/attacks.py pgd --victim hardened --runs 5
 
-Both do the same number of gradients on the same images; the bare loop only lacks projection, budget and bookkeeping.
+Both sides of a comparison attack the same victim on the same images within the same budget, in turn, and their
+questions are counted by the same counter in front of the victim. The victims are `resnet` (ResNet-20 on CIFAR-10),
+`tiny` (the shipped model, zero-shot on its scenes), both undefended, and `hardened` (a small network trained
+adversarially on CIFAR-10, at first use); those on CIFAR-10 need the files in ../shared/data. The others need
+`pip install pyautoattack foolbox torchattacks`. Our PGD has its defaults: it keeps the best point, and images that are
+beaten or go in circles leave the batch, which they do not in the loops of the others. Peak memory is that of a process
+of its own for each side.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import resource
 import statistics
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from crossguard import PGD, Linf, Scenes, Tiny, Untargeted, ZeroShot
+from crossguard import PGD, AutoAttack, Linf, Scenes, Tiny, Untargeted, ZeroShot
+from crossguard.data import spread
+
+VICTIMS = ("resnet", "tiny", "hardened")
+SIDES = ("crossguard", "autoattack", "foolbox", "torchattacks")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="PGD against a bare forward and backward")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20)
+    parser = argparse.ArgumentParser(description="our attacks against a bare loop and against other libraries")
+    parser.add_argument("part", nargs="?", choices=("step", "autoattack", "pgd"), default="step")
+    parser.add_argument("--victim", choices=VICTIMS, default="resnet")
+    parser.add_argument("--eps", type=float, default=None, help="in units of 1/255; 8, and 4 for the hardened network")
+    parser.add_argument("--images", type=int, default=None, help="how many; only those answered correctly are attacked")
+    parser.add_argument("--runs", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too, in processes of their own")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    if options.part == "step":
+        step(options.runs or 7, options.steps or 20, options.batch, options.threads)
+        return
+    scene = Scene.of(options)
+    if options.side is not None:
+        print(json.dumps(peak(scene, options.side)))
+        return
+    others = ("autoattack",) if options.part == "autoattack" else ("foolbox", "torchattacks")
+    print(f"{options.part} on {len(scene.images)} images, {options.victim}, {scene.budget}, {options.threads} threads")
+    for other in others:
+        compare(scene, other, options.runs or (1 if options.part == "autoattack" else 5))
+    if options.memory:
+        for side in ("crossguard", *others):
+            command = [sys.executable, *sys.argv, "--side", side]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            before, after = json.loads(answer.splitlines()[-1])
+            print(f"{side}: the process grew to {after:.0f} MB, {before:.0f} MB of it before the attack")
+
+
+def step(runs: int, steps: int, size: int, threads: int) -> None:
+    """A PGD step beside a bare forward and backward through frozen weights, on the shipped model. Both do the same
+    number of gradients on the same images; the bare loop only lacks projection, budget and bookkeeping."""
     task = ZeroShot(Scenes("object", "test"))
-    batch = next(task.batches(options.batch, range(options.batch)))
+    batch = next(task.batches(size, range(size)))
     answer = Tiny().classifier(task.data.prompts())
     goal, budget = Untargeted(batch.labels), Linf(8 / 255)
-    attack = PGD(steps=options.steps, best=False, stop=False)
+    attack = PGD(steps=steps, best=False, stop=False)
 
     def bare() -> None:
-        for _ in range(options.steps):
+        for _ in range(steps):
             pixels = batch.images.detach().requires_grad_(True)
             torch.autograd.grad(F.cross_entropy(answer(pixels), batch.labels, reduction="sum"), pixels)
 
     def ours() -> None:
         attack(answer, batch.images, goal, budget)
 
-    ratios = paired(ours, bare, options.runs)
-    print(
-        f"PGD-{options.steps} on {options.batch} images of 32 pixels, {options.threads} threads, {options.runs} pairs"
-    )
+    ratios = paired(ours, bare, runs)
+    print(f"PGD-{steps} on {size} images of 32 pixels, {threads} threads, {runs} pairs")
     print("ratio per pair: " + ", ".join(f"{ratio:.3f}" for ratio in ratios))
     print(json.dumps({"pgd_step_over_bare_step": round(statistics.median(ratios), 3)}))
+
+
+class Counted(nn.Module):
+    """A victim that counts, per image, how often it was asked with a gradient and without."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        # a parameter, because some libraries look for one to learn the device
+        self.device = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.answer = answer
+        self.gradients = self.forwards = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and images.requires_grad:
+            self.gradients += len(images)
+        else:
+            self.forwards += len(images)
+        return self.answer(images)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A victim, the images that it answers correctly, and a budget."""
+
+    part: str
+    victim: Counted
+    images: Tensor
+    labels: Tensor
+    budget: Linf
+    steps: int
+
+    @staticmethod
+    def of(options: argparse.Namespace) -> Scene:
+        count = options.images or (32 if options.part == "autoattack" else 64)
+        if options.victim == "tiny":
+            task = ZeroShot(Scenes("object", "test"))
+            batch = next(task.batches(count, spread(len(task), count)))
+            answer, images, labels = Tiny().classifier(task.data.prompts()), batch.images, batch.labels
+        else:
+            import victims
+
+            answer = victims.resnet(20) if options.victim == "resnet" else victims.hardened()
+            images, labels = victims.pictures("test", count)
+        eps = options.eps if options.eps is not None else 4.0 if options.victim == "hardened" else 8.0
+        victim = Counted(answer).eval()
+        with torch.no_grad():
+            right = victim(images).argmax(1) == labels
+        return Scene(options.part, victim, images[right], labels[right], Linf(eps / 255), options.steps or 100)
+
+    def attack(self, side: str, seed: int) -> Callable[[], Tensor]:
+        """The attack of that side, to be run."""
+        eps = self.budget.eps
+        if side == "crossguard":
+            attack = AutoAttack() if self.part == "autoattack" else PGD(self.steps)
+            goal, seeds = Untargeted(self.labels), torch.arange(len(self.images)) + 1000 * seed
+            return lambda: attack(self.victim, self.images, goal, self.budget, seeds)
+        if side == "autoattack":
+            from pyautoattack import AutoAttack as Reference
+
+            reference = Reference(self.victim, norm="Linf", eps=eps, seed=seed, version="standard", device="cpu")
+            reference.verbose = False
+            return lambda: reference.run_standard_evaluation(self.images, self.labels, batch_size=250)[0]
+        torch.manual_seed(seed)
+        if side == "foolbox":
+            import foolbox
+
+            model = foolbox.PyTorchModel(self.victim, bounds=(0, 1), device="cpu")
+            pgd = foolbox.attacks.LinfPGD(steps=self.steps, abs_stepsize=0.25 * eps)
+            # its call adds a forward and a clipping to the loop; the loop alone is the fair comparison
+            criterion = foolbox.criteria.Misclassification(self.labels)
+            return lambda: pgd.run(model, self.images, criterion, epsilon=eps)
+        import torchattacks
+
+        other = torchattacks.PGD(self.victim, eps=eps, alpha=0.25 * eps, steps=self.steps)
+        return lambda: other(self.images, self.labels)
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    busy: float  # seconds of all cores together: the fairer number where others use the machine
+    gradients: float
+    forwards: float
+    robust: int
+
+
+def run(scene: Scene, side: str, seed: int) -> Cost:
+    attack, victim, count = scene.attack(side, seed), scene.victim, max(len(scene.images), 1)
+    victim.gradients = victim.forwards = 0
+    began, used = time.perf_counter(), time.process_time()
+    made = attack()
+    seconds, busy = time.perf_counter() - began, time.process_time() - used
+    gradients, forwards = victim.gradients / count, victim.forwards / count
+    scene.budget.check(made.detach(), scene.images)
+    with torch.no_grad():
+        left = int((victim(made).argmax(1) == scene.labels).sum())
+    return Cost(seconds, busy, gradients, forwards, left)
+
+
+def compare(scene: Scene, other: str, runs: int) -> None:
+    """Pairs of runs with the same seed, the first of each pair in turn."""
+    pairs = []
+    for seed in range(runs):
+        sides = ("crossguard", other) if seed % 2 == 0 else (other, "crossguard")
+        costs = {side: run(scene, side, seed) for side in sides}
+        pairs.append((costs["crossguard"], costs[other]))
+        for side in ("crossguard", other):
+            cost = costs[side]
+            asked = f"per image {cost.gradients:7.1f} gradients {cost.forwards:8.1f} forwards"
+            left = f"{cost.robust} of {len(scene.images)} left"
+            print(
+                f"  {seed} {side:>12}: {cost.seconds:8.2f} s ({cost.busy:.2f} s of cores), {asked}, {left}", flush=True
+            )
+    wall = statistics.median(theirs.seconds / ours.seconds for ours, theirs in pairs)
+    busy = statistics.median(theirs.busy / ours.busy for ours, theirs in pairs)
+    print(json.dumps({f"times_faster_than_{other}": round(wall, 2), "by_time_of_cores": round(busy, 2)}), flush=True)
+
+
+def peak(scene: Scene, side: str) -> tuple[float, float]:
+    """The largest size of this process in megabytes, before and after the attack."""
+
+    def largest() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    attack, before = scene.attack(side, 0), largest()
+    attack()
+    return before, largest()
 
 
 def paired(first: Callable[[], None], second: Callable[[], None], runs: int) -> list[float]:

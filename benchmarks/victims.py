@@ -28,6 +28,8 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.deviation: Tensor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)

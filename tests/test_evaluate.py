@@ -268,4 +268,4 @@ def test_other_weights_in_the_same_folder_are_another_question(tmp_path: Path) -
     (tmp_path / "1" / "model.safetensors").replace(tmp_path / "0" / "model.safetensors")
     assert question(TASK, BitDepth(word), None, None)["weights"] != first["weights"]
     both = question(TASK, Mean(), PGD(), Linf(0.1), word)
-    assert both["weights"] and both["weights"] != first["weights"]
+    assert "weights" not in both and both["surrogate weights"] != first["weights"]

@@ -141,8 +141,36 @@ def test_an_evaluation_that_keeps_is_continued_too(tmp_path: Path) -> None:
     assert np.array_equal(again.outcomes.clean, made.outcomes.adversarial)
 
 
+def test_a_killed_run_leaves_no_index_over_the_images_of_two_runs(tmp_path: Path) -> None:
+    evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, keep=tmp_path)
+    with pytest.raises(Killed):
+        evaluate(TASK, Tiny(), ATTACK, Linf(0.5), batch=16, keep=tmp_path, progress=killing_after(1))
+    with pytest.raises(CrossguardError, match="finished"):
+        len(Kept(str(tmp_path)))
+
+
+def test_images_are_not_kept_over_the_ones_that_are_asked_about(tmp_path: Path) -> None:
+    evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=tmp_path)
+    with pytest.raises(CrossguardError, match="another folder"):
+        evaluate(ZeroShot(Kept(str(tmp_path))), Tiny(), ATTACK, BUDGET, keep=tmp_path)
+    assert len(Kept(str(tmp_path))) == 4
+
+
+def test_other_files_beside_the_outcomes_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "report.2024-paper.json").write_text("mine")
+    evaluate(TASK, Tiny(), None, limit=4, partial=tmp_path / "report")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.2024-paper.json"]
+
+
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(None, "no kept images"), ("{", "broken"), ('{"samples": []}', "broken")]
+    ("content", "sentence"),
+    [
+        (None, "no kept images"),
+        ("{", "broken"),
+        ('{"samples": []}', "broken"),
+        ('{"samples": 3, "names": [], "texts": [], "clean_texts": []}', "broken"),
+        ('{"samples": [{"id": "a"}], "names": [], "texts": [], "clean_texts": []}', "broken"),
+    ],
 )
 def test_a_folder_without_kept_images_is_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
     if content is not None:

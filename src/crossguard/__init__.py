@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "errors": "CrossguardError",
     "words": "build show WordError",
-    "budgets": "Linf L2 L1 Words Characters Both Budget PixelBudget TextBudget",
-    "goals": "Untargeted Targeted ByWayOf Drift CrossEntropy Margin DLR Goal Loss",
+    "budgets": "Linf L2 L1 Words WordShare Characters Both Budget PixelBudget TextBudget",
+    "goals": "Untargeted Targeted ByWayOf Drift Mismatch CrossEntropy Margin DLR Goal Loss",
     "data": "Prompts Labelled Dataset",
     "models.base": "VisionLanguageModel DualEncoder Checkpoint",
     "models.huggingface": "HuggingFace",
@@ -39,8 +39,9 @@ _EXPORTS = {
     "attacks.apgd": "APGD",
     "attacks.query": "Square RayS",
     "attacks.boundary": "FAB DeepFool CarliniWagner",
-    "attacks.text": "Substitute",
+    "attacks.text": "Substitute TextFooler PWWS TextBugger Charmer",
     "attacks.candidates": "MaskedLM CandidateSource",
+    "attacks.synonyms": "Synonyms CharacterEdits AnyOf",
     "attacks.meta": "Worst Restarts EachTarget EOT OwnAnswer AtGate BF16",
     "attacks.standard": "AutoAttack RobustCLIP",
     "attacks.joint": "Independent Joint JointAttack",
@@ -88,7 +89,14 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.attacks.query import Square as Square
     from crossguard.attacks.standard import AutoAttack as AutoAttack
     from crossguard.attacks.standard import RobustCLIP as RobustCLIP
+    from crossguard.attacks.synonyms import AnyOf as AnyOf
+    from crossguard.attacks.synonyms import CharacterEdits as CharacterEdits
+    from crossguard.attacks.synonyms import Synonyms as Synonyms
+    from crossguard.attacks.text import PWWS as PWWS
+    from crossguard.attacks.text import Charmer as Charmer
     from crossguard.attacks.text import Substitute as Substitute
+    from crossguard.attacks.text import TextBugger as TextBugger
+    from crossguard.attacks.text import TextFooler as TextFooler
     from crossguard.budgets import L1 as L1
     from crossguard.budgets import L2 as L2
     from crossguard.budgets import Both as Both
@@ -98,6 +106,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.budgets import PixelBudget as PixelBudget
     from crossguard.budgets import TextBudget as TextBudget
     from crossguard.budgets import Words as Words
+    from crossguard.budgets import WordShare as WordShare
     from crossguard.data import Dataset as Dataset
     from crossguard.data import Labelled as Labelled
     from crossguard.data import Prompts as Prompts
@@ -147,6 +156,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.goals import Goal as Goal
     from crossguard.goals import Loss as Loss
     from crossguard.goals import Margin as Margin
+    from crossguard.goals import Mismatch as Mismatch
     from crossguard.goals import Targeted as Targeted
     from crossguard.goals import Untargeted as Untargeted
     from crossguard.models.base import Checkpoint as Checkpoint

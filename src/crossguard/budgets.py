@@ -254,11 +254,13 @@ class L1(PixelBudget):
 class TextBudget(Budget):
     """How much of a string may change, counted in words or characters."""
 
-    count: int
-
     @property
     def text(self) -> TextBudget:
         return self
+
+    @abstractmethod
+    def limit(self, clean: str) -> int:
+        """How much of this string may change."""
 
     @abstractmethod
     def size(self, text: str, clean: str) -> int:
@@ -270,7 +272,7 @@ class TextBudget(Budget):
             raise CrossguardError(f"the attack returned {len(texts)} texts for {len(clean)}")
         sizes = [self.size(text, before) for text, before in zip(texts, clean, strict=True)]
         for size, text, before in zip(sizes, texts, clean, strict=True):
-            if size > self.count:
+            if size > self.limit(before):
                 raise CrossguardError(
                     f"the attack broke its budget {self}: {before!r} became {text!r}, a change of {size}"
                 )
@@ -286,11 +288,34 @@ class Words(TextBudget):
     def __post_init__(self) -> None:
         _check_count(self)
 
+    def limit(self, clean: str) -> int:
+        return self.count
+
     def size(self, text: str, clean: str) -> int:
         after, before = text.split(" "), clean.split(" ")
         if len(after) != len(before):
             return max(len(after), len(before))
         return sum(new != old for new, old in zip(after, before, strict=True))
+
+
+@dataclass(frozen=True)
+class WordShare(TextBudget):
+    """At most this share of the words of a string may be replaced, rounded down: the 40 % of BERT-Attack (Li et al.
+    2020), which is none of a string of one or two words."""
+
+    share: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise CrossguardError(
+                f"WordShare(share={self.share}) is not a budget: give a share from 0 to 1, such as 0.4"
+            )
+
+    def limit(self, clean: str) -> int:
+        return int(self.share * len(clean.split(" ")) + 1e-9)
+
+    def size(self, text: str, clean: str) -> int:
+        return Words().size(text, clean)
 
 
 @dataclass(frozen=True)
@@ -302,7 +327,15 @@ class Characters(TextBudget):
     def __post_init__(self) -> None:
         _check_count(self)
 
+    def limit(self, clean: str) -> int:
+        return self.count
+
     def size(self, text: str, clean: str) -> int:
+        # What both begin and end with costs nothing, and is most of them.
+        start = _same(text, clean)
+        text, clean = text[start:][::-1], clean[start:][::-1]
+        start = _same(text, clean)
+        text, clean = text[start:], clean[start:]
         row = list(range(len(clean) + 1))
         for i, new in enumerate(text, 1):
             diagonal, row[0] = row[0], i
@@ -338,6 +371,12 @@ def _check_eps(budget: Linf | L2 | L1, most: float, why: str, usual: str = "8/25
 def _check_count(budget: Words | Characters) -> None:
     if budget.count < 0:
         raise CrossguardError(f"{type(budget).__name__}(count={budget.count}) is not a budget: give 0 or more")
+
+
+def _same(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (new, old) in pairs if new != old), min(len(text), len(other)))
 
 
 def _per_image(values: PerImage) -> Tensor:

@@ -23,7 +23,7 @@ from crossguard.budgets import Both, Budget, Linf, PixelBudget
 from crossguard.data import Labelled, spread
 from crossguard.goals import Untargeted
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Wrapper
+from crossguard.models.wrapper import Unrolled, Wrapper
 from crossguard.report import Report
 from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
@@ -59,7 +59,8 @@ def diagnose(
 
 def _of_the_report(report: Report) -> Iterator[str]:
     """What the numbers alone say."""
-    if report.adversarial.successes > report.clean.successes:
+    won, lost = int((~report.correct & report.standing).sum()), int((report.correct & ~report.standing).sum())
+    if won - lost > 2.0 * (won + lost) ** 0.5:  # more than a random model's coin flips, which go either way
         yield (
             f"robust above clean: {report.adversarial.successes} of {report.n} answers are right under attack and "
             f"{report.clean.successes} without; the defense may read the label off the perturbation: attack with "
@@ -96,6 +97,11 @@ class _Case:
             right = (answers.clean.argmax(1) == batch.labels) & (answers.adversarial.argmax(1) == batch.labels)
             found += right.tolist()
         return found
+
+    @property
+    def white(self) -> bool:
+        """Whether the adversary has the gradients of the model itself."""
+        return self.surrogate is None or isinstance(self.surrogate, Unrolled)
 
     @property
     def pixels(self) -> PixelBudget | None:
@@ -142,9 +148,9 @@ def _zero_gradients(case: _Case) -> str | None:
         return None
     count, trial = 0, case.task.prepare(case.surrogate or case.model, None, None, None)
     for batch in case.batches():
-        answer = trial.victim
+        victim = ImageVictim(trial.victim).drawing_from(keys(batch.ids, case.seed))
         labels = batch.labels.to(case.model.device)
-        gradient, _, _ = ImageVictim(answer).ascend(batch.images.to(case.model.device), Untargeted(labels))
+        gradient, _, _ = victim.ascend(batch.images.to(case.model.device), Untargeted(labels))
         count += int((~gradient.flatten(1).any(1)).sum())
     if not count:
         return None
@@ -174,8 +180,8 @@ def _large_budget(case: _Case) -> str | None:
     pixels = case.pixels
     if pixels is None or case.budget is None or pixels.eps == 0.0:
         return None
-    eps = pixels.eps * _LARGE
-    huge = replace(pixels, eps=min(eps, 1.0) if isinstance(pixels, Linf) else eps)  # type: ignore[type-var]
+    largest = 1.0 if isinstance(pixels, Linf) else 1e4
+    huge = replace(pixels, eps=min(pixels.eps * _LARGE, largest))  # type: ignore[type-var]
     wide: Budget = replace(case.budget, pixels=huge) if isinstance(case.budget, Both) else huge
     left = sum(case.standing(case.attack, wide, case.surrogate))
     if not left:
@@ -205,6 +211,8 @@ def _query_attack(case: _Case) -> str | None:
     pixels = case.pixels
     if pixels is None or not isinstance(case.attack, ImageAttack) or not isinstance(pixels, Square.norms):
         return None
+    if not case.white:
+        return None
     now = case.standing(case.attack, case.budget, case.surrogate)
     black = case.standing(Square(queries=_QUERIES), pixels)
     more = sum(stands and not beaten for stands, beaten in zip(now, black, strict=True))
@@ -220,16 +228,18 @@ def _undefended(case: _Case) -> str | None:
     """What the base of a defense gives away."""
     if not isinstance(case.model, Wrapper) or case.pixels is None:
         return None
-    base: VisionLanguageModel = case.model
-    while isinstance(base, Wrapper):
-        base = base.base
-    if case.surrogate == base:
+    layers: list[VisionLanguageModel] = [case.model]
+    while isinstance(layers[-1], Wrapper):
+        layers.append(layers[-1].base)
+    if case.surrogate in layers[1:]:
         return (
             "only a gray box: the attack was crafted on the undefended base and doesn't know the defense; leave out "
             "the surrogate for an adaptive attack"
         )
+    if not case.white:
+        return None
     now = case.standing(case.attack, case.budget, case.surrogate)
-    transferred = case.standing(case.attack, case.budget, base)
+    transferred = case.standing(case.attack, case.budget, layers[-1])
     more = sum(stands and not beaten for stands, beaten in zip(now, transferred, strict=True))
     if not more:
         return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from crossguard.attacks.base import Attack
 from crossguard.budgets import Budget
 from crossguard.data import spread
-from crossguard.datasets.kept import FORMATS, finish
+from crossguard.datasets.kept import FORMATS, Kept, begin, finish
 from crossguard.datasets.kept import keep as store
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
@@ -61,7 +62,7 @@ def question(
             )
         pixels, words = attack.spends(budget)
         budget = budget if pixels is not None and words is not None else pixels or words
-    weights = " ".join(dict.fromkeys([*_fingerprints(model), *_fingerprints(surrogate)]))
+    weights = {"weights": " ".join(_fingerprints(model)), "surrogate weights": " ".join(_fingerprints(surrogate))}
     return {
         "task": show(task),
         "model": show(model),
@@ -71,7 +72,7 @@ def question(
         "knowledge": _knowledge(model, attack, surrogate),
         "limit": str(limit),
         "seed": str(seed),
-    } | ({"weights": weights} if weights else {})
+    } | {name: value for name, value in weights.items() if value}
 
 
 def evaluate(
@@ -112,8 +113,13 @@ def evaluate(
     asked = question(task, model, attack, budget, surrogate, limit, seed)
     if len(task) == 0:
         raise CrossguardError(f"{show(task, short=True)} has no samples")
-    if keep is not None and keep_as not in FORMATS:
-        raise CrossguardError(f"images cannot be kept as {keep_as!r}; give one of {', '.join(FORMATS)}")
+    if keep is not None:
+        if keep_as not in FORMATS:
+            raise CrossguardError(f"images cannot be kept as {keep_as!r}; give one of {', '.join(FORMATS)}")
+        if any(Path(kept.path).resolve() == Path(keep).resolve() for kept in _kept(task)):
+            raise CrossguardError(f"{keep} holds the images that are asked about; keep the new ones in another folder")
+    if doubt < 0:
+        raise CrossguardError(f"doubt={doubt} is not possible; give a number of samples, or 0")
     rank, world = _place() if processes else (0, 1)
     indices = spread(len(task), limit)
     record = _Record.open(
@@ -122,6 +128,8 @@ def evaluate(
     began = time.monotonic() - record.seconds
     mine = [index for index in indices if index not in record.rows][rank::world]
     trial = task.prepare(model, attack, budget, None if attack is None else surrogate)
+    if keep is not None and rank == 0:
+        begin(Path(keep))
     if progress is not None and record.rows:
         progress(len(record.rows), len(indices))
     done = len(record.rows)
@@ -170,7 +178,12 @@ def evaluate(
     outcomes = Outcomes([row["id"] for row in found], *([row[name] for row in found] for name in _COLUMNS))
     report = Report(asked, outcomes, tuple(notes), versions(device), time.monotonic() - began)
     if doubt and attack is not None:
-        doubts = diagnose(report, task, model, attack, budget, surrogate, doubt, seed)
+        found_doubts: list[Any] = [None]
+        if rank == 0:
+            found_doubts = [diagnose(report, task, model, attack, budget, surrogate, doubt, seed)]
+        if world > 1:
+            torch.distributed.broadcast_object_list(found_doubts, src=0)
+        (doubts,) = found_doubts
         report = replace(report, notes=(*notes, *doubts), seconds=time.monotonic() - began)
     if rank == 0:
         record.close()
@@ -238,7 +251,8 @@ class _Record:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.[0-9]*"))
+    own = re.compile(re.escape(path.name) + r"\.\d+")
+    return sorted(other for other in path.parent.iterdir() if own.fullmatch(other.name)) if path.parent.is_dir() else []
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -254,12 +268,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _place() -> tuple[int, int]:
     """Which of how many processes this is; joins them, where `torchrun` started several."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         return 0, 1
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())
+    # They meet at the end only, and whose images stand longer comes later.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -270,6 +284,15 @@ def _gathered(rows: dict[int, dict[str, Any]], world: int) -> dict[int, dict[str
     parts: list[Any] = [None] * world
     torch.distributed.all_gather_object(parts, rows)
     return {index: row for part in parts for index, row in part.items()}
+
+
+def _kept(word: Any) -> list[Kept]:
+    """The kept images that a task reads."""
+    if isinstance(word, Kept):
+        return [word]
+    if isinstance(word, tuple):
+        return [kept for part in word for kept in _kept(part)]
+    return [kept for field in fields(word) for kept in _kept(getattr(word, field.name))] if is_dataclass(word) else []
 
 
 def _rounding(rows: list[dict[str, Any]], trial: Trial) -> list[str]:

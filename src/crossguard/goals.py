@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossguard.errors import CrossguardError
-from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage
-
+from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage, TextEmbeddings
 
 _NOBODY = -(2**31)  # torch would pass over the label -100 in silence: a loss of zero, and an attack that does nothing
 
@@ -51,10 +50,10 @@ class Margin(Loss):
     means beaten."""
 
     def away(self, logits: Logits, labels: Labels) -> PerImage:
-        return -margin(logits, labels)
+        return -_lead(logits, labels)
 
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
-        return margin(logits, targets)
+        return _lead(logits, targets)
 
     def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
         return _at(logits, targets) - _at(logits, labels)
@@ -71,22 +70,24 @@ class DLR(Loss):
     """
 
     def away(self, logits: Logits, labels: Labels) -> PerImage:
-        return -margin(logits, labels) / _spread(logits, 2, 3)
+        return -_lead(logits, labels) / _spread(logits, labels, 2, 3)
 
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
-        return margin(logits, targets) / self._spread_with_target(logits)
+        return _lead(logits, targets) / self._spread_with_target(logits, targets)
 
     def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
-        return (_at(logits, targets) - _at(logits, labels)) / self._spread_with_target(logits)
+        return (_at(logits, targets) - _at(logits, labels)) / self._spread_with_target(logits, labels)
 
-    def _spread_with_target(self, logits: Logits) -> PerImage | float:
-        return _spread(logits, 1, 3) if logits.shape[1] == 3 else _spread(logits, 2, 4)
+    def _spread_with_target(self, logits: Logits, labels: Labels) -> PerImage | float:
+        return _spread(logits, labels, 1, 3) if logits.shape[1] == 3 else _spread(logits, labels, 2, 4)
 
 
-def _spread(logits: Logits, first: int, last: int) -> PerImage | float:
+def _spread(logits: Logits, labels: Labels, first: int, last: int) -> PerImage | float:
     """The best logit minus the mean of those ranked from `first` up to `last` (exclusive, counted from 0)."""
     if logits.shape[1] < 3:
         return 1.0
+    # A twin of the label must not take a rank of its own: the ratio would be constant.
+    logits = torch.where(_twins(logits, labels), logits.amin(1, keepdim=True), logits)
     best = logits.topk(last, dim=1).values
     return best[:, 0] - best[:, first:].mean(1) + 1e-12
 
@@ -199,6 +200,68 @@ class Drift(Goal):
 
 
 @dataclass(frozen=True)
+class Mismatch(Goal):
+    """Texts that lose their own images: where `Drift` only moves a text, this counts whom it leaves behind.
+
+    An image is lost when another text is nearer to it (by cosine) than its own. The loss is the share of a text's
+    images that are lost, and among equals the larger mean margin by which its images prefer other texts, scaled so
+    that it never outweighs one image. Ours, not from a paper; SGA (Lu et al. 2023) takes the cosine with one paired
+    image. The other texts are the clean ones: when all are rewritten at once, which images are lost in the end also
+    depends on theirs.
+
+    `Mismatch.of(images, owners, texts)` makes one from embeddings.
+
+    Args:
+        images: the clean image embeddings.
+        owners: for each image, the number of the text it belongs to.
+        bars: for each image, the cosine with the nearest text that is not its own.
+        rows: which texts these are; for `Mismatch.of`, all of them in order.
+    """
+
+    images: Embeddings
+    owners: Labels
+    bars: PerImage
+    rows: Tensor
+
+    @staticmethod
+    def of(images: Embeddings, owners: Labels, texts: TextEmbeddings) -> Mismatch:
+        """The goal for clean texts (one of each class) with these embeddings."""
+        if len(images) != len(owners):
+            raise CrossguardError(f"{len(owners)} owners were given for {len(images)} images; give one for each")
+        if len(texts) < 2:
+            raise CrossguardError("an image cannot be lost to another text where there is only one; give 2 or more")
+        if len(owners) and not 0 <= int(owners.min()) <= int(owners.max()) < len(texts):
+            raise CrossguardError(f"an image belongs to a text that is not there; owners are 0 to {len(texts) - 1}")
+        unit, classes = F.normalize(images.float(), dim=1), F.normalize(texts.float(), dim=1)
+        bars = (unit @ classes.T).scatter(1, owners[:, None], -torch.inf).amax(1)
+        return Mismatch(unit, owners, bars, torch.arange(len(texts), device=texts.device))
+
+    def loss(self, outputs: Tensor) -> PerImage:
+        return self._measured(outputs)[0]
+
+    def reached(self, outputs: Tensor) -> Mask:
+        return self._measured(outputs)[1]
+
+    def at(self, keep: Tensor) -> Mismatch:
+        return replace(self, rows=self.rows[keep.to(self.rows.device)])
+
+    def _measured(self, outputs: Tensor) -> tuple[PerImage, Mask]:
+        """The loss of each text, and whether all its images are lost; a text without images has nothing to lose."""
+        units = F.normalize(outputs.float(), dim=1)
+        losses = torch.zeros(len(outputs), device=outputs.device)
+        won = torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
+        for text in self.rows.unique().tolist():
+            own, mine = self.owners == text, self.rows == text
+            if not bool(own.any()):
+                continue
+            gaps = self.bars[own] - units[mine] @ self.images[own].T  # from -2 to 2
+            lost = gaps > 0.0
+            losses[mine] = lost.float().mean(1) + gaps.mean(1) / (4 * gaps.shape[1] + 1)
+            won[mine] = lost.all(1)
+        return losses, won
+
+
+@dataclass(frozen=True)
 class Endless(Goal):
     """The same goal without an end. Whoever crafts on one victim to be judged by another must not stop at the first
     one's
@@ -249,6 +312,19 @@ def _check_classes(logits: Logits, *wanted: Labels) -> None:
 
 def _at(logits: Logits, classes: Labels) -> PerImage:
     return logits.gather(1, classes[:, None])[:, 0]
+
+
+def _twins(logits: Logits, labels: Labels) -> Tensor:
+    """The classes that cannot be told from the label, because their names are the same and so their logits are."""
+    return (logits == logits.gather(1, labels[:, None])).scatter(1, labels[:, None], False)
+
+
+def _lead(logits: Logits, labels: Labels) -> PerImage:
+    """The margin over the best class that is no twin of the label: over a twin it is zero wherever the image goes, and
+    a loss that is zero everywhere leads nowhere."""
+    own = _at(logits, labels)
+    others = logits.masked_fill(_twins(logits, labels), -torch.inf).scatter(1, labels[:, None], -torch.inf).amax(1)
+    return own - torch.where(others.isinf(), own, others)
 
 
 def margin(logits: Logits, labels: Labels) -> PerImage:

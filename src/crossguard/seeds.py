@@ -13,10 +13,12 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from crossguard.errors import CrossguardError
 from crossguard.shapes import Seeds
 
 
@@ -41,15 +43,28 @@ def fold(seeds: Seeds, number: int | Tensor) -> Seeds:
     return _mix(seeds * -7046029254386353131 + number)
 
 
-_drawing: ContextVar[Seeds | None] = ContextVar("crossguard_drawing", default=None)
+@dataclass
+class Lent:
+    """Keys that a model may draw from, and how often it did."""
+
+    seeds: Seeds
+    calls: int = 0
+
+    @property
+    def used(self) -> bool:
+        return self.calls > 0
+
+
+_drawing: ContextVar[Lent | None] = ContextVar("crossguard_drawing", default=None)
 
 
 @contextmanager
-def drawing(seeds: Seeds) -> Iterator[None]:
+def drawing(seeds: Seeds) -> Iterator[Lent]:
     """Inside, a random model draws its noise from these keys, one for each sample of the batch it is asked about."""
-    token = _drawing.set(seeds)
+    lent = Lent(seeds)
+    token = _drawing.set(lent)
     try:
-        yield
+        yield lent
     finally:
         _drawing.reset(token)
 
@@ -61,13 +76,18 @@ def drawn(count: int) -> Seeds:
     A batch that is a multiple of the samples (several views of each) has a key for each image, in the order
     (sample, view).
     """
-    seeds = _drawing.get()
-    if seeds is None:
+    lent = _drawing.get()
+    if lent is None:
         return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64)
+    lent.calls += 1  # a model that draws twice for one answer has two kinds of noise
+    seeds = fold(lent.seeds, lent.calls)
     if len(seeds) == count:
         return seeds
     if not len(seeds) or count % len(seeds):
-        raise ValueError(f"{count} images cannot share the noise of {len(seeds)} samples")
+        raise CrossguardError(
+            f"a random model was asked about {count} images where {len(seeds)} samples lend their noise; a wrapper may "
+            "ask about all of them, or about the same number of views of each, in the order (sample, view)"
+        )
     views = count // len(seeds)
     return fold(seeds.repeat_interleave(views), torch.arange(count) % views + 1)
 

@@ -91,7 +91,7 @@ class Answers:
         groups: dict[str, list[Report]] = {}
         for report in self.reports:
             if _attacked(report):
-                groups.setdefault(_part(report, "task", "limit", "model", "budget"), []).append(report)
+                groups.setdefault(_part(report, "task", "limit", "model", "weights", "budget"), []).append(report)
         pooled, doubts = [report for report in self.reports if not _attacked(report)], list(self.doubts)
         for reports in groups.values():
             first = reports[0]
@@ -228,7 +228,8 @@ def _worst(reports: list[Report]) -> Report:
         **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
     }
     attack = f"worst case of {len(reports)} reports"
-    question = {**first.question, "attack": attack, "surrogate": "pooled", "seed": "pooled", "knowledge": "pooled"}
+    known = ", ".join(dict.fromkeys(report.question.get("knowledge", "") for report in reports))
+    question = {**first.question, "attack": attack, "surrogate": "pooled", "seed": "pooled", "knowledge": known}
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
     return Report(
         question=question,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from crossguard import words
 from crossguard.attacks.base import Attack, ImageAttack, ImageVictim, Queries, TextAttack
-from crossguard.budgets import L1, L2, Linf, Words
+from crossguard.budgets import L1, L2, Characters, Linf, Words
 from crossguard.data import Prompts
 from crossguard.goals import Drift, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
@@ -22,9 +23,13 @@ from crossguard.shapes import Embeddings, Images, Logits
 PIXEL_BUDGETS: tuple[Linf | L2 | L1, ...] = (Linf(8 / 255), L2(0.5), L1(2.0))
 
 
-def check_attack(attack: Attack) -> None:
+def check_attack(attack: Attack, text_budgets: Sequence[Words | Characters] = (Words(1),)) -> None:
     """The contract of an attack: stays inside its budget, leaves its input, the parameters and their gradients alone,
-    repeats under a seed, does not depend on the batch, hurts, and does nothing with a budget of zero."""
+    repeats under a seed, does not depend on the batch, hurts, and does nothing with a budget of zero.
+
+    Args:
+        text_budgets: which budgets an attack on texts is held to.
+    """
     if type(attack).__name__ in words.names():
         assert words.build(words.show(attack)) == attack, f"{attack} does not survive being written and read"
     if isinstance(attack, ImageAttack):
@@ -32,7 +37,8 @@ def check_attack(attack: Attack) -> None:
             if isinstance(budget, attack.norms):
                 _check_image_attack(attack, budget)
     elif isinstance(attack, TextAttack):
-        _check_text_attack(attack, Words(1))
+        for words_or_characters in text_budgets:
+            _check_text_attack(attack, words_or_characters)
 
 
 def check_model(model: VisionLanguageModel, size: int = 32) -> None:
@@ -111,7 +117,7 @@ def _check_image_attack(attack: ImageAttack, budget: Linf | L2 | L1) -> None:
     assert torch.equal(nothing, images), "a budget of zero changed the images"
 
 
-def _check_text_attack(attack: TextAttack, budget: Words) -> None:
+def _check_text_attack(attack: TextAttack, budget: Words | Characters) -> None:
     texts = [
         "a photo of a red circle",
         "",
@@ -124,7 +130,9 @@ def _check_text_attack(attack: TextAttack, budget: Words) -> None:
     def victim(texts: Sequence[str]) -> Embeddings:
         return torch.stack([_bag(text) for text in texts])
 
+    given = list(texts)
     made = attack(victim, texts, None, budget)
+    assert texts == given, "the attack changed its input"
     budget.check(made, texts)
     assert made == attack(victim, texts, None, budget), "the same texts gave another answer"
     assert made == [attack(victim, [text], None, budget)[0] for text in texts], "a text's answer depends on its batch"
@@ -137,12 +145,14 @@ def _check_text_attack(attack: TextAttack, budget: Words) -> None:
 
 def _bag(text: str) -> Tensor:
     """A bag of words: each word has a direction of its own."""
+    return torch.stack([torch.full((16,), 0.1), *(_direction(word) for word in text.split())]).sum(0)
+
+
+@lru_cache(maxsize=65536)
+def _direction(word: str) -> Tensor:
     from crossguard.seeds import derive, uniform
 
-    total = torch.full((16,), 0.1)
-    for word in text.split():
-        total += uniform(torch.tensor([derive(word)]), (16,))[0] - 0.5
-    return total
+    return uniform(torch.tensor([derive(word)]), (16,))[0] - 0.5
 
 
 def _pictures(count: int, size: int) -> Images:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -23,10 +23,11 @@ from crossguard.words import WordError, show
 @dataclass(frozen=True)
 class Queries:
     """How often each sample of a batch was asked about: plain forwards, and gradients (a forward and a backward
-    each)."""
+    each); and whether the victim drew noise for an answer."""
 
     forwards: Labels
     gradients: Labels
+    drew: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
 
     @staticmethod
     def none(count: int) -> Queries:
@@ -69,6 +70,11 @@ class ImageVictim:
             raise CrossguardError("the victim answered with numbers that are not finite (NaN or infinity)")
         return gradient, losses.detach(), outputs.detach()
 
+    @property
+    def steady(self) -> bool:
+        """Whether it is known to answer the same question alike: it was lent noise and has used none so far."""
+        return self.seeds is not None and self.queries is not None and not bool(self.queries.drew)
+
     def at(self, keep: Tensor) -> ImageVictim:
         """The same victim for some of the samples (a mask or indices)."""
         count = len(self.queries.forwards) if self.queries is not None else 0 if self.seeds is None else len(self.seeds)
@@ -97,8 +103,10 @@ class ImageVictim:
             yield
             return
         asked = self.queries.forwards[rows] + self.queries.gradients[rows]
-        with drawing(fold(self.seeds[rows], asked)):
+        with drawing(fold(self.seeds[rows], asked)) as lent:
             yield
+        if lent.used:
+            self.queries.drew.fill_(True)
 
 
 @runtime_checkable

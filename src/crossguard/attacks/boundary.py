@@ -111,7 +111,7 @@ class BoundaryAttack(ImageAttack):
         victim, seeds = self.ready(victim, clean, budget, seeds)
         clean = clean.detach()
         aim = classification(goal, type(self).__name__).climbing(Margin())
-        outputs = victim(clean)
+        outputs = _answered(victim(clean))
         known = Nearest.nothing(clean)
         known.distances[aim.reached(outputs)] = 0.0
         for run, boundaries in enumerate(self.runs(aim, outputs)):
@@ -133,7 +133,7 @@ class BoundaryAttack(ImageAttack):
         aim = classification(goal, type(self).__name__).climbing(Margin())
         goal = Endless(aim) if endless else aim
         everyone = torch.arange(len(clean), device=clean.device)
-        outputs = victim(clean)
+        outputs = _answered(victim(clean))
         beyond = aim.reached(outputs)
         found = Found.nothing(clean)
         found.offer(everyone, clean, goal.loss(outputs), goal.reached(outputs))
@@ -491,6 +491,14 @@ def _rivals(outputs: Logits, labels: Labels) -> tuple[Tensor, Tensor]:
     there &= logits.isfinite()
     order = there.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
     return ranked.gather(1, order)[:, :-1], there.gather(1, order)[:, :-1]
+
+
+def _answered(outputs: Logits) -> Logits:
+    """The clean logits, refused where they are NaN: no boundary would be seen there, and the image would stand. A class
+    that is shut off by a logit of minus infinity is fine."""
+    if bool(outputs.isnan().any()):
+        raise CrossguardError("the victim answered with numbers that are not finite (NaN)")
+    return outputs
 
 
 def _per_image(values: Tensor) -> Tensor:

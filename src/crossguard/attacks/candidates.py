@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +78,19 @@ class CandidateSource(ABC):
 
     A source is a word: a frozen dataclass whose answer depends on nothing but itself and the string.
     `propose` therefore keeps answers for the whole process, so that a text that is attacked at every training
-    step is read once.
+    step is read once; a source that costs next to nothing says `remembered = False`, and memory is saved.
     """
+
+    remembered: ClassVar[bool] = True
+
+    @property
+    def edits_characters(self) -> bool:
+        """Whether its candidates can fit a budget that counts characters."""
+        return False
+
+    def admits(self, candidate: str, word: str, compat: bool) -> bool:
+        """Whether a candidate may stand for the word at all."""
+        return admissible(candidate, word, compat)
 
     @abstractmethod
     def read(self, texts: Sequence[str], top: int, threshold: float, compat: bool) -> list[Proposals]:
@@ -101,7 +112,7 @@ class CandidateSource(ABC):
         request = (self, top, threshold, compat)
         known: dict[str, Proposals] = {}
         for text in dict.fromkeys(texts):
-            proposals = _remembered.get((request, text))
+            proposals = _remembered.get((request, text)) if self.remembered else None
             if proposals is not None:
                 known[text] = proposals
         new = [text for text in dict.fromkeys(texts) if text not in known]
@@ -109,10 +120,11 @@ class CandidateSource(ABC):
             for text, raw in zip(new, self.read(new, top, threshold, compat), strict=True):
                 words = text.split(" ")
                 known[text] = tuple(
-                    tuple(candidate for candidate in candidates if admissible(candidate.word, word, compat))
+                    tuple(candidate for candidate in candidates if self.admits(candidate.word, word, compat))
                     for word, candidates in zip(words, raw, strict=True)
                 )
-                _remembered.put((request, text), known[text])
+                if self.remembered:
+                    _remembered.put((request, text), known[text])
         return [known[text] for text in texts]
 
 

@@ -13,6 +13,8 @@ from crossguard.goals import Goal, Loss
 from crossguard.seeds import fold
 from crossguard.shapes import Images, Seeds
 
+ROUND = 4  # steps, after which to see whether an image is back where it was: circles of 1, 2 and 4 points
+
 
 @dataclass(frozen=True)
 class PGD(ImageAttack):
@@ -31,7 +33,8 @@ class PGD(ImageAttack):
         restarts: independent starts; the strongest result of each image counts. Later starts are always random.
         best: return the iterate that won or else had the highest loss, instead of the last one. Costs one forward a
             start.
-        stop: images that have reached the goal leave the batch. Only for goals with an end; their result cannot change.
+        stop: images that have reached the goal leave the batch, and so do those that go in circles; their result cannot
+            change.
         loss: climb this loss of the logits instead of the goal's own.
     """
 
@@ -89,18 +92,28 @@ class PGD(ImageAttack):
             images = budget.project(clean + budget.sample(seeds, clean), clean)
         velocity = torch.zeros_like(clean) if self.momentum else None
         length = self.step * budget.eps
-        for _ in range(self.steps):
+        before = None  # where the images were a round ago, and their losses
+        for step in range(self.steps):
             gradient, losses, outputs = victim.ascend(images, goal)
             if self.best:
                 won = goal.reached(outputs)
                 found.offer(rows, images, losses, won)
-                if self.stop and bool(won.any()):
-                    keep = (~won).nonzero()[:, 0]
-                    if len(keep) == 0:
-                        return
-                    rows, images, clean, gradient = rows[keep], images[keep], clean[keep], gradient[keep]
-                    victim, goal = victim.at(keep), goal.at(keep)
-                    velocity = None if velocity is None else velocity[keep]
+                if self.stop:
+                    gone = won
+                    if velocity is None and step % ROUND == 0:
+                        # Steps of a fixed length end in circles, most of two points. All of a circle's points have been
+                        # offered, and who answers alike can only go round again.
+                        if before is not None and victim.steady:
+                            gone = won | ((images == before[0]).flatten(1).all(1) & (losses == before[1]))
+                        before = images, losses
+                    if bool(gone.any()):
+                        keep = (~gone).nonzero()[:, 0]
+                        if len(keep) == 0:
+                            return
+                        rows, images, clean, gradient = rows[keep], images[keep], clean[keep], gradient[keep]
+                        victim, goal = victim.at(keep), goal.at(keep)
+                        velocity = None if velocity is None else velocity[keep]
+                        before = None if before is None else (before[0][keep], before[1][keep])
             if velocity is not None:
                 norm = gradient.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
                 velocity = self.momentum * velocity + gradient / norm

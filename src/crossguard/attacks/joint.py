@@ -6,9 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from crossguard.attacks.base import Attack, ImageAttack, PairVictim, TextAttack, TextVictim
+from crossguard.attacks.base import Attack, Found, ImageAttack, PairVictim, TextAttack, TextVictim
 from crossguard.attacks.gradient import PGD
 from crossguard.attacks.text import Substitute
 from crossguard.budgets import Budget
@@ -64,12 +62,14 @@ class Joint(JointAttack):
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
         pixels, _ = self.spends(budget)
         assert pixels is not None
+        found = Found.nothing(images)
         apart = self.image(victim.before, images, Endless(goal), pixels, seeds)
-        result = apart.clone()
-        standing = (~goal.reached(victim.after(apart))).nonzero()[:, 0]
-        if len(standing):
-            rows = standing.cpu()
-            together = self.image(victim.after.at(standing), images[standing], goal.at(standing), pixels, seeds[rows])
-            won = goal.at(standing).reached(victim.after.at(standing)(together))
-            result[standing] = torch.where(won[:, None, None, None], together, apart[standing])
-        return result
+        outputs = victim.after(apart)
+        found.offer(found.open(), apart, goal.loss(outputs), goal.reached(outputs))
+        rows = found.open()
+        if len(rows):
+            after, left = victim.after.at(rows), goal.at(rows)
+            together = self.image(after, images[rows], left, pixels, seeds[rows.cpu()])
+            outputs = after(together)
+            found.offer(rows, together, left.loss(outputs), left.reached(outputs))
+        return found.images

@@ -35,7 +35,7 @@ class Worst(ImageAttack):
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
         found, _ = _asked(victim, clean, goal)
         for number, attack in enumerate(self.attacks):
-            _try(attack, found, victim, clean, goal, budget, fold(seeds, number) if number else seeds)
+            _try(attack, found, victim, clean, goal, budget, fold(seeds, number + _TURNS) if number else seeds)
         return found.images
 
 
@@ -80,7 +80,7 @@ class EachTarget(ImageAttack):
         for number, targets in enumerate(likeliest(outputs, aim.labels, self.targets)):
             way: Goal = ByWayOf(aim.labels, targets, aim.criterion)
             way = Endless(way) if isinstance(goal, Endless) else way
-            noise = fold(seeds, number) if number else seeds
+            noise = fold(seeds, number + _TURNS) if number else seeds
             _try(self.attack, found, victim, clean, goal, budget, noise, way)
         return found.images
 
@@ -109,6 +109,8 @@ class EOT(ImageAttack):
             raise CrossguardError(f"EOT(noise={self.noise}) is not possible; give 0 or more, in pixels of [0, 1]")
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+        if isinstance(victim, _Averaged):
+            raise CrossguardError("an EOT inside an EOT averages twice; give one of them more samples instead")
         averaged = _Averaged(
             victim.answer, victim.queries, victim.seeds, victim.rows, self.samples, self.noise, self.flip
         )
@@ -178,8 +180,7 @@ class AtGate(ImageAttack):
         return self.attack(replace(victim.before, answer=both), images, _Gated(goal, self.weight), pixels, seeds)
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
-        """Where no gate is known, the attack alone."""
-        return self.attack(victim, clean, goal, budget, seeds)
+        raise CrossguardError("AtGate must be the outermost attack, where the gate is known: AtGate(EOT(PGD()))")
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,10 @@ class _Averaged(ImageVictim):
         assert outputs is not None
         return gradient / self.samples, losses / self.samples, outputs / self.samples
 
+    @property
+    def steady(self) -> bool:
+        return not self.noise and super().steady
+
     def _views(self, images: Images) -> Iterable[Images]:
         for number in range(self.samples):
             view = images
@@ -241,6 +246,7 @@ class _Averaged(ImageVictim):
 
 
 _VIEWS = 7  # sets the noise of the views apart from that of the model
+_TURNS = 1000  # sets the noise of the n-th attack apart from that of an attack's own n-th restart
 
 
 def likeliest(logits: Logits, labels: Labels, count: int) -> list[Labels]:

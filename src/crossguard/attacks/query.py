@@ -227,7 +227,8 @@ class RayS(ImageAttack):
         if budget.eps == 0.0:
             return made
         eps = torch.full((len(clean),), budget.eps, device=clean.device)
-        standing = ~_reached(victim, goal, clean)  # what is beaten unchanged stays as it is, whatever the goal
+        # What is beaten unchanged stays as it is, unless another model is going to judge.
+        standing = ~_reached(victim, goal, clean) | endless
         blocks, singles = _blocks(clean[0].numel(), self.queries)
         blocks = blocks.to(clean.device)
         rays = _Rays.start(clean)

@@ -45,6 +45,9 @@ class Kept(Dataset):
             content = json.loads(path.read_bytes())
             if missing := {"samples", "names", "texts", "clean_texts"} - set(content):
                 raise ValueError(f"{missing} is missing")
+            for sample in content["samples"]:
+                if missing := {"id", "label", "file", "row"} - set(sample):
+                    raise ValueError(f"{missing} is missing")
         except FileNotFoundError:
             raise CrossguardError(
                 f"{self.path} holds no kept images ({INDEX} is missing); give the folder of a finished 'eval --keep'"
@@ -106,7 +109,12 @@ class Kept(Dataset):
             except OSError as error:
                 raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
             return decode(content).to(torch.float32) / 255.0
-        return self._shard(str(path))[sample["row"]]
+        images = self._shard(str(path))
+        if not 0 <= sample["row"] < len(images):
+            raise CrossguardError(
+                f"{path} is damaged (it has {len(images)} images); run the evaluation with --keep again"
+            )
+        return images[sample["row"]]
 
     def _shard(self, path: str) -> Images:
         cache: dict[str, Images] = self._shards
@@ -123,6 +131,14 @@ class Kept(Dataset):
     @cached_property
     def _shards(self) -> dict[str, Images]:
         return {}
+
+
+def begin(folder: Path) -> None:
+    """Takes the index of an earlier run away: until `finish`, the folder is not to be read."""
+    try:
+        (folder / INDEX).unlink(missing_ok=True)
+    except OSError as error:
+        raise files.WriteError(f"{folder / INDEX} cannot be replaced: {files.reason(error)}") from error
 
 
 def keep(folder: Path, form: str, indices: Sequence[int], images: Images) -> list[dict[str, Any]]:

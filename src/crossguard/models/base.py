@@ -126,11 +126,16 @@ class VisionLanguageModel(ABC):
         """Images to one logit per class. The prompts are encoded here, once: unit embeddings averaged over
         templates."""
         classes = self.class_embeddings(prompts)
-
-        def answer(images: Images) -> Logits:
-            return self.logits(self.encode_image(images), classes)
-
-        return answer
+        # Classes of the same prompts get the same column, equal to the bit: computed apart they would differ by
+        # rounding, and the answer would depend on the batch.
+        place = {texts: row for row, texts in reversed(list(enumerate(prompts.texts)))}
+        same = [place[texts] for texts in prompts.texts]
+        distinct = sorted(place.values())
+        columns = torch.tensor([distinct.index(row) for row in same], device=classes.device)
+        if len(distinct) == len(same):
+            return lambda images: self.logits(self.encode_image(images), classes)
+        kept = classes[distinct]
+        return lambda images: self.logits(self.encode_image(images), kept)[:, columns]
 
     def class_embeddings(self, prompts: Prompts) -> Embeddings:
         """One embedding per class: the mean over templates of unit text embeddings, without gradient."""

@@ -37,14 +37,16 @@ class Wrapper(VisionLanguageModel):
     def smooth(self) -> VisionLanguageModel:
         """A stand-in whose gradients are its true ones, every hard step (a sign, a rounding, a gate) replaced by a
         smooth one: what `Unrolled` crafts on. Raises, where a wrapper offers none."""
-        if self.differentiable:
-            return self
-        raise CrossguardError(f"{type(self).__name__} offers no smooth version of itself; it is attacked by BPDA")
+        if not self.differentiable:
+            raise CrossguardError(f"{type(self).__name__} offers no smooth version of itself; it is attacked by BPDA")
+        inner = self.base.smooth() if isinstance(self.base, Wrapper) else self.base
+        return self if inner is self.base else replace(self, base=inner)  # type: ignore[type-var]
 
     def gate(self, images: Images) -> PerImage:
-        """How far the defense is from doing nothing: it acts on an image where this is positive. Raises, where a
-        wrapper always acts."""
-        del images
+        """How far the defense is from doing nothing: it acts on an image where this is positive. A wrapper without a
+        gate passes on that of its base; raises, where there is none."""
+        if isinstance(self.base, Wrapper):
+            return self.base.gate(images)
         raise CrossguardError(f"{type(self).__name__} has no gate to aim at; it always acts")
 
 
@@ -69,6 +71,9 @@ class Purifier(Wrapper):
 
     def smooth(self) -> VisionLanguageModel:
         return _Smoothed(self)
+
+    def gate(self, images: Images) -> PerImage:
+        return super().gate(images + (self.purify(images) - images).detach())
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,6 @@ class GaussianNoise(Wrapper):
         noise = normal(drawn(len(images)), images.shape[1:], images.device)
         return self.base.encode_image((images + self.std * noise).clamp(0.0, 1.0))
 
-    def smooth(self) -> VisionLanguageModel:
-        return replace(self, base=self.base.smooth()) if isinstance(self.base, Wrapper) else self
-
 
 @dataclass(frozen=True)
 class Unrolled(VisionLanguageModel):
@@ -135,6 +137,9 @@ class Unrolled(VisionLanguageModel):
 
     def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
         return self.base.smooth().classifier(prompts)
+
+    def gate(self, images: Images) -> PerImage:
+        return self.base.gate(images)
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from crossguard.data import Dataset, Labelled, Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Endless, Goal, Untargeted
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Wrapper
+from crossguard.models.wrapper import Unrolled, Wrapper
 from crossguard.seeds import drawing, fold
 from crossguard.shapes import Images, Labels, Logits, Seeds
 from crossguard.tasks.base import Answers, Task, Trial
@@ -116,14 +116,14 @@ class _ZeroShotTrial(Trial):
         device = self.model.device
         images, labels = batch.images.to(device), batch.labels.to(device)
         queries = Queries.none(len(batch))
-        with torch.no_grad(), drawing(fold(seeds, _CLEAN)):
+        with torch.no_grad(), drawing(fold(seeds, _CLEAN)) as lent:
             clean = _finite(self.clean(images))
         adversarial, size = images, self.changed[batch.labels]
         if self.attack is not None and self.budget is not None:
+            # Who is judged by another model, or by another draw of a random one, must not stop at the first success.
             goal: Goal = Untargeted(labels)
-            adversarial = self.attack.perturb(
-                self._victim(queries, seeds), images, Endless(goal) if self.elsewhere else goal, self.budget, seeds
-            ).to(device)
+            goal = Endless(goal) if self.elsewhere or lent.used else goal
+            adversarial = self.attack.perturb(self._victim(queries, seeds), images, goal, self.budget, seeds).to(device)
             if self.pixels is not None:
                 size = self.pixels.check(adversarial, images).cpu()
         same = adversarial is images and self.rewritten is self.clean
@@ -141,7 +141,7 @@ class _ZeroShotTrial(Trial):
             ImageVictim(self.craft_before, queries, noise),
             ImageVictim(self.craft_after, queries, noise),
             ImageVictim(crafting.encode_image, queries, noise),
-            ImageVictim(crafting.gate, queries, noise) if isinstance(crafting, Wrapper) else None,
+            ImageVictim(crafting.gate, queries, noise) if isinstance(crafting, Wrapper | Unrolled) else None,
         )
 
 
