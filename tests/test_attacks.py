@@ -30,7 +30,9 @@ def middle(count: int, size: int = 6) -> torch.Tensor:
 def image_attacks() -> list[ImageAttack]:
     """Every image attack that the vocabulary offers, with its defaults: a new one is tested the day it is exported."""
     kinds = [getattr(crossguard, name) for name in names()]
-    return [quick(kind()) for kind in kinds if is_word(kind) and issubclass(kind, ImageAttack)]
+    kinds = [kind for kind in kinds if is_word(kind) and issubclass(kind, ImageAttack)]
+    kinds.remove(crossguard.AtGate)  # needs a defense with a gate; test_meta.py has one
+    return [quick(kind()) for kind in kinds]
 
 
 def quick(attack: ImageAttack) -> ImageAttack:
