@@ -70,10 +70,10 @@ class PixelBudget(Budget):
         Only the direction of the gradient and the ratio of rise to gradient matter, so the scale of the logits does
             not.
         """
-        climb = gradient * _per_image(rise.sign())
+        climb = gradient * per_image(rise.sign())
         steepest = climb.abs().flatten(1).amax(1).clamp_min(1e-30)
         room = torch.where(climb > 0, 1.0 - images, images).clamp_min(0.0).masked_fill(climb == 0, 0.0)
-        slopes = climb.abs() / _per_image(steepest)
+        slopes = climb.abs() / per_image(steepest)
         moved = self.moves(slopes.flatten(1), room.flatten(1), rise.abs() / steepest)
         return climb.sign() * moved.view_as(images)
 
@@ -136,7 +136,7 @@ class Linf(PixelBudget):
 
     def surface(self, seeds: Seeds, like: Images) -> Images:
         noise = self.sample(seeds, like)
-        return noise * _per_image(self.eps / self.size(noise).clamp_min(1e-30))
+        return noise * per_image(self.eps / self.size(noise).clamp_min(1e-30))
 
     def dual(self, gradient: Images) -> PerImage:
         return gradient.abs().flatten(1).sum(1)
@@ -159,16 +159,16 @@ class L2(PixelBudget):
         return delta.flatten(1).norm(dim=1)
 
     def ascent(self, gradient: Images) -> Images:
-        return gradient / _per_image(gradient.flatten(1).norm(dim=1).clamp_min(1e-30))
+        return gradient / per_image(gradient.flatten(1).norm(dim=1).clamp_min(1e-30))
 
     def shrink(self, delta: Images) -> Images:
         size = self.size(delta).clamp_min(1e-30)
-        return delta * _per_image((self.eps / size).clamp_max(1.0))
+        return delta * per_image((self.eps / size).clamp_max(1.0))
 
     def sample(self, seeds: Seeds, like: Images) -> Images:
         direction = self.ascent(normal(fold(seeds, 1), like.shape[1:], like.device))
         radius = uniform(fold(seeds, 2), (1,), like.device)[:, 0]
-        return direction * _per_image(self.eps * radius ** (1.0 / math.prod(like.shape[1:])))
+        return direction * per_image(self.eps * radius ** (1.0 / math.prod(like.shape[1:])))
 
     def surface(self, seeds: Seeds, like: Images) -> Images:
         return self.eps * self.ascent(normal(fold(seeds, 1), like.shape[1:], like.device))
@@ -214,7 +214,7 @@ class L1(PixelBudget):
         last = (pixels - 1 - ((1.0 - density) * pixels).clamp(0, pixels - 1).long())[:, None]
         ranked = size.topk(int(last.max()) + 1, dim=1).values if len(size) else size
         signs = gradient.sign() * (size >= ranked.gather(1, last)).view_as(gradient)
-        return signs / _per_image(self.size(signs).clamp_min(1.0))
+        return signs / per_image(self.size(signs).clamp_min(1.0))
 
     def shrink(self, delta: Images) -> Images:
         return _soften(delta, self.eps, None)
@@ -230,7 +230,7 @@ class L1(PixelBudget):
         draw = 2.0 * uniform(fold(seeds, 1), pixels, like.device) - 1.0
         laplace = draw.sign() * -torch.log1p(-draw.abs().clamp_max(1.0 - 2.0**-24))
         radius = uniform(fold(seeds, 2), (1,), like.device)[:, 0] ** (1.0 / math.prod(pixels))
-        return laplace * _per_image(self.eps * radius / self.size(laplace).clamp_min(1e-30))
+        return laplace * per_image(self.eps * radius / self.size(laplace).clamp_min(1e-30))
 
     def surface(self, seeds: Seeds, like: Images) -> Images:
         return self._within(normal(fold(seeds, 1), like.shape[1:], like.device), like)
@@ -379,7 +379,8 @@ def _same(text: str, other: str) -> int:
     return next((place for place, (new, old) in pairs if new != old), min(len(text), len(other)))
 
 
-def _per_image(values: PerImage) -> Tensor:
+def per_image(values: Tensor) -> Tensor:
+    """One value per image, in a shape that multiplies images."""
     return values.view(-1, 1, 1, 1)
 
 

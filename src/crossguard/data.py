@@ -141,7 +141,7 @@ class Dataset(ABC):
         labels = self.labels()
         held: list[tuple[int, Tensor]] = []
         for index in range(len(self)) if indices is None else indices:
-            image = self.image(index)
+            image = self._stored(index)
             if held and (len(held) == size or held[0][1].shape != image.shape):
                 yield self._batch(held, labels)
                 held = []
@@ -149,9 +149,14 @@ class Dataset(ABC):
         if held:
             yield self._batch(held, labels)
 
+    def _stored(self, index: int) -> Tensor:
+        """The image in the precision it is stored in: uint8, or float32 in [0, 1] where rounding would change it."""
+        return self.image(index)
+
     def _batch(self, held: list[tuple[int, Tensor]], labels: Labels) -> Labelled:
         indices = [index for index, _ in held]
-        images = torch.stack([image for _, image in held]).to(torch.float32).div_(255.0)
+        images = torch.stack([image for _, image in held])
+        images = images.to(torch.float32).div_(255.0) if images.dtype == torch.uint8 else images
         return Labelled(tuple(self.id(index) for index in indices), images, labels[indices])
 
 

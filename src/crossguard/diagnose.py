@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from crossguard.budgets import Both, Budget, Linf, PixelBudget
 from crossguard.data import Labelled, spread
 from crossguard.goals import Untargeted
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Unrolled, Wrapper
+from crossguard.models.wrapper import Unrolled, Wrapper, layers
 from crossguard.report import Report
 from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
@@ -97,6 +98,11 @@ class _Case:
             right = (answers.clean.argmax(1) == batch.labels) & (answers.adversarial.argmax(1) == batch.labels)
             found += right.tolist()
         return found
+
+    @cached_property
+    def now(self) -> list[bool]:
+        """Which samples stand under the attack in doubt: asked once, for all checks."""
+        return self.standing(self.attack, self.budget, self.surrogate)
 
     @property
     def white(self) -> bool:
@@ -197,7 +203,7 @@ def _more_steps(case: _Case) -> str | None:
     longer = _doubled(case.attack)
     if case.pixels is None or longer == case.attack:
         return None
-    now, then = (sum(case.standing(attack, case.budget, case.surrogate)) for attack in (case.attack, longer))
+    now, then = sum(case.now), sum(case.standing(longer, case.budget, case.surrogate))
     if then >= now:
         return None
     return (
@@ -213,8 +219,7 @@ def _query_attack(case: _Case) -> str | None:
         return None
     if not case.white:
         return None
-    now = case.standing(case.attack, case.budget, case.surrogate)
-    black = case.standing(Square(queries=_QUERIES), pixels)
+    now, black = case.now, case.standing(Square(queries=_QUERIES), pixels)
     more = sum(stands and not beaten for stands, beaten in zip(now, black, strict=True))
     if not more:
         return None
@@ -228,18 +233,15 @@ def _undefended(case: _Case) -> str | None:
     """What the base of a defense gives away."""
     if not isinstance(case.model, Wrapper) or case.pixels is None:
         return None
-    layers: list[VisionLanguageModel] = [case.model]
-    while isinstance(layers[-1], Wrapper):
-        layers.append(layers[-1].base)
-    if case.surrogate in layers[1:]:
+    inner = layers(case.model)[1:]
+    if case.surrogate in inner:
         return (
             "only a gray box: the attack was crafted on the undefended base and doesn't know the defense; leave out "
             "the surrogate for an adaptive attack"
         )
     if not case.white:
         return None
-    now = case.standing(case.attack, case.budget, case.surrogate)
-    transferred = case.standing(case.attack, case.budget, layers[-1])
+    now, transferred = case.now, case.standing(case.attack, case.budget, inner[-1])
     more = sum(stands and not beaten for stands, beaten in zip(now, transferred, strict=True))
     if not more:
         return None

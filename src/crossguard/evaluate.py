@@ -26,7 +26,7 @@ from crossguard.files import WriteError, reason, write
 from crossguard.goals import margin
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.huggingface import HuggingFace
-from crossguard.models.wrapper import Unrolled, Wrapper
+from crossguard.models.wrapper import Unrolled, Wrapper, layers
 from crossguard.report import Outcomes, Report, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
@@ -326,12 +326,9 @@ def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: Vis
         return "no attack"
     if isinstance(surrogate, Unrolled) and surrogate.base == model:
         return "white box, unrolled"
-    layers: list[VisionLanguageModel] = [model]
-    while isinstance(layers[-1], Wrapper):
-        layers.append(layers[-1].base)
     if surrogate is None or surrogate == model:
-        return "white box" if all(layer.differentiable for layer in layers) else "white box, BPDA"
-    return "gray box" if surrogate in layers else "transfer"
+        return "white box" if all(layer.differentiable for layer in layers(model)) else "white box, BPDA"
+    return "gray box" if surrogate in layers(model) else "transfer"
 
 
 def _skipped(task: Task) -> list[str]:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from crossguard.attacks.base import Found, ImageAttack, ImageVictim, spelled
-from crossguard.budgets import L1, PixelBudget
+from crossguard.budgets import L1, PixelBudget, per_image
 from crossguard.errors import CrossguardError
 from crossguard.goals import Endless, Goal, Loss
-from crossguard.seeds import fold
 from crossguard.shapes import Images, PerImage, Seeds
 
 
@@ -75,15 +74,9 @@ class APGD(ImageAttack):
         if budget.eps == 0.0:
             return clean.clone()
         found = Found.nothing(clean)
-        for start in range(self.restarts):
-            keep = found.open(self.stop)
-            if len(keep) == 0:
-                break
-            noise = fold(seeds, start) if start else seeds
+        for start, keep, noise in found.starts(self.restarts, self.stop, seeds):
             random = self.random_start or start > 0
-            self._start(
-                found, keep, victim.at(keep), clean[keep], goal.at(keep), budget, noise[keep.cpu()] if random else None
-            )
+            self._start(found, keep, victim.at(keep), clean[keep], goal.at(keep), budget, noise if random else None)
         return found.images
 
     def _start(
@@ -165,14 +158,14 @@ class _Climb(ABC):
         """What the victim says about the current images."""
         better = losses > self.best_losses
         self.best_losses = torch.where(better, losses, self.best_losses)
-        self.best = torch.where(_per_image(better), self.images, self.best)
-        self.best_gradient = torch.where(_per_image(better), gradient, self.best_gradient)
+        self.best = torch.where(per_image(better), self.images, self.best)
+        self.best_gradient = torch.where(per_image(better), gradient, self.best_gradient)
         self.gradient, self.losses = gradient, losses
 
     def restart(self, where: Tensor) -> None:
         """Goes on from the best point of these images."""
-        self.images = torch.where(_per_image(where), self.best, self.images)
-        self.gradient = torch.where(_per_image(where), self.best_gradient, self.gradient)
+        self.images = torch.where(per_image(where), self.best, self.images)
+        self.gradient = torch.where(per_image(where), self.best_gradient, self.gradient)
 
     @abstractmethod
     def checkpoints(self, steps: int) -> dict[int, int]:
@@ -220,7 +213,7 @@ class _Dense(_Climb):
         self.restart(stuck)
 
     def move(self) -> None:
-        step = torch.addcmul(self.images, _per_image(self.length), self.budget.ascent(self.gradient))
+        step = torch.addcmul(self.images, per_image(self.length), self.budget.ascent(self.gradient))
         images = self.budget.project(step, self.clean)
         if self.before is not None:
             images = torch.lerp(self.images, images, 0.75).add_(self.images, alpha=0.25).sub_(self.before, alpha=0.25)
@@ -258,9 +251,5 @@ class _Sparse(_Climb):
 
     def move(self) -> None:
         direction = self.budget.ascent(self.gradient, self.density)
-        step = torch.addcmul(self.images, _per_image(self.length), direction)
+        step = torch.addcmul(self.images, per_image(self.length), direction)
         self.images = self.budget.project(step, self.clean)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)

@@ -152,6 +152,14 @@ class Found:
         """The samples that are still worth attacking."""
         return (~self.won).nonzero()[:, 0] if stop else torch.arange(len(self.won), device=self.won.device)
 
+    def starts(self, count: int, stop: bool, seeds: Seeds) -> Iterator[tuple[int, Tensor, Seeds]]:
+        """For each of `count` starts its number, the samples that are still worth attacking, and their noise."""
+        for start in range(count):
+            rows = self.open(stop)
+            if len(rows) == 0:
+                return
+            yield start, rows, (fold(seeds, start) if start else seeds)[rows.cpu()]
+
     def offer(self, rows: Tensor, images: Images, losses: PerImage, won: Mask) -> None:
         """Keeps, of these candidates for the samples at `rows`, the ones that are stronger than what there is."""
         better = (won & ~self.won[rows]) | ((won == self.won[rows]) & (losses > self.losses[rows]))

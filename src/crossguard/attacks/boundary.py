@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crossguard.attacks.base import Found, ImageAttack, ImageVictim
-from crossguard.budgets import L2, Linf, PixelBudget
+from crossguard.budgets import L2, Linf, PixelBudget, per_image
 from crossguard.errors import CrossguardError
 from crossguard.goals import ByWayOf, Endless, Goal, Margin, Untargeted, classification
 from crossguard.seeds import fold
@@ -151,7 +151,7 @@ class BoundaryAttack(ImageAttack):
             if endless:
                 way = near.images - start
                 rim = budget.eps / budget.size(way).clamp_min(1e-30)
-                self._offer(found, rows, asked, start + way * _per_image(rim), start, here, budget)
+                self._offer(found, rows, asked, start + way * per_image(rim), start, here, budget)
         return found.images
 
     def _offer(
@@ -167,7 +167,7 @@ class BoundaryAttack(ImageAttack):
         """Offers the images as far as the budget allows them. One inside it stays as it is, to the last bit: it may sit
         a rounding error beyond the boundary."""
         inside = budget.size(images - clean) <= budget.eps
-        images = torch.where(_per_image(inside), images.clamp(0.0, 1.0), budget.project(images, clean))
+        images = torch.where(per_image(inside), images.clamp(0.0, 1.0), budget.project(images, clean))
         outputs = victim(images)
         found.offer(rows, images, goal.loss(outputs), goal.reached(outputs))
 
@@ -266,7 +266,7 @@ class FAB(BoundaryAttack):
             # a flat spot stays flat, however often it is asked
             keep = (plane.distance.isfinite() & ~(won & (sizes <= enough))).nonzero()[:, 0]
             known.offer(rows, images, torch.where(won, sizes, torch.inf))
-            images = torch.where(_per_image(won), clean + self.beta * (images - clean), images)
+            images = torch.where(per_image(won), clean + self.beta * (images - clean), images)
             if len(keep) < len(rows):
                 if len(keep) == 0:
                     break
@@ -280,7 +280,7 @@ class FAB(BoundaryAttack):
         starts, slopes = torch.cat([images, clean]), torch.cat([plane.gradient, plane.gradient])
         step, home = budget.reach(starts, slopes, torch.cat([-plane.gap, short])).chunk(2)
         lengths = budget.size(step).clamp_min(1e-8), budget.size(home).clamp_min(1e-8)
-        alpha = _per_image((lengths[0] / (lengths[0] + lengths[1])).clamp_max(self.alpha_max))
+        alpha = per_image((lengths[0] / (lengths[0] + lengths[1])).clamp_max(self.alpha_max))
         return ((1 - alpha) * (images + self.eta * step) + alpha * (clean + self.eta * home)).clamp(0.0, 1.0)
 
 
@@ -336,7 +336,7 @@ class DeepFool(BoundaryAttack):
             plane = boundaries.nearest(victim, images, budget)
             # on the boundary itself a step would have no length
             length = plane.distance.clamp_min(1e-6).masked_fill(plane.distance.isinf(), 0.0)
-            way = way + _per_image(length) * budget.ascent(plane.gradient)
+            way = way + per_image(length) * budget.ascent(plane.gradient)
             images = (clean + (1 + self.overshoot) * way).clamp(0.0, 1.0)
             won = boundaries.reached(victim(images))
             known.offer(rows, images, torch.where(won, budget.size(images - clean), torch.inf))
@@ -454,7 +454,7 @@ class CarliniWagner(BoundaryAttack):
             if (step - 1) % max(self.steps // 10, 1) == 0:
                 keep &= objective <= 0.9999 * last
                 last = objective
-            pull = 2.0 * delta - _per_image(constants * (short > 0)) * slope
+            pull = 2.0 * delta - per_image(constants * (short > 0)) * slope
             gradient = pull * 2.0 * images * (1.0 - images)
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient**2
@@ -499,7 +499,3 @@ def _answered(outputs: Logits) -> Logits:
     if bool(outputs.isnan().any()):
         raise CrossguardError("the victim answered with numbers that are not finite (NaN)")
     return outputs
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)

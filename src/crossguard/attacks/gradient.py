@@ -10,7 +10,6 @@ from crossguard.attacks.base import Found, ImageAttack, ImageVictim
 from crossguard.budgets import PixelBudget
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss
-from crossguard.seeds import fold
 from crossguard.shapes import Images, Seeds
 
 ROUND = 4  # steps, after which to see whether an image is back where it was: circles of 1, 2 and 4 points
@@ -67,12 +66,8 @@ class PGD(ImageAttack):
         if budget.eps == 0.0:
             return clean.clone()
         found = Found.nothing(clean)
-        for start in range(self.restarts):
-            keep = found.open(self.stop)
-            if len(keep) == 0:
-                break
-            noise = fold(seeds, start) if start else seeds
-            self._climb(found, keep, victim.at(keep), clean[keep], goal.at(keep), budget, noise[keep.cpu()], start > 0)
+        for start, keep, noise in found.starts(self.restarts, self.stop, seeds):
+            self._climb(found, keep, victim.at(keep), clean[keep], goal.at(keep), budget, noise, start > 0)
         return found.images
 
     def _climb(

@@ -35,7 +35,7 @@ class Worst(ImageAttack):
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
         found, _ = _asked(victim, clean, goal)
         for number, attack in enumerate(self.attacks):
-            _try(attack, found, victim, clean, goal, budget, fold(seeds, number + _TURNS) if number else seeds)
+            _try(attack, found, victim, clean, goal, budget, _turn(seeds, number))
         return found.images
 
 
@@ -80,8 +80,7 @@ class EachTarget(ImageAttack):
         for number, targets in enumerate(likeliest(outputs, aim.labels, self.targets)):
             way: Goal = ByWayOf(aim.labels, targets, aim.criterion)
             way = Endless(way) if isinstance(goal, Endless) else way
-            noise = fold(seeds, number + _TURNS) if number else seeds
-            _try(self.attack, found, victim, clean, goal, budget, noise, way)
+            _try(self.attack, found, victim, clean, goal, budget, _turn(seeds, number), way)
         return found.images
 
 
@@ -247,6 +246,11 @@ class _Averaged(ImageVictim):
 
 _VIEWS = 7  # sets the noise of the views apart from that of the model
 _TURNS = 1000  # sets the noise of the n-th attack apart from that of an attack's own n-th restart
+
+
+def _turn(seeds: Seeds, number: int) -> Seeds:
+    """The noise of the attack that comes n-th; the first has that which it would have alone."""
+    return fold(seeds, number + _TURNS) if number else seeds
 
 
 def likeliest(logits: Logits, labels: Labels, count: int) -> list[Labels]:

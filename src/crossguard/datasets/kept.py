@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from crossguard import files
-from crossguard.data import Dataset, Labelled, Prompts
+from crossguard.data import Dataset, Prompts
 from crossguard.datasets.pixels import decode
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Images, Labels
@@ -78,29 +78,9 @@ class Kept(Dataset):
         return Prompts(self.names, tuple(tuple(one) for one in texts))
 
     def image(self, index: int) -> Tensor:
-        return (self._pixels(index) * 255.0).round().to(torch.uint8)
+        return (self._stored(index) * 255.0).round().to(torch.uint8)
 
-    def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[Labelled]:
-        if size < 1:
-            raise CrossguardError(f"a batch size of {size} is not possible; give 1 or more")
-        labels, held = self.labels(), []
-        for index in range(len(self)) if indices is None else indices:
-            image = self._pixels(index)
-            if held and (len(held) == size or held[0][1].shape != image.shape):
-                yield self._exact(held, labels)
-                held = []
-            held.append((index, image))
-        if held:
-            yield self._exact(held, labels)
-
-    def _exact(self, held: list[tuple[int, Tensor]], labels: Labels) -> Labelled:
-        """The batch in the precision it was kept in: rounding to 8 bits would be another image."""
-        rows = [index for index, _ in held]
-        return Labelled(
-            tuple(self.id(index) for index in rows), torch.stack([image for _, image in held]), labels[rows]
-        )
-
-    def _pixels(self, index: int) -> Tensor:
+    def _stored(self, index: int) -> Tensor:
         sample = self._index["samples"][index]
         path = Path(self.path) / sample["file"]
         if path.suffix == ".png":

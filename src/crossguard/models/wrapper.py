@@ -50,6 +50,14 @@ class Wrapper(VisionLanguageModel):
         raise CrossguardError(f"{type(self).__name__} has no gate to aim at; it always acts")
 
 
+def layers(model: VisionLanguageModel) -> list[VisionLanguageModel]:
+    """A defended model and what it wraps, from the outside in."""
+    found = [model]
+    while isinstance(found[-1], Wrapper):
+        found.append(found[-1].base)
+    return found
+
+
 class Purifier(Wrapper):
     """A wrapper that cleans the pixels first. Attacks see through it by BPDA (Athalye et al. 2018): the forward uses
     the purified image, the backward treats purifying as the identity. So a purifier is attacked adaptively unless a
