@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import crossguard
-from crossguard import L2, PGD, AutoAttack, CrossguardError, Drift, Linf, Margin, Targeted, Untargeted, Worst
+from crossguard import L1, L2, PGD, AutoAttack, CrossguardError, Drift, Linf, Margin, Targeted, Untargeted, Worst
 from crossguard.attacks.base import ImageAttack, ImageVictim, PairVictim, Queries
 from crossguard.attacks.joint import Independent, Joint
 from crossguard.budgets import Both, PixelBudget, Words
-from crossguard.goals import Endless, margin
+from crossguard.goals import ByWayOf, Endless, Goal, Mismatch, margin
 from crossguard.seeds import by_position, derive, drawn, keys, normal, uniform
 from crossguard.testing import LinearVictim, check_attack
 from crossguard.words import is_word, names
@@ -107,6 +108,55 @@ class Averaging(ImageAttack):
 def test_the_contract_catches(attack: ImageAttack, broken: str) -> None:
     with pytest.raises((AssertionError, CrossguardError), match=broken):
         check_attack(attack)
+
+
+WRONG = torch.tensor([0, 1, 0])
+RIGHT = torch.tensor([0, 1, 0, 1, 0])
+
+
+def uneven() -> ByWayOf:
+    """Labels for all and targets for some, past the checks of shapes that only tests have."""
+    goal = ByWayOf(RIGHT, 1 - RIGHT)
+    object.__setattr__(goal, "targets", WRONG)
+    return goal
+
+
+@pytest.mark.parametrize("attack", image_attacks(), ids=str)
+def test_a_wrong_number_of_labels_is_one_sentence(attack: ImageAttack) -> None:
+    budget = next(one for one in (Linf(0.1), L2(0.5), L1(2.0)) if isinstance(one, attack.norms))
+    for labels in (WRONG, torch.zeros(9, dtype=torch.int64)):
+        said = f"^Untargeted has {len(labels)} entries for 5 images; give it one for each$"
+        with pytest.raises(CrossguardError, match=said):
+            attack(LinearVictim(2), middle(5), Untargeted(labels), budget)
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [
+        Targeted(WRONG),
+        ByWayOf(WRONG, WRONG),
+        uneven(),
+        Drift(torch.ones(3, 2)),
+        Mismatch.of(torch.eye(2)[RIGHT], RIGHT, torch.eye(2)).at(WRONG),
+        Endless(Untargeted(WRONG)),
+        Endless(Endless(Drift(torch.ones(3, 2)))),
+    ],
+    ids=lambda goal: type(goal).__name__,
+)
+def test_every_goal_says_how_many_samples_it_is_for(goal: Goal) -> None:
+    said = f"^{type(goal).__name__} has 3 entries for 5 images; give it one for each$"
+    with pytest.raises(CrossguardError, match=said):
+        PGD()(LinearVictim(2), middle(5), goal, Linf(0.1))
+    keep = torch.tensor([True, False, True, False, False])
+    assert set(Endless(Untargeted(RIGHT)).at(keep).counts()) == {2}
+
+
+def test_a_goal_for_another_number_of_texts_is_one_sentence() -> None:
+    def victim(texts: Sequence[str]) -> torch.Tensor:
+        return torch.ones(len(texts), 2)
+
+    with pytest.raises(CrossguardError, match="Drift has 3 entries for 2 texts; give it one for each"):
+        crossguard.Substitute()(victim, ["a photo of a cat", "a photo of a dog"], Drift(torch.ones(3, 2)))
 
 
 # Oracles on linear victims

@@ -187,7 +187,8 @@ def test_the_question_holds_what_matters_and_nothing_else() -> None:
     assert question(TASK, Mean(), None, both) == question(TASK, Mean(), None, None)
     assert (
         question(TASK, Mean(), PGD(), both)["attack"]
-        == "PGD(steps=10, step=0.25, momentum=0.0, random_start=True, restarts=1, best=True, stop=True, loss=None)"
+        == "PGD(steps=10, step=0.25, momentum=0.0, random_start=True, restarts=1, best=True, stop=True, loss=None, "
+        "nonnegative_start=False)"
     )
     assert question(TASK, Mean(), PGD(), both, seed=1) != question(TASK, Mean(), PGD(), both)
     for name in ("task", "attack", "budget"):

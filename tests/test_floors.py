@@ -14,12 +14,12 @@ FLOORS: dict[str, int] = {
     for floor, listed in enumerate(
         (
             "shapes words errors seeds files hub",
-            "budgets goals data report",
+            "budgets goals gallery data report",
             "models attacks datasets",
             "defenses tasks",
             "diagnose testing",
             "evaluate",
-            "experiment page table",
+            "experiment look page table",
             "cli __main__",
         )
     )

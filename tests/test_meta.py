@@ -246,7 +246,7 @@ def test_a_random_defense_looks_robust_until_it_is_attacked_as_one() -> None:
     noisy, attack = GaussianNoise(Tiny(), 0.06), PGD(steps=20, step=0.125)
     batch = next(TASK.batches(48, range(48)))
     noise, trial = keys(batch.ids, 0), TASK.prepare(noisy, None, None, None)
-    naive = attack(ImageVictim(trial.victim), batch.images, Untargeted(batch.labels), BUDGET, noise)
+    naive = attack(ImageVictim(trial.climb(batch)[0]), batch.images, Untargeted(batch.labels), BUDGET, noise)
     stand = int((trial.judge(naive, noise).argmax(1) == batch.labels).sum())
     single, averaged = (evaluate(TASK, noisy, one, BUDGET).adversarial.successes for one in (attack, EOT(attack, 4)))
     assert stand > 2 * averaged and stand > 2 * single
@@ -496,12 +496,13 @@ def test_the_table_pools_the_worst_case_per_image(tmp_path: Path) -> None:
     report("b", [0, 0, 0, 0], [0, 0, 2, 0], [2.0, 2.0, -2.0, 1.0], 2, "wxyz")
     report("c", [0] * 4, [3] * 4, [-9.0] * 4, 3, "abcd")
     pooled = Answers.load(tmp_path).pooled()
-    (one,) = pooled.reports
+    one, alone = pooled.reports
+    assert alone.outcomes.id == tuple("abcd") and list(alone.outcomes.adversarial) == [3] * 4
     assert list(one.outcomes.adversarial) == [0, 1, 2, 0] and list(one.outcomes.adversarial_margin) == [2, -1, -2, 1]
     assert list(one.outcomes.clean) == [0, 0, 0, 2], "a random model that is once wrong is wrong"
     assert one.robust.successes == 1 and list(one.outcomes.gradients) == [3] * 4
     assert np.allclose(one.outcomes.size, [0.2, 0.1, 0.2, 0.1]) and one.notes == ("note 1", "note 2")
-    assert "worst case of 2 reports" in one.question["attack"] and any("not pooled" in doubt for doubt in pooled.doubts)
+    assert "worst case of 2 reports" in one.question["attack"] and "2 sets of images" in pooled.doubts[0]
     assert "worst case of 2 reports" in render(pooled, "markdown")
 
 

@@ -28,6 +28,7 @@ def report(
     adversarial: list[int] | None = None,
     notes: tuple[str, ...] = (),
     short: dict[str, str] | None = None,
+    ids: list[str] | None = None,
     **question: str,  # the parts of the question, by name
 ) -> Report:
     clean = [0, 1, 0, 0] if clean is None else clean
@@ -44,7 +45,7 @@ def report(
         "seed": "0",
     } | question
     outcomes = Outcomes(
-        id=[f"s{i}" for i in range(n)],
+        id=[f"s{i}" for i in range(n)] if ids is None else ids,
         label=[0] * n,
         clean=clean,
         adversarial=adversarial,
@@ -332,6 +333,85 @@ def test_numbers_that_may_not_be_compared_are_apart(tmp_path: Path):
     assert transfer.cells[0][1].endswith("(n=4)") and transfer.cells[2][1].endswith("(n=1)")
     alone = tables[-1]
     assert alone.columns == ("clean",) and "surrogate" not in alone.header
+
+
+def saved(folder: Path, *asked: Report) -> Answers:
+    for number, one in enumerate(asked):
+        one.save(folder / f"{number}.json")
+    return Answers.load(folder)
+
+
+OLD, NEW = {"weights": "0123456789ab"}, {"weights": "fedcba987654"}
+
+
+def test_a_row_is_one_set_of_weights(tmp_path: Path):
+    answers = saved(
+        tmp_path,
+        report([0, 0, 0, 0], [0, 0, 0, 1], ("A doubt.",), **PGD, **OLD),
+        report([0, 0, 1, 1], [0, 1, 1, 1], **TEXT, **NEW),
+        report([0, 0, 1, 1], **NEW),
+        report([0, 0, 0, 0], **OLD),
+        report([0, 1, 1, 1], model="N()", **PGD, weights="aaaaaaaaaaaa"),
+        report([1, 1, 1, 1], **{"weights": "bbbbbbbbbbbb"}),
+    )
+    (table,) = answers.tables()
+    counts = [(label, [rate and rate.successes for rate in rates]) for label, rates in table.rows]
+    assert counts == [
+        ("M() (01234567)", [4, 3, None]),
+        ("M() (fedcba98)", [2, None, 1]),
+        ("N()", [1, 1, None]),
+        ("M() (bbbbbbbb)", [0, None, None]),
+    ]
+    assert answers.notes()[0].startswith("A doubt. [M() (01234567), ")
+    assert answers.records()[1]["model"] == "M() (fedcba98)" and answers.records()[4]["model"] == "N()"
+    labelled = Answers(answers.reports, {"model": {"N()": "first", "M()": "base"}})
+    names = [label for label, _ in labelled.tables()[0].rows]
+    assert names == ["first", "base (01234567)", "base (fedcba98)", "base (bbbbbbbb)"]
+
+
+def test_surrogates_of_other_weights_are_apart(tmp_path: Path):
+    transfer = {**PGD, "surrogate": "S()", "knowledge": "transfer"}
+    answers = saved(
+        tmp_path,
+        report([0, 0, 0, 1], **transfer, **{"surrogate weights": "0123456789ab"}),
+        report([0, 0, 1, 1], **transfer, **{"surrogate weights": "fedcba987654"}),
+        report([0, 0, 1, 1], **{**transfer, "surrogate": "R()"}, **{"surrogate weights": "fedcba987654"}),
+    )
+    tables = answers.tables()
+    assert [table.header["surrogate"] for table in tables] == ["S() (01234567)", "S() (fedcba98)", "R()"]
+    assert [[label for label, _ in table.rows] for table in tables] == [["M()"]] * 3
+    (one,) = answers.pooled().reports
+    assert one.robust.successes == 2 and "surrogate weights" not in one.question
+
+
+def test_the_worst_case_is_of_the_same_weights_and_images_whatever_the_limit(tmp_path: Path):
+    other = ["a", "b", "c", "d"]
+    pooled = saved(
+        tmp_path,
+        report([0, 0, 0, 0], [0, 0, 0, 1], **PGD, **OLD),
+        report([0, 0, 0, 0], [1, 0, 0, 0], **PGD, **OLD, limit="4"),
+        report([0, 0, 0, 0], [1, 1, 1, 0], **PGD, **NEW),
+        report([0, 0, 0, 0], [1, 1, 1, 1], ids=other, **PGD, **OLD),
+        report([0, 0, 0, 0], [0, 1, 1, 1], ids=other, **PGD, **OLD, limit="4"),
+        report([0, 0, 0, 1], model="N()", **PGD, limit="4"),
+        report([0, 0, 1, 1], model="C()", limit="4"),
+        report([0, 1, 1, 1], ids=other, **OLD),
+    ).pooled()
+    first, second = pooled.tables()
+    old, new, third, clean = first.rows
+    assert [label for label, _ in first.rows] == ["M() (01234567)", "M() (fedcba98)", "N()", "C()"]
+    assert [rate and rate.successes for rate in old[1]] == [4, 2, None]
+    assert [rate and rate.successes for rate in new[1]] == [4, None, 1]
+    assert [rate and rate.successes for rate in third[1]] == [3, None, 3]
+    assert [rate and rate.successes for rate in clean[1]] == [2, None, None]
+    assert first.columns[1].startswith("worst case of 2 reports") and "1 reports," in first.columns[2]
+    ((label, (accuracy, robust)),) = second.rows
+    assert label == "M() (01234567)" and accuracy and accuracy.successes == 1 and robust and robust.successes == 0
+    assert first.header["limit"] == "None" and second.header["limit"] == "None, set 2"
+    (doubt,) = pooled.doubts
+    assert "2 sets of images" in doubt and "[M() (01234567), Linf(eps=8/255)]" in doubt
+    limits = [record["limit"] for record in pooled.records()]
+    assert limits == ["None", "None, set 2", "None", "None, set 2", "None", "None"]
 
 
 def test_a_folder_without_reports_is_a_sentence(tmp_path: Path):

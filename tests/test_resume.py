@@ -28,8 +28,7 @@ from crossguard import (
     evaluate,
 )
 from crossguard.attacks.base import ImageAttack
-from crossguard.evaluate import _COLUMNS
-from crossguard.report import Report
+from crossguard.report import _COLUMNS, Report
 
 TASK = ZeroShot(Scenes("color", count=40))
 ATTACK, BUDGET = PGD(steps=3), Linf(5 / 255)

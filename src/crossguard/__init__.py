@@ -20,12 +20,14 @@ _EXPORTS = {
     "words": "build show WordError",
     "budgets": "Linf L2 L1 Words WordShare Characters Both Budget PixelBudget TextBudget",
     "goals": "Untargeted Targeted ByWayOf Drift Mismatch CrossEntropy Margin DLR Goal Loss",
-    "data": "Prompts Labelled Dataset",
+    "gallery": "Away Gallery",
+    "data": "Prompts Labelled Pairs Dataset",
     "models.base": "VisionLanguageModel DualEncoder Checkpoint",
     "models.huggingface": "HuggingFace",
     "models.embedded": "Tiny",
     "models.fresh": "Fresh",
     "models.wrapper": "Wrapper BitDepth GaussianNoise Purifier Unrolled",
+    "datasets.captions": "Captions",
     "datasets.embedded": "Scenes",
     "datasets.folders": "Images",
     "datasets.parquet": "Parquet",
@@ -34,7 +36,7 @@ _EXPORTS = {
     "Food101 OxfordPets Flowers102 DTD EuroSAT FGVCAircraft Country211 StanfordCars",
     "datasets.kept": "Kept",
     "datasets.combined": "Concat Subset Prompted",
-    "attacks.base": "Attack ImageAttack TextAttack ImageVictim PairVictim",
+    "attacks.base": "Attack ImageAttack TextAttack ImageVictim PairVictim MatchVictim",
     "attacks.gradient": "PGD",
     "attacks.apgd": "APGD",
     "attacks.query": "Square RayS",
@@ -44,16 +46,17 @@ _EXPORTS = {
     "attacks.synonyms": "Synonyms CharacterEdits AnyOf",
     "attacks.meta": "Worst Restarts EachTarget EOT OwnAnswer AtGate BF16",
     "attacks.standard": "AutoAttack RobustCLIP",
-    "attacks.joint": "Independent Joint JointAttack",
+    "attacks.joint": "Independent Joint SepAttack CoAttack SGA Alternating JointAttack",
     "defenses.recipe": "Recipe Augment",
     "defenses.finetuning": "FTStandard TeCoA MMCoA Contrastive",
     "defenses.optimizers": "Adam AdamW SGD Optimizer",
     "defenses.fit": "Fit",
     "tasks.base": "Task",
     "tasks.zero_shot": "ZeroShot",
+    "tasks.retrieval": "Retrieval",
     "evaluate": "evaluate",
     "diagnose": "diagnose",
-    "report": "Report",
+    "report": "Report Ranks",
     "experiment": "Experiment",
     "testing": "check_attack check_model",
 }
@@ -67,6 +70,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.attacks.base import Attack as Attack
     from crossguard.attacks.base import ImageAttack as ImageAttack
     from crossguard.attacks.base import ImageVictim as ImageVictim
+    from crossguard.attacks.base import MatchVictim as MatchVictim
     from crossguard.attacks.base import PairVictim as PairVictim
     from crossguard.attacks.base import TextAttack as TextAttack
     from crossguard.attacks.boundary import FAB as FAB
@@ -75,9 +79,13 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.attacks.candidates import CandidateSource as CandidateSource
     from crossguard.attacks.candidates import MaskedLM as MaskedLM
     from crossguard.attacks.gradient import PGD as PGD
+    from crossguard.attacks.joint import SGA as SGA
+    from crossguard.attacks.joint import Alternating as Alternating
+    from crossguard.attacks.joint import CoAttack as CoAttack
     from crossguard.attacks.joint import Independent as Independent
     from crossguard.attacks.joint import Joint as Joint
     from crossguard.attacks.joint import JointAttack as JointAttack
+    from crossguard.attacks.joint import SepAttack as SepAttack
     from crossguard.attacks.meta import BF16 as BF16
     from crossguard.attacks.meta import EOT as EOT
     from crossguard.attacks.meta import AtGate as AtGate
@@ -109,7 +117,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.budgets import WordShare as WordShare
     from crossguard.data import Dataset as Dataset
     from crossguard.data import Labelled as Labelled
+    from crossguard.data import Pairs as Pairs
     from crossguard.data import Prompts as Prompts
+    from crossguard.datasets.captions import Captions as Captions
     from crossguard.datasets.combined import Concat as Concat
     from crossguard.datasets.combined import Prompted as Prompted
     from crossguard.datasets.combined import Subset as Subset
@@ -149,6 +159,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.errors import CrossguardError as CrossguardError
     from crossguard.evaluate import evaluate as evaluate
     from crossguard.experiment import Experiment as Experiment
+    from crossguard.gallery import Away as Away
+    from crossguard.gallery import Gallery as Gallery
     from crossguard.goals import DLR as DLR
     from crossguard.goals import ByWayOf as ByWayOf
     from crossguard.goals import CrossEntropy as CrossEntropy
@@ -170,8 +182,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from crossguard.models.wrapper import Purifier as Purifier
     from crossguard.models.wrapper import Unrolled as Unrolled
     from crossguard.models.wrapper import Wrapper as Wrapper
+    from crossguard.report import Ranks as Ranks
     from crossguard.report import Report as Report
     from crossguard.tasks.base import Task as Task
+    from crossguard.tasks.retrieval import Retrieval as Retrieval
     from crossguard.tasks.zero_shot import ZeroShot as ZeroShot
     from crossguard.testing import check_attack as check_attack
     from crossguard.testing import check_model as check_model

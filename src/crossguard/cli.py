@@ -6,9 +6,10 @@ import dataclasses
 import inspect
 import os
 import re
+import shlex
 import sys
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +73,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_Task = Annotated[str, typer.Option(help="What is asked: ZeroShot(Scenes('object')).")]
+_Model = Annotated[str, typer.Option(help="Who answers: Tiny(), HuggingFace('path or id').")]
+_Attack = Annotated[str, typer.Option(help="How the adversary searches: PGD(steps=100).")]
+_Budget = Annotated[str, typer.Option(help="How far it may go: Linf(8/255).")]
+_Surrogate = Annotated[str, typer.Option(help="The model that it attacks; the answering one, if None.")]
+_Limit = Annotated[int | None, typer.Option(help="How many samples; all, if not given.")]
+_Seed = Annotated[int, typer.Option(help="Seed of all noise.")]
+_Batch = Annotated[int, typer.Option(help="Samples at once; results do not depend on it.")]
+_Out = Annotated[Path | None, typer.Option(help="A JSON file for the report with every outcome.")]
+_Doubt = Annotated[
+    int, typer.Option(help="Look on so many samples for signs that the number is too kind; 64 is a good start.")
+]
+_Keep = Annotated[
+    Path, typer.Option(help="A folder for the images and texts under attack; the word Kept(folder) reads it.")
+]
+_KeepAs = Annotated[str, typer.Option(help="How to keep images: safetensors (exact) or png (8 bits).")]
 _SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Go on without images that cannot be read, and count them.")
 ]
@@ -103,40 +120,102 @@ def _options(
 
 @app.command("eval")
 def evaluate_command(
-    task: Annotated[str, typer.Option(help="What is asked: ZeroShot(Scenes('object')).")],
-    model: Annotated[str, typer.Option(help="Who answers: Tiny(), HuggingFace('path or id').")],
-    attack: Annotated[str, typer.Option(help="How the adversary searches: PGD(steps=100).")] = "None",
-    budget: Annotated[str, typer.Option(help="How far it may go: Linf(8/255).")] = "None",
-    surrogate: Annotated[str, typer.Option(help="The model that it attacks; the answering one, if None.")] = "None",
-    limit: Annotated[int | None, typer.Option(help="How many samples; all, if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
-    batch: Annotated[int, typer.Option(help="Samples at once; results do not depend on it.")] = 128,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the report with every outcome.")] = None,
-    doubt: Annotated[
-        int, typer.Option(help="Look on so many samples for signs that the number is too kind; 64 is a good start.")
-    ] = 0,
-    keep: Annotated[
-        Path | None,
-        typer.Option(help="A folder for the images and texts under attack; the word Kept(folder) reads it."),
-    ] = None,
-    keep_as: Annotated[
-        str, typer.Option(help="How to keep images: safetensors (exact) or png (8 bits).")
-    ] = "safetensors",
+    task: _Task,
+    model: _Model,
+    attack: _Attack = "None",
+    budget: _Budget = "None",
+    surrogate: _Surrogate = "None",
+    limit: _Limit = None,
+    seed: _Seed = 0,
+    batch: _Batch = 128,
+    out: _Out = None,
+    doubt: _Doubt = 0,
+    keep: _Keep | None = None,
+    keep_as: _KeepAs = "safetensors",
     skip_broken: _SkipBroken = False,
 ) -> None:
     """Answer one question: how often is the model right, clean and under attack?"""
+    words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
+    reports = [] if out is None else [out]
+    _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken)
+
+
+@app.command("attack")
+def attack_command(
+    task: _Task,
+    model: _Model,
+    attack: _Attack,
+    budget: _Budget,
+    keep: _Keep,
+    surrogate: _Surrogate = "None",
+    limit: _Limit = None,
+    seed: _Seed = 0,
+    batch: _Batch = 128,
+    out: _Out = None,
+    doubt: _Doubt = 0,
+    keep_as: _KeepAs = "safetensors",
+    skip_broken: _SkipBroken = False,
+    first: Annotated[int, typer.Option("--show", help="How many samples to print at the end.")] = 3,
+) -> None:
+    """Keep what an attack makes, with the report, in a folder, and print its first samples."""
+    from crossguard.look import REPORT
+
+    _at_least("--show", first, 0)
+    if attack.strip() == "None":
+        raise CrossguardError("--attack None makes nothing; name an attack, or ask without one by 'crossguard eval'")
+    words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
+    reports = [keep / REPORT] if out is None else [keep / REPORT, out]
+    if _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken):
+        if first:
+            typer.echo()
+            _print_samples(keep, first)
+        typer.echo(f"'crossguard show {shlex.quote(str(keep))}' shows more")
+
+
+@app.command("show")
+def show_command(
+    folder: Annotated[Path, typer.Argument(help="What --keep wrote.", metavar="FOLDER")],
+    count: Annotated[int, typer.Option(help="How many samples.")] = 4,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Those first that the attack turned from right to wrong.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A picture (FILE.png) or a page (FILE.html) of them.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Look at a few samples before and under attack: answers, perturbation, and the words that changed."""
+    from crossguard import look
+
+    _at_least("--count", count, 1)
+    if out is not None:
+        look.check(out)
+        _check_file("--out", out)
+    _print_samples(folder, count, changed, out)
+
+
+def _ask(
+    words: Mapping[str, str],
+    limit: int | None,
+    seed: int,
+    batch: int,
+    reports: Sequence[Path],
+    doubt: int,
+    keep: Path | None,
+    keep_as: str,
+    skip_broken: bool,
+) -> bool:
+    """Answers one question, writes the report to every one of `reports` and prints it; False in a process that has
+    nothing to say."""
     _at_least("--limit", limit, 1)
     _at_least("--batch", batch, 1)
     _at_least("--seed", seed, 0)
     _at_least("--doubt", doubt, 0)
-    if out is not None:
-        if out.is_dir():
-            raise CrossguardError(f"--out {out} is a folder; give the name of a file in it")
-        files.check_writable(out.parent)
+    for path in reports:
+        _check_file("--out", path)
     if keep is not None:
         files.check_writable(keep)
-    texts = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
-    chosen = {kind: _read(f"--{kind}", kind, text) for kind, text in texts.items()}
+    chosen = {kind: _read(f"--{kind}", kind, text) for kind, text in words.items()}
     if skip_broken:
         chosen["task"] = _skipping("--task", chosen["task"])
 
@@ -147,15 +226,16 @@ def evaluate_command(
         report = evaluate(
             chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
             limit=limit, seed=seed, batch=batch, progress=bar.progress, keep=keep, keep_as=keep_as, doubt=doubt,
-            partial=None if out is None else out.with_name(f".{out.name}.part"),
+            partial=reports[0].with_name(f".{reports[0].name}.part") if reports else None,
         )  # fmt: skip
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the first process speaks for all
-        return
-    if out is not None:
-        report.save(out)
+        return False
+    for path in reports:
+        report.save(path)
     _print_report(report)
-    if out is not None:
-        typer.echo(f"written to {out}")
+    for path in reports:
+        typer.echo(f"written to {path}")
+    return True
 
 
 @app.command()
@@ -200,9 +280,52 @@ def table(
     worst: Annotated[
         bool, typer.Option("--worst", help="Pool all attacks on a model within a budget: the worst case per image.")
     ] = False,
+    crossed: Annotated[
+        bool, typer.Option("--transfer", help="Who was crafted on against who was asked, one table per attack.")
+    ] = False,
 ) -> None:
     """Print the reports of a folder as a table."""
-    _print_table(folder, form, worst)
+    if worst and crossed:
+        raise CrossguardError("--worst pools the models that were crafted on, which --transfer tells apart; give one")
+    _print_table(folder, form, worst, crossed)
+
+
+@app.command()
+def transfer(
+    task: Annotated[str, typer.Option(help="What is asked: ZeroShot(Scenes('object')).")],
+    model: Annotated[
+        list[str], typer.Option(help="A model to craft on and to ask; give two or more, as WORD or as LABEL=WORD.")
+    ],
+    attack: Annotated[str, typer.Option(help="How the adversary searches: PGD(steps=100).")],
+    budget: Annotated[str, typer.Option(help="How far it may go: Linf(8/255).")],
+    limit: Annotated[int | None, typer.Option(help="How many samples; all, if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
+    batch: Annotated[int, typer.Option(help="Samples at once; results do not depend on it.")] = 128,
+    out: Annotated[Path, typer.Option(help="The folder of the answers.")] = Path("runs/transfer"),
+) -> None:
+    """Attack every model with what was crafted on every other: a matrix of pairs, the white boxes on its diagonal."""
+    _at_least("--limit", limit, 1)
+    _at_least("--batch", batch, 1)
+    _at_least("--seed", seed, 0)
+    models: dict[str, Any] = {}
+    for text in model:
+        named = re.fullmatch(r"\s*([^()=]+?)\s*=(.*)", text, re.DOTALL)
+        label, word = named.groups() if named else (text, text)
+        if label in models:
+            raise CrossguardError(f"--model: {label!r} is given twice; give each model a label of its own")
+        models[label] = _read("--model", "model", word)
+    if len(models) < 2:
+        raise CrossguardError("--model: a transfer needs two models or more; repeat the option")
+    grid = {
+        "task": {task: _read("--task", "task", task)},
+        "model": models,
+        "attack": {attack: _read("--attack", "attack", attack)},
+        "budget": {budget: _read("--budget", "budget", budget)},
+        "surrogate": models,
+    }
+    with _Bar() as bar:
+        Experiment(grid, seed, limit, batch, "transfer").run(out, bar)
+    _print_table(out, None, False, True)
 
 
 @app.command()
@@ -291,13 +414,33 @@ def _print_report(report: Report) -> None:
         typer.echo(f"- {note}")
 
 
-def _print_table(folder: Path, form: str | None, worst: bool) -> None:
+def _print_samples(folder: Path, count: int, changed: bool = False, out: Path | None = None) -> None:
+    from crossguard import look
+
+    kept = look.Look(folder)
+    samples = kept.pick(count, changed)
+    doubt = None if out is None else look.save(kept, samples, out)
+    console = Console(markup=False, highlight=False)
+    typer.echo(kept.summary)
+    for number, sample in enumerate(samples, 1):
+        console.print()
+        for line in look.lines(number, sample, console.is_terminal and not console.no_color):
+            console.print(line, soft_wrap=True)
+    if out is not None:
+        console.print()
+        typer.echo(f"written to {out}")
+    if doubt:
+        _say(f"crossguard: {doubt}")
+
+
+def _print_table(folder: Path, form: str | None, worst: bool, crossed: bool = False) -> None:
     from crossguard.table import FORMATS, Answers, pretty, render
 
     if form is not None and form not in FORMATS:
         raise CrossguardError(f"unknown format {form!r}; give one of {', '.join(FORMATS)}")
     answers = Answers.load(folder)
     answers = answers.pooled() if worst else answers
+    answers = dataclasses.replace(answers, crossed=crossed)
     if form is None and sys.stdout.isatty():
         Console(markup=False, highlight=False).print(pretty(answers))
     else:
@@ -371,6 +514,13 @@ def _read(option: str, kind: str, text: str) -> Any:
         return read(kind, text)
     except CrossguardError as error:
         raise CrossguardError(f"{option}: {error}") from error
+
+
+def _check_file(option: str, path: Path) -> None:
+    """Raises now rather than after hours of work if a file cannot be written."""
+    if path.is_dir():
+        raise CrossguardError(f"{option} {path} is a folder; give the name of a file in it")
+    files.check_writable(path.parent)
 
 
 def _at_least(option: str, value: int | None, least: int) -> None:

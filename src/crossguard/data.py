@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,9 +15,22 @@ from crossguard.errors import CrossguardError
 from crossguard.shapes import Images, Labels
 
 
+@runtime_checkable
+class Batch(Protocol):
+    """Samples of a task; `ids` name them for reports and for their noise."""
+
+    @property
+    def ids(self) -> tuple[str, ...]: ...
+
+    @property
+    def images(self) -> Images: ...
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Labelled:
-    """A batch of images with their labels. `ids` name the samples for reports and for their noise."""
+    """A batch of images with their labels."""
 
     ids: tuple[str, ...]
     images: Images
@@ -24,6 +38,28 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch of images with their captions, at least one each."""
+
+    ids: tuple[str, ...]
+    images: Images
+    captions: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def texts(self) -> list[str]:
+        """All captions, image by image."""
+        return [text for texts in self.captions for text in texts]
+
+    @property
+    def owners(self) -> Labels:
+        """For each of `texts` the place of its image in the batch."""
+        return torch.tensor([place for place, texts in enumerate(self.captions) for _ in texts], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from crossguard.attacks.meta import EOT
 from crossguard.attacks.query import Square
 from crossguard.attacks.standard import AutoAttack
 from crossguard.budgets import Both, Budget, Linf, PixelBudget
-from crossguard.data import Labelled, spread
-from crossguard.goals import Untargeted
+from crossguard.data import Batch, spread
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, Wrapper, layers
 from crossguard.report import Report
@@ -71,7 +70,7 @@ def _of_the_report(report: Report) -> Iterator[str]:
 
 @dataclass
 class _Case:
-    """The evaluation in doubt, on a few samples."""
+    """The evaluation in doubt, on a few samples; of a retrieval, how its images fare among so few."""
 
     task: Task
     model: VisionLanguageModel
@@ -81,22 +80,21 @@ class _Case:
     seed: int
     indices: list[int]
 
-    def batches(self) -> Iterator[Labelled]:
+    def batches(self) -> Iterator[Batch]:
         return self.task.batches(128, self.indices)
 
     def clean(self) -> Trial:
-        return self.task.prepare(self.model, None, None, None)
+        return self.task.prepare(self.model, None, None, None, self.indices, self.seed)
 
     def standing(
         self, attack: Attack | None, budget: Budget | None, surrogate: VisionLanguageModel | None = None
     ) -> list[bool]:
         """Which samples are right both clean and under this attack."""
-        trial = self.task.prepare(self.model, attack, budget, surrogate)
+        trial = self.task.prepare(self.model, attack, budget, surrogate, self.indices, self.seed)
         found: list[bool] = []
         for batch in self.batches():
-            answers = trial.answer(batch, keys(batch.ids, self.seed))
-            right = (answers.clean.argmax(1) == batch.labels) & (answers.adversarial.argmax(1) == batch.labels)
-            found += right.tolist()
+            clean, attacked = trial.answer(batch, keys(batch.ids, self.seed)).right
+            found += [before and after for before, after in zip(clean, attacked, strict=True)]
         return found
 
     @cached_property
@@ -152,11 +150,11 @@ def _zero_gradients(case: _Case) -> str | None:
     """Images from which no gradient leads anywhere."""
     if case.pixels is None:
         return None
-    count, trial = 0, case.task.prepare(case.surrogate or case.model, None, None, None)
+    count, trial = 0, case.task.prepare(case.surrogate or case.model, None, None, None, case.indices, case.seed)
     for batch in case.batches():
-        victim = ImageVictim(trial.victim).drawing_from(keys(batch.ids, case.seed))
-        labels = batch.labels.to(case.model.device)
-        gradient, _, _ = victim.ascend(batch.images.to(case.model.device), Untargeted(labels))
+        answer, goal = trial.climb(batch)
+        victim = ImageVictim(answer).drawing_from(keys(batch.ids, case.seed))
+        gradient, _, _ = victim.ascend(batch.images.to(case.model.device), goal)
         count += int((~gradient.flatten(1).any(1)).sum())
     if not count:
         return None

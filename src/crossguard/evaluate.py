@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from crossguard.attacks.base import Attack
 from crossguard.budgets import Budget
@@ -23,11 +22,10 @@ from crossguard.datasets.kept import keep as store
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, reason, write
-from crossguard.goals import margin
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.huggingface import HuggingFace
 from crossguard.models.wrapper import Unrolled, Wrapper, layers
-from crossguard.report import Outcomes, Report, versions
+from crossguard.report import Report, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
 from crossguard.words import show
@@ -127,7 +125,7 @@ def evaluate(
     )
     began = time.monotonic() - record.seconds
     mine = [index for index in indices if index not in record.rows][rank::world]
-    trial = task.prepare(model, attack, budget, None if attack is None else surrogate)
+    trial = task.prepare(model, attack, budget, None if attack is None else surrogate, indices, seed)
     if keep is not None and rank == 0:
         begin(Path(keep))
     if progress is not None and record.rows:
@@ -137,30 +135,20 @@ def evaluate(
         here, mine = mine[: len(samples)], mine[len(samples) :]
         seeds = keys(samples.ids, seed)
         answers = trial.answer(samples, seeds)
-        labels = samples.labels
-        columns: dict[str, Tensor] = {
-            "label": labels,
-            "clean": answers.clean.argmax(1),
-            "adversarial": answers.adversarial.argmax(1),
-            "clean_margin": margin(answers.clean, labels),
-            "adversarial_margin": margin(answers.adversarial, labels),
-            "size": answers.size,
-            "gradients": answers.queries.gradients,
-            "forwards": answers.queries.forwards,
-        }
-        rows = [{"id": one} for one in samples.ids]
+        columns = dict(answers.columns)
+        named: list[dict[str, Any]] = [{"id": one} for one in samples.ids]
         if keep is not None:
             places = store(Path(keep), keep_as, here, answers.images)
             rounded = (answers.images * 255.0).round() / 255.0
-            columns["rounded"] = trial.judge(rounded, seeds).argmax(1)
+            right, standing = answers.right
+            columns |= {"right": right, "stands": standing, "rounded": trial.stands(samples, answers, rounded, seeds)}
             if trial.pixels is not None:
-                columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images)
-            rows = [row | place for row, place in zip(rows, places, strict=True)]
-        values = {name: column.detach().cpu().tolist() for name, column in columns.items()}
+                columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
+            named = [row | place for row, place in zip(named, places, strict=True)]
         record.add(
             {
-                index: row | {name: column[number] for name, column in values.items()}
-                for number, (index, row) in enumerate(zip(here, rows, strict=True))
+                index: row | {name: column[number] for name, column in columns.items()}
+                for number, (index, row) in enumerate(zip(here, named, strict=True))
             },
             time.monotonic() - began,
         )
@@ -169,13 +157,13 @@ def evaluate(
             progress(min(done, len(indices)), len(indices))
     rows = _gathered(record.rows, world)
     found = [rows[index] for index in indices]
+    outcomes = trial.score(found)
     notes = [*trial.notes, *_skipped(task)]
     if keep is not None:
         notes += _rounding(found, trial)
         if rank == 0:
-            finish(Path(keep), asked, found, *trial.prompts)
+            finish(Path(keep), asked, found, trial.prompts)
     device = "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    outcomes = Outcomes([row["id"] for row in found], *([row[name] for row in found] for name in _COLUMNS))
     report = Report(asked, outcomes, tuple(notes), versions(device), time.monotonic() - began)
     if doubt and attack is not None:
         found_doubts: list[Any] = [None]
@@ -188,18 +176,6 @@ def evaluate(
     if rank == 0:
         record.close()
     return report
-
-
-_COLUMNS = (
-    "label",
-    "clean",
-    "adversarial",
-    "clean_margin",
-    "adversarial_margin",
-    "size",
-    "gradients",
-    "forwards",
-)
 
 
 @dataclass
@@ -297,8 +273,8 @@ def _kept(word: Any) -> list[Kept]:
 
 def _rounding(rows: list[dict[str, Any]], trial: Trial) -> list[str]:
     """What becomes of the attack when its images are stored with 8 bits."""
-    robust = [row["clean"] == row["label"] == row["adversarial"] for row in rows]
-    rounded = [row["clean"] == row["label"] == row["rounded"] for row in rows]
+    robust = [row["right"] and row["stands"] for row in rows]
+    rounded = [row["right"] and row["rounded"] for row in rows]
     text = (
         f"rounded to 8 bits, the images under attack leave {100 * sum(rounded) / len(rows):.1f} % robust accuracy "
         f"instead of {100 * sum(robust) / len(rows):.1f} %"

@@ -107,6 +107,10 @@ class Goal(ABC):
     def at(self, keep: Tensor) -> Goal:
         """The same goal for some of the samples (a mask or indices)."""
 
+    def counts(self) -> tuple[int, ...]:
+        """How many samples each of its parts is for, all the same if it is well made; nothing, if it cannot say."""
+        return ()
+
     def climbing(self, loss: Loss) -> Goal:
         """The same goal, climbing another loss on the way."""
         raise CrossguardError(f"{type(self).__name__} has a loss of its own and cannot climb {loss}")
@@ -130,6 +134,9 @@ class Untargeted(Goal):
     def at(self, keep: Tensor) -> Untargeted:
         return replace(self, labels=self.labels[keep])
 
+    def counts(self) -> tuple[int, ...]:
+        return (len(self.labels),)
+
     def climbing(self, loss: Loss) -> Untargeted:
         return replace(self, criterion=loss)
 
@@ -151,6 +158,9 @@ class Targeted(Goal):
 
     def at(self, keep: Tensor) -> Targeted:
         return replace(self, targets=self.targets[keep])
+
+    def counts(self) -> tuple[int, ...]:
+        return (len(self.targets),)
 
     def climbing(self, loss: Loss) -> Targeted:
         return replace(self, criterion=loss)
@@ -175,6 +185,9 @@ class ByWayOf(Goal):
     def at(self, keep: Tensor) -> ByWayOf:
         return replace(self, labels=self.labels[keep], targets=self.targets[keep])
 
+    def counts(self) -> tuple[int, ...]:
+        return len(self.labels), len(self.targets)
+
     def climbing(self, loss: Loss) -> ByWayOf:
         return replace(self, criterion=loss)
 
@@ -197,6 +210,9 @@ class Drift(Goal):
 
     def at(self, keep: Tensor) -> Drift:
         return replace(self, clean=self.clean[keep])
+
+    def counts(self) -> tuple[int, ...]:
+        return (len(self.clean),)
 
 
 @dataclass(frozen=True)
@@ -245,6 +261,9 @@ class Mismatch(Goal):
     def at(self, keep: Tensor) -> Mismatch:
         return replace(self, rows=self.rows[keep.to(self.rows.device)])
 
+    def counts(self) -> tuple[int, ...]:
+        return (len(self.rows),)
+
     def _measured(self, outputs: Tensor) -> tuple[PerImage, Mask]:
         """The loss of each text, and whether all its images are lost; a text without images has nothing to lose."""
         units = F.normalize(outputs.float(), dim=1)
@@ -277,6 +296,9 @@ class Endless(Goal):
 
     def at(self, keep: Tensor) -> Endless:
         return Endless(self.goal.at(keep))
+
+    def counts(self) -> tuple[int, ...]:
+        return self.goal.counts()
 
     def climbing(self, loss: Loss) -> Endless:
         return Endless(self.goal.climbing(loss))

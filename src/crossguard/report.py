@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from statistics import NormalDist
@@ -31,18 +32,23 @@ class ReportError(CrossguardError):
 
 @dataclass(frozen=True)
 class Rate:
-    """How many of `n` samples something is true of, with its Wilson interval."""
+    """How many of `n` samples something is true of, with its Wilson interval.
+
+    Args:
+        bounds: another interval, where samples hang together.
+    """
 
     successes: int
     n: int
+    bounds: tuple[float, float] | None = None
 
     @property
     def value(self) -> float:
-        return self.successes / self.n
+        return self.successes / self.n if self.n else 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
-        return interval(self.successes, self.n)
+        return interval(self.successes, self.n) if self.bounds is None else self.bounds
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -76,19 +82,236 @@ class Outcomes:
     forwards: Sequence[int] | np.ndarray
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "id", tuple(self.id))
-        if not self.id:
-            raise CrossguardError("a report needs at least one sample, and there is none")
-        for name, kind in _COLUMNS.items():
-            column = np.asarray(getattr(self, name))
-            if column.shape != (len(self.id),):
-                raise CrossguardError(f"the outcomes have {len(self.id)} ids, and {name} has the shape {column.shape}")
-            if kind is int and column.dtype.kind not in "iu":
-                raise CrossguardError(f"the outcomes need whole numbers in {name}, and it holds {column.dtype}")
-            object.__setattr__(self, name, column.astype(np.int64 if kind is int else np.float64))
+        _check_columns(self, _COLUMNS)
 
     def __len__(self) -> int:
         return len(self.id)
+
+    @property
+    def correct(self) -> np.ndarray:
+        return np.asarray(self.clean) == self.label
+
+    @property
+    def standing(self) -> np.ndarray:
+        return np.asarray(self.adversarial) == self.label
+
+    @property
+    def parts(self) -> tuple[tuple[str, Rate, Rate], ...]:
+        """The headline: a name, the clean rate, and that of who is right both clean and under attack."""
+        clean = Rate(int(self.correct.sum()), len(self))
+        return (("", clean, Rate(int((self.correct & self.standing).sum()), len(self))),)
+
+    @property
+    def adversarial_rate(self) -> Rate:
+        return Rate(int(self.standing.sum()), len(self))
+
+    def worst(self, others: Sequence[Outcomes | Ranks]) -> Outcomes:
+        """What is left of each sample after all of these, which are of the same samples: the answer that is wrong, or
+        else the one of smallest margin."""
+        reports = [one for one in others if isinstance(one, Outcomes)]
+
+        def stack(name: str) -> np.ndarray:
+            return np.stack([np.asarray(getattr(report, name)) for report in reports])
+
+        def picked(right: str, margin: str, *names: str) -> dict[str, np.ndarray]:
+            rank = np.where(stack(right) == self.label, np.nan_to_num(stack(margin), nan=np.inf), -np.inf)
+            return {name: stack(name)[rank.argmin(0), np.arange(len(self))] for name in (right, margin, *names)}
+
+        return Outcomes(
+            self.id,
+            self.label,
+            **picked("clean", "clean_margin"),  # a random model answers anew each time
+            **picked("adversarial", "adversarial_margin", "size"),
+            **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
+        )
+
+    def lines(self) -> list[tuple[str, str]]:
+        ((_, clean, robust),) = self.parts
+        return [("n", str(len(self))), ("clean accuracy", str(clean)), ("robust accuracy", str(robust))]
+
+
+DIRECTIONS = ("image to text", "text to image")
+RANKS = (1, 5, 10)  # the k of recall at k
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ranks:
+    """The queries of a retrieval, one entry each: first the images, then the captions. Lists will do.
+
+    Intervals are by bootstrap over images, each with its captions, because the captions of an image fall together.
+    Where all images say the same, as when every query or none succeeds, a bootstrap has no width; there it is Wilson's
+    interval for as many samples as there are images to ask about.
+
+    Args:
+        id: names of the queries; a caption is called after its image.
+        image: the number of the image that the query is or belongs to.
+        text: 1 where the query is a caption, 0 where it is an image.
+        clean: the rank of the right answer without an attack, 0 for the first.
+        adversarial: its rank under attack.
+        size: of the change of the image or caption, in the unit of its budget.
+        gradients: how many gradients of the victim the attack took; those of a caption count with its image.
+        forwards: how many plain forwards.
+    """
+
+    id: Sequence[str]
+    image: Sequence[int] | np.ndarray
+    text: Sequence[int] | np.ndarray
+    clean: Sequence[int] | np.ndarray
+    adversarial: Sequence[int] | np.ndarray
+    size: Sequence[float] | np.ndarray
+    gradients: Sequence[int] | np.ndarray
+    forwards: Sequence[int] | np.ndarray
+
+    def __post_init__(self) -> None:
+        _check_columns(self, _RANKED)
+        if set(np.asarray(self.text).tolist()) - {0, 1}:
+            raise CrossguardError("the outcomes say of each query whether it is a caption: text is 0 or 1")
+        if min(np.asarray(self.image).min(), np.asarray(self.clean).min(), np.asarray(self.adversarial).min()) < 0:
+            raise CrossguardError("the outcomes hold a negative rank or number of an image")
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    @property
+    def correct(self) -> np.ndarray:
+        return np.asarray(self.clean) == 0
+
+    @property
+    def standing(self) -> np.ndarray:
+        return np.asarray(self.adversarial) == 0
+
+    @property
+    def parts(self) -> tuple[tuple[str, Rate, Rate], ...]:
+        """For each direction its name, recall at 1 clean, and the share that is first both clean and under attack."""
+        return tuple(
+            (f"{direction} R@1", self.recall(1, direction, "clean"), self.recall(1, direction, "robust"))
+            for direction in DIRECTIONS
+        )
+
+    @property
+    def adversarial_rate(self) -> Rate:
+        return self.recall(1, DIRECTIONS[0], "adversarial")
+
+    def recall(self, k: int = 1, direction: str = DIRECTIONS[0], when: str = "clean") -> Rate:
+        """The share of queries whose right answer is among the first k.
+
+        Args:
+            direction: 'image to text' or 'text to image'.
+            when: 'clean', 'adversarial' (under attack), or 'robust' (both).
+        """
+        _check_choice("k", k, RANKS)
+        _check_choice("direction", direction, DIRECTIONS)
+        _check_choice("when", when, _WHENS)
+        return self._rate(self._sums[:, _place(direction, k, when)], _place(direction))
+
+    def success(self, k: int = 1, direction: str = DIRECTIONS[0], kind: str = "difference") -> Rate:
+        """How often the attack succeeds.
+
+        Args:
+            kind: 'difference', recall clean minus recall under attack, as in the code of Co-Attack (Zhang et al. 2022);
+                or 'conditional', the share of the queries that are right clean which become wrong, as in SGA (Lu et al.
+                2023). The first also counts what the attack sets right by accident, against itself.
+        """
+        _check_choice("k", k, RANKS)
+        _check_choice("direction", direction, DIRECTIONS)
+        _check_choice("kind", kind, ("difference", "conditional"))
+        clean, attacked, both = (self._sums[:, _place(direction, k, when)] for when in _WHENS)
+        if kind == "conditional":
+            return self._rate(clean - both, _place(direction, k, "clean"))
+        return self._rate(clean - attacked, _place(direction))
+
+    def worst(self, others: Sequence[Outcomes | Ranks]) -> Ranks:
+        """What is left of each query after all of these, which are of the same queries: the last rank."""
+        reports = [one for one in others if isinstance(one, Ranks)]
+
+        def stack(name: str) -> np.ndarray:
+            return np.stack([np.asarray(getattr(report, name)) for report in reports])
+
+        last = stack("adversarial").argmax(0)
+        columns = {name: stack(name)[last, np.arange(len(self))] for name in ("adversarial", "size")}
+        summed = {name: stack(name).sum(0) for name in ("gradients", "forwards")}
+        return Ranks(self.id, self.image, self.text, stack("clean").max(0), **columns, **summed)
+
+    def lines(self) -> list[tuple[str, str]]:
+        images = int((np.asarray(self.text) == 0).sum())
+        found = [("n", f"{images} images, {len(self) - images} captions")]
+        for direction in DIRECTIONS:
+            for k in RANKS:
+                clean, attacked = (self.recall(k, direction, when) for when in ("clean", "adversarial"))
+                difference, conditional = (self.success(k, direction, kind) for kind in ("difference", "conditional"))
+                found.append((f"{direction} R@{k}", f"{clean} clean, {attacked} under attack"))
+                found.append(("  attack success", f"{difference} (difference), {conditional} (of those right clean)"))
+        return found
+
+    @cached_property
+    def _held(self) -> np.ndarray:
+        """How many queries of each kind each image has."""
+        group = np.unique(np.asarray(self.image), return_inverse=True)[1]
+        count = int(group.max()) + 1
+        held = np.zeros((count, len(DIRECTIONS) * (1 + len(RANKS) * len(_WHENS))))
+        clean, attacked = np.asarray(self.clean), np.asarray(self.adversarial)
+        for number, direction in enumerate(DIRECTIONS):
+            asked = np.asarray(self.text) == number
+            np.add.at(held[:, _place(direction)], group, asked)
+            for k in RANKS:
+                for when, hit in zip(_WHENS, (clean < k, attacked < k, (clean < k) & (attacked < k)), strict=True):
+                    np.add.at(held[:, _place(direction, k, when)], group, asked & hit)
+        return held
+
+    @cached_property
+    def _sums(self) -> np.ndarray:
+        """How many queries of each kind there are, in the data (row 0) and in its resamples: images are drawn with
+        replacement."""
+        held = self._held
+        count = len(held)
+        generator = np.random.default_rng(0)
+        rows = [held.sum(0)]
+        for _ in range(_RESAMPLES):
+            drawn = np.bincount(generator.integers(0, count, count), minlength=count)
+            rows.append(drawn @ held)
+        return np.stack(rows)
+
+    def _rate(self, part: np.ndarray, column: int) -> Rate:
+        """The ratio of these sums to those of a column, with its interval from the resamples."""
+        whole = self._sums[:, column]
+        if whole[0] == 0:
+            return Rate(0, 0)
+        drawn = part[1:][whole[1:] > 0] / whole[1:][whole[1:] > 0]
+        low, high = (float(end) for end in np.quantile(drawn, (0.025, 0.975)))
+        if low == high:
+            images = int((self._held[:, column] > 0).sum())
+            near, far = interval(abs(low) * images, images)
+            low, high = (near, far) if low >= 0 else (-far, -near)
+        return Rate(int(part[0]), int(whole[0]), (low, high))
+
+
+_WHENS = ("clean", "adversarial", "robust")
+
+
+def _place(direction: str, k: int = 0, when: str = "clean") -> int:
+    """The column of `Ranks._sums`; without k that of the number of queries."""
+    first = DIRECTIONS.index(direction) * (1 + len(RANKS) * len(_WHENS))
+    return first if k == 0 else first + 1 + RANKS.index(k) * len(_WHENS) + _WHENS.index(when)
+
+
+def _check_choice(name: str, given: object, choices: tuple[object, ...]) -> None:
+    if given not in choices:
+        raise CrossguardError(f"{name}={given!r} is not reported; give one of {', '.join(map(str, choices))}")
+
+
+def _check_columns(outcomes: Outcomes | Ranks, columns: Mapping[str, type]) -> None:
+    """Makes arrays of the columns; raises where one does not fit the ids."""
+    object.__setattr__(outcomes, "id", tuple(outcomes.id))
+    if not outcomes.id:
+        raise CrossguardError("a report needs at least one sample, and there is none")
+    for name, kind in columns.items():
+        column = np.asarray(getattr(outcomes, name))
+        if column.shape != (len(outcomes.id),):
+            raise CrossguardError(f"the outcomes have {len(outcomes.id)} ids, and {name} has the shape {column.shape}")
+        if kind is int and column.dtype.kind not in "iu":
+            raise CrossguardError(f"the outcomes need whole numbers in {name}, and it holds {column.dtype}")
+        object.__setattr__(outcomes, name, column.astype(np.int64 if kind is int else np.float64))
 
 
 _COLUMNS: dict[str, type] = {
@@ -101,6 +324,19 @@ _COLUMNS: dict[str, type] = {
     "gradients": int,
     "forwards": int,
 }
+_RANKED: dict[str, type] = {
+    "image": int,
+    "text": int,
+    "clean": int,
+    "adversarial": int,
+    "size": float,
+    "gradients": int,
+    "forwards": int,
+}
+
+
+def _columns(outcomes: Outcomes | Ranks) -> Mapping[str, type]:
+    return _RANKED if isinstance(outcomes, Ranks) else _COLUMNS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,7 +344,8 @@ class Report:
     """The answer to one question: who attacked what, knowing what, how far, and what became of every sample.
 
     A sample counts as robust if it is answered rightly both clean and under attack, as in AutoAttack (Croce
-    and Hein 2020): an attack that stumbles from a wrong answer into the right one earns the model nothing.
+    and Hein 2020): an attack that stumbles from a wrong answer into the right one earns the model nothing. Of a
+    retrieval, `clean` and `robust` are recall at 1 from images to texts, and `ranks` has the rest.
 
     Args:
         question: task, model, attack, budget, surrogate as full words; knowledge, seed, limit; all strings.
@@ -117,7 +354,7 @@ class Report:
     """
 
     question: Mapping[str, str]
-    outcomes: Outcomes
+    outcomes: Outcomes | Ranks
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     seconds: float = 0.0
@@ -139,26 +376,38 @@ class Report:
     @property
     def correct(self) -> np.ndarray:
         """Which samples are answered rightly without an attack."""
-        return np.asarray(self.outcomes.clean) == self.outcomes.label
+        return self.outcomes.correct
 
     @property
     def standing(self) -> np.ndarray:
         """Which samples are answered rightly under attack, whatever the clean answer was."""
-        return np.asarray(self.outcomes.adversarial) == self.outcomes.label
+        return self.outcomes.standing
+
+    @property
+    def ranks(self) -> Ranks:
+        """The outcomes of a retrieval; raises for another task."""
+        if not isinstance(self.outcomes, Ranks):
+            raise CrossguardError("this report is not of a retrieval, so it has no ranks")
+        return self.outcomes
+
+    @property
+    def parts(self) -> tuple[tuple[str, Rate, Rate], ...]:
+        """The headlines, each with its name (empty where there is one only), clean and robust."""
+        return self.outcomes.parts
 
     @property
     def clean(self) -> Rate:
-        return Rate(int(self.correct.sum()), self.n)
+        return self.parts[0][1]
 
     @property
     def robust(self) -> Rate:
         """Right both clean and under attack: the headline."""
-        return Rate(int((self.correct & self.standing).sum()), self.n)
+        return self.parts[0][2]
 
     @property
     def adversarial(self) -> Rate:
         """Right under attack, whatever the clean answer was; at least `robust`."""
-        return Rate(int(self.standing.sum()), self.n)
+        return self.outcomes.adversarial_rate
 
     @property
     def clean_accuracy(self) -> float:
@@ -170,8 +419,8 @@ class Report:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Wilson intervals of 95 % by name of the rate."""
-        return {name: rate.interval for name, rate in self._rates().items()}
+        """Intervals of 95 % by name of the rate."""
+        return {name: rate.interval for name, rate in self.rates.items()}
 
     @property
     def key(self) -> str:
@@ -182,7 +431,7 @@ class Report:
         """Writes the report as JSON, as a whole or not at all."""
         rates = {
             name: {"value": rate.value, "successes": rate.successes, "interval": rate.interval}
-            for name, rate in self._rates().items()
+            for name, rate in self.rates.items()
         }
         content = {
             "schema": SCHEMA,
@@ -193,7 +442,8 @@ class Report:
             "versions": dict(self.versions),
             "seconds": self.seconds,
             "created": self.created,
-            "outcomes": {"id": self.outcomes.id} | {name: _plain(getattr(self.outcomes, name)) for name in _COLUMNS},
+            "outcomes": {"id": self.outcomes.id}
+            | {name: _plain(getattr(self.outcomes, name)) for name in _columns(self.outcomes)},
         }
         files.write(Path(path), json.dumps(content, allow_nan=False) + "\n")
 
@@ -217,10 +467,9 @@ class Report:
             )
         try:
             columns = content["outcomes"]
-            outcomes = Outcomes(
-                [str(one) for one in columns["id"]],
-                *(_column(columns[name], kind) for name, kind in _COLUMNS.items()),
-            )
+            make, kinds = (Ranks, _RANKED) if "text" in columns else (Outcomes, _COLUMNS)
+            held = {name: _column(columns[name], kind) for name, kind in kinds.items()}
+            outcomes = make(id=[str(one) for one in columns["id"]], **held)
             return Report(
                 question=_strings(content["question"]),
                 outcomes=outcomes,
@@ -234,14 +483,23 @@ class Report:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ReportError(f"{path} is broken: {what}; delete it and ask again") from None
 
-    def _rates(self) -> dict[str, Rate]:
-        return {"clean": self.clean, "robust": self.robust, "adversarial": self.adversarial}
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """Every rate that is reported, by its name."""
+        found = {"clean": self.clean, "robust": self.robust, "adversarial": self.adversarial}
+        if isinstance(self.outcomes, Ranks):
+            for direction in DIRECTIONS:
+                for k in RANKS:
+                    name = f"{direction} R@{k}"
+                    found |= {f"{name} {when}": self.outcomes.recall(k, direction, when) for when in _WHENS}
+                    for kind in ("difference", "conditional"):
+                        found[f"{name} attack success ({kind})"] = self.outcomes.success(k, direction, kind)
+        return found
 
     def lines(self) -> list[tuple[str, str]]:
         """The report in short, as names and values: what a number needs beside it to mean something."""
         said = [(name, self.short.get(name, value)) for name, value in self.question.items()]
-        rates = [("clean accuracy", str(self.clean)), ("robust accuracy", str(self.robust))]
-        return [*said, ("n", str(self.n)), *rates, ("seconds", f"{self.seconds:.1f}")]
+        return [*said, *self.outcomes.lines(), ("seconds", f"{self.seconds:.1f}")]
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}: {value}" for name, value in self.lines())
@@ -263,7 +521,7 @@ def key(question: Mapping[str, str]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
-def interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def interval(successes: int | float, n: int, level: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval (Wilson 1927) of a rate of `successes` in `n` trials; (0, 1) for no trials.
 
     Unlike the normal approximation it has a width at 0 and at n successes, where robust accuracies often are.

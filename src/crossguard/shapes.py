@@ -12,6 +12,7 @@ Embeddings = Float[Tensor, "n d"]  # raw, not on the sphere
 TextEmbeddings = Float[Tensor, "classes d"]  # of texts that meet images, raw as well
 Logits = Float[Tensor, "n classes"]
 Labels = Int[Tensor, " n"]
+Owners = Int[Tensor, " classes"]  # of such texts: for each the number of its image, or its own place
 PerImage = Float[Tensor, " n"]
 Mask = Bool[Tensor, " n"]
 Seeds = Int[Tensor, " n"]  # one 64-bit key per sample, from which all its noise is drawn

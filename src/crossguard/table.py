@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -18,9 +19,12 @@ from rich.text import Text
 from crossguard import files
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
-from crossguard.report import Outcomes, Rate, Report, ReportError
+from crossguard.report import Ranks, Rate, Report, ReportError
 
 FORMATS = ("markdown", "csv", "json", "latex")
+
+_MODEL: tuple[str, str] = ("model", "weights")  # what makes a row: the same word may have read other weights
+_SURROGATE: tuple[str, str] = ("surrogate", "surrogate weights")
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Table:
         header: what holds for every number, by name.
         columns: `clean`, then one heading per attack and budget.
         rows: the label of a model and a cell per column; None where nothing was asked.
+        corner: what the rows are.
     """
 
     header: Mapping[str, str]
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Rate | None, ...]], ...]
+    corner: str = "model"
 
     @property
     def cells(self) -> list[list[str]]:
@@ -55,6 +61,7 @@ class Answers:
     reports: tuple[Report, ...]
     labels: Mapping[str, Mapping[str, str]]
     doubts: tuple[str, ...] = ()
+    crossed: bool = False  # tables of who was crafted on against who was asked, instead of attacks
 
     @staticmethod
     def load(folder: str | Path) -> Answers:
@@ -85,38 +92,63 @@ class Answers:
     def pooled(self) -> Answers:
         """The worst case per image over all attacks, surrogates and seeds that met a model within the same budget.
 
-        Carlini et al. 2019 count an image as robust only if no attack breaks it. Reports are pooled where task, limit,
-        model and budget agree; those of other images (by their ids) are left out and named.
+        Carlini et al. 2019 count an image as robust only if no attack breaks it. Reports are pooled where task, model,
+        weights, budget and images (by their ids) agree, whatever the limit was; where there are several sets of images,
+        each has a worst case of its own.
         """
-        groups: dict[str, list[Report]] = {}
+        limits = self._limits()
+        groups: dict[str, dict[tuple[str, ...], list[Report]]] = {}
+        pooled, doubts = [], list(self.doubts)
         for report in self.reports:
+            ids = tuple(report.outcomes.id)
+            same = replace(report, question={**report.question, "limit": limits[_part(report, "task"), ids]})
             if _attacked(report):
-                groups.setdefault(_part(report, "task", "limit", "model", "weights", "budget"), []).append(report)
-        pooled, doubts = [report for report in self.reports if not _attacked(report)], list(self.doubts)
-        for reports in groups.values():
-            first = reports[0]
-            same = [report for report in reports if report.outcomes.id == first.outcomes.id]
-            if len(same) < len(reports):
-                where = f"{self.label(first, 'model')}, {self.label(first, 'budget')}"
-                doubts.append(f"{len(reports) - len(same)} reports of other images were not pooled [{where}]")
-            pooled.append(_worst(same))
+                groups.setdefault(_part(report, "task", *_MODEL, "budget"), {}).setdefault(ids, []).append(same)
+            else:
+                pooled.append(same)
+        for sets in groups.values():
+            reports = [_worst(same) for same in sets.values()]
+            if len(sets) > 1:
+                where = f"{self.label(reports[0], 'model')}, {self.label(reports[0], 'budget')}"
+                doubts.append(
+                    f"the reports are of {len(sets)} sets of images, which were not pooled with each other [{where}]"
+                )
+            pooled += reports
         return replace(self, reports=tuple(pooled), doubts=tuple(doubts))
 
-    def tables(self) -> list[Table]:
-        """One table per task, limit, surrogate and seed, in the order of the reports.
+    def _limits(self) -> dict[tuple[str, tuple[str, ...]], str]:
+        """A limit for each task and set of images: the first that was asked for, with a number if other images have
+        it already."""
+        limits: dict[tuple[str, tuple[str, ...]], str] = {}
+        sets: Counter[str] = Counter()
+        for report in self.reports:
+            images = _part(report, "task"), tuple(report.outcomes.id)
+            if images not in limits:
+                asked, limit = _part(report, "task", "limit"), _part(report, "limit")
+                sets[asked] += 1
+                limits[images] = limit if sets[asked] == 1 else f"{limit}, set {sets[asked]}"
+        return limits
 
-        Clean accuracy has no adversary, so it is taken from any report of the same task, limit and model, and
+    def tables(self) -> list[Table]:
+        """One table per task, limit, surrogate (and its weights) and seed, in the order of the reports; of a retrieval
+        one for each direction.
+
+        Clean accuracy has no adversary, so it is taken from any report of the same task, limit, model and weights, and
         a clean evaluation makes a table of its own only where nothing attacked.
         """
-        attacked = [report for report in self.reports if _part(report, "attack") != "None"]
-        covered = {_part(report, "task", "limit", "model") for report in attacked}
+        if self.crossed:
+            return self._matrices()
+        attacked = [report for report in self.reports if _attacked(report)]
+        covered = {_part(report, "task", "limit", *_MODEL) for report in attacked}
         groups: dict[str, list[Report]] = {}
         for report in attacked:
-            groups.setdefault(_part(report, "task", "limit", "surrogate", "seed"), []).append(report)
+            groups.setdefault(_part(report, "task", "limit", *_SURROGATE, "seed"), []).append(report)
         for report in self.reports:
-            if report not in attacked:
-                self._place_clean(report, groups, _part(report, "task", "limit", "model") in covered)
-        return [self._table(reports) for reports in groups.values()]
+            if not _attacked(report):
+                self._place_clean(report, groups, _part(report, "task", "limit", *_MODEL) in covered)
+        return [
+            self._table(reports, part) for reports in groups.values() for part in range(len(reports[0].outcomes.parts))
+        ]
 
     def _place_clean(self, report: Report, groups: dict[str, list[Report]], covered: bool) -> None:
         """A clean evaluation is a row of every table of its task and limit, or of a table of its own."""
@@ -126,35 +158,38 @@ class Answers:
         if not homes:
             groups[_part(report, "task", "limit")] = [report]
         for group in homes:
-            models = {_part(one, "model") for one in group}
-            if not covered or _part(report, "model") in models:
+            if not covered or _part(report, *_MODEL) in {_part(one, *_MODEL) for one in group}:
                 group.append(report)
 
-    def _table(self, reports: list[Report]) -> Table:
+    def _table(self, reports: list[Report], part: int) -> Table:
         columns: dict[str, str] = {}
-        rows: dict[str, dict[str, Rate]] = {}
-        for model in self._order("model", reports):
-            rows[model] = {}
+        rows: dict[str, dict[str, Rate]] = {model: {} for model in self._models(reports)}
         for report in reports:
-            row = rows[_part(report, "model")]
+            row = rows[_part(report, *_MODEL)]
+            _, clean, robust = report.parts[part]
             if _part(report, "attack") == "None":
-                row["clean"] = report.clean
+                row["clean"] = clean
                 continue
-            row.setdefault("clean", report.clean)
+            row.setdefault("clean", clean)
             column = _part(report, "attack", "budget")
             columns[column] = f"{self.label(report, 'attack')}, {self.label(report, 'budget')}"
-            row[column] = report.robust
+            row[column] = robust
         knowledge = {
-            _part(report, "model"): report.question.get("knowledge", "") for report in reports if _attacked(report)
+            _part(report, *_MODEL): report.question.get("knowledge", "") for report in reports if _attacked(report)
         }
         same = len(set(knowledge.values())) < 2
-        labels = {_part(report, "model"): self.label(report, "model") for report in reports}
+        labels = {_part(report, *_MODEL): self.label(report, "model") for report in reports}
         first = next((report for report in reports if _attacked(report)), reports[0])
         counts = sorted({rate.n for row in rows.values() for rate in row.values()})
-        header = {"task": self.label(first, "task"), "n": " and ".join(f"{count}" for count in counts)}
+        score = first.parts[part][0]
+        header = {"task": self.label(first, "task")} | ({"score": score} if score else {})
+        header |= {"n": " and ".join(f"{count}" for count in counts)}
+        limits = {_part(one, "limit") for one in self.reports if _part(one, "task") == _part(first, "task")}
+        if len(limits) > 1:
+            header["limit"] = _part(first, "limit")
         if _attacked(first):
             header["surrogate"] = self.label(first, "surrogate")
-            header["knowledge"] = knowledge[_part(first, "model")] if same else "differs, see the rows"
+            header["knowledge"] = knowledge[_part(first, *_MODEL)] if same else "differs, see the rows"
         header["seed"] = first.question.get("seed", "")
         if len(counts) > 1:
             header["beware"] = "the cells differ in n and are not of the same samples"
@@ -168,6 +203,40 @@ class Answers:
                 )
                 for model, row in rows.items()
             ),
+        )
+
+    def _matrices(self) -> list[Table]:
+        """One table per task, limit, attack, budget and seed: what is left of each model (columns) when the attack was
+        crafted on each of them (rows). The diagonal is the white box."""
+        groups: dict[str, list[Report]] = {}
+        for report in self.reports:
+            if _attacked(report):
+                groups.setdefault(_part(report, "task", "limit", "attack", "budget", "seed"), []).append(report)
+        return [self._matrix(reports, part) for reports in groups.values() for part in range(len(reports[0].parts))]
+
+    def _matrix(self, reports: list[Report], part: int) -> Table:
+        first = reports[0]
+        models = self._models(reports)
+        labels = {_part(report, *_MODEL): self.label(report, "model") for report in reports}
+        clean: dict[str, Rate] = {}
+        rows: dict[str, dict[str, Rate]] = {label: {} for label in labels.values()}
+        for report in reports:
+            _, before, robust = report.parts[part]
+            model = _part(report, *_MODEL)
+            clean.setdefault(model, before)
+            own = _part(report, "surrogate") in ("None", _part(report, "model"))
+            crafted = labels[model] if own else self.label(report, "surrogate")
+            rows.setdefault(crafted, {})[model] = robust
+        score = first.parts[part][0]
+        header = {name: self.label(first, name) for name in ("task", "attack", "budget")}
+        header |= ({"score": score} if score else {}) | {"n": str(first.parts[part][1].n)}
+        header["seed"] = first.question.get("seed", "")
+        listed = [("nobody", clean), *rows.items()]
+        return Table(
+            header=header,
+            columns=tuple(labels[model] for model in models),
+            rows=tuple((label, tuple(row.get(model) for model in models)) for label, row in listed if row),
+            corner="crafted on",
         )
 
     def notes(self) -> list[str]:
@@ -186,9 +255,21 @@ class Answers:
         return [*listed, *self.doubts]
 
     def label(self, report: Report, part: str) -> str:
-        """A word of a question for people: the experiment's label, or the word without its defaults."""
-        full = report.question.get(part, "None")
-        return self.labels.get(part, {}).get(full) or report.short.get(part, full)
+        """A word of a question for people: the experiment's label, or the word without its defaults; with the start of
+        the hash of its weights where the folder has the word with several."""
+        full = _part(report, part)
+        label = self.labels.get(part, {}).get(full) or report.short.get(part, full)
+        weights = report.question.get(dict((_MODEL, _SURROGATE)).get(part, ""), "")
+        return f"{label} ({weights[:8]})" if weights and len(self._weights[part, full]) > 1 else label
+
+    @cached_property
+    def _weights(self) -> Mapping[tuple[str, str], set[str]]:
+        """The hashes of the weights that each model and each surrogate was read with."""
+        found: dict[tuple[str, str], set[str]] = {}
+        for report in self.reports:
+            for part, weights in (_MODEL, _SURROGATE):
+                found.setdefault((part, _part(report, part)), set()).add(_part(report, weights))
+        return found
 
     def records(self) -> list[dict[str, Any]]:
         """One flat record per report, for machines: labels, counts, rates and intervals."""
@@ -196,44 +277,38 @@ class Answers:
             {part: self.label(report, part) for part in ("task", "model", "attack", "budget", "surrogate")}
             | {part: report.question.get(part, "") for part in ("knowledge", "seed", "limit")}
             | {"n": report.n}
-            | _rate("clean", report.clean)
-            | _rate("robust", report.robust)
+            | {name: number for what, rate in self._rates(report) for name, number in _rate(what, rate).items()}
             | {"seconds": round(report.seconds, 3)}
             for report in self.reports
         ]
 
-    def _order(self, part: str, reports: list[Report]) -> list[str]:
-        """The words of a part of the questions, as the experiment lists them, then the others."""
-        present = dict.fromkeys(_part(report, part) for report in reports)
-        listed = [word for word in self.labels.get(part, {}) if word in present]
-        return list(dict.fromkeys([*listed, *present]))
+    @staticmethod
+    def _rates(report: Report) -> list[tuple[str, Rate]]:
+        """What a record says of a report: clean and robust, and of a retrieval all it knows."""
+        found = [("clean", report.clean), ("robust", report.robust)]
+        if isinstance(report.outcomes, Ranks):
+            found += [(name, rate) for name, rate in report.rates.items() if "R@" in name]
+        return found
+
+    def _models(self, reports: list[Report]) -> list[str]:
+        """The models with their weights, as the experiment lists them, then the others."""
+        present = {_part(report, *_MODEL): _part(report, "model") for report in reports}
+        listed = list(self.labels.get("model", {}))
+        return sorted(present, key=lambda one: listed.index(present[one]) if present[one] in listed else len(listed))
 
 
 def _worst(reports: list[Report]) -> Report:
     """One report of what is left of each image after all of these: the first attack that broke it, or else the one
     that came nearest."""
     first = reports[0]
-
-    def stack(name: str) -> np.ndarray:
-        return np.stack([np.asarray(getattr(report.outcomes, name)) for report in reports])
-
-    def picked(right: str, margin: str, *names: str) -> dict[str, np.ndarray]:
-        """The columns of the report whose answer is wrong, or else has the smallest margin, sample by sample."""
-        rank = np.where(stack(right) == first.outcomes.label, np.nan_to_num(stack(margin), nan=np.inf), -np.inf)
-        return {name: stack(name)[rank.argmin(0), np.arange(first.n)] for name in (right, margin, *names)}
-
-    columns = {
-        **picked("clean", "clean_margin"),  # a random model answers anew each time
-        **picked("adversarial", "adversarial_margin", "size"),
-        **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
-    }
     attack = f"worst case of {len(reports)} reports"
     known = ", ".join(dict.fromkeys(report.question.get("knowledge", "") for report in reports))
     question = {**first.question, "attack": attack, "surrogate": "pooled", "seed": "pooled", "knowledge": known}
+    question.pop("surrogate weights", None)
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
     return Report(
         question=question,
-        outcomes=Outcomes(first.outcomes.id, first.outcomes.label, **columns),
+        outcomes=first.outcomes.worst([report.outcomes for report in reports]),
         notes=notes,
         versions=first.versions,
         seconds=sum(report.seconds for report in reports),
@@ -268,7 +343,7 @@ def pretty(answers: Answers) -> RenderableType:
     shown: list[RenderableType] = []
     for table in answers.tables():
         grid = RichTable(title=Text(table.caption), title_justify="left", caption=Text(_LEGEND), caption_justify="left")
-        grid.add_column("model", overflow="fold")
+        grid.add_column(table.corner, overflow="fold")
         for column in table.columns:
             grid.add_column(Text(column), justify="right", overflow="fold")
         for row in table.cells:
@@ -278,14 +353,14 @@ def pretty(answers: Answers) -> RenderableType:
     return Group(*shown)
 
 
-_LEGEND = "accuracy [95 % Wilson interval]; robust = right both clean and under attack"
+_LEGEND = "rate [95 % interval, Wilson's or by bootstrap over images]; robust = right both clean and under attack"
 
 
 def _markdown(answers: Answers) -> str:
     lines = []
     for table in answers.tables():
         lines += [_in_markdown(table.caption), ""]
-        lines.append(_row(["model", *table.columns]))
+        lines.append(_row([table.corner, *table.columns]))
         lines.append("|" + "---|" + "---:|" * len(table.columns))
         lines += [_row(row) for row in table.cells]
         lines += ["", f"{_LEGEND}.", ""]
@@ -306,7 +381,8 @@ def _in_markdown(text: str) -> str:
 def _csv(answers: Answers) -> str:
     records = answers.records()
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    names = dict.fromkeys(name for record in records for name in record)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()
@@ -320,7 +396,7 @@ def _latex(answers: Answers) -> str:
             f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
             "\\hline",
         ]
-        lines.append(" & ".join(_in_latex(cell) for cell in ("model", *table.columns)) + " \\\\")
+        lines.append(" & ".join(_in_latex(cell) for cell in (table.corner, *table.columns)) + " \\\\")
         lines.append("\\hline")
         lines += [" & ".join(_in_latex(cell) for cell in row) + " \\\\" for row in table.cells]
         lines += ["\\hline", "\\end{tabular}", ""]

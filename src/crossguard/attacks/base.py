@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from crossguard.budgets import Budget, PixelBudget, TextBudget, Words
 from crossguard.errors import CrossguardError
-from crossguard.goals import Drift, Goal
+from crossguard.gallery import Gallery
+from crossguard.goals import Drift, Endless, Goal
 from crossguard.seeds import by_position, drawing, fold
-from crossguard.shapes import Embeddings, Images, Labels, Mask, PerImage, Seeds
+from crossguard.shapes import Embeddings, Images, Labels, Mask, Owners, PerImage, Seeds, TextEmbeddings
 from crossguard.words import WordError, show
 
 
@@ -122,13 +123,78 @@ class PairVictim:
 
     `before` answers images against the clean texts, `after` against the texts as the attack rewrote them; `encode`
     gives the images' raw embeddings, `gate` how far the defense is from doing nothing, where it has a gate. All share
-    one counter.
+    one counter. `classes` are the embeddings of the rewritten texts, one for each class.
     """
 
     before: ImageVictim
     after: ImageVictim
     encode: ImageVictim
     gate: ImageVictim | None = None
+    classes: TextEmbeddings | None = None
+
+
+@dataclass(frozen=True)
+class MatchVictim:
+    """What an attack may ask where images and captions find each other, for the images of one batch and their captions.
+
+    Args:
+        encode: images to raw embeddings.
+        texts: strings to raw embeddings.
+        gallery: what all images and captions of the retrieval are when nobody attacks.
+        rows: the place of each image of the batch in the gallery.
+        captions: the place of each caption of the batch in the gallery.
+        owners: the place of each caption's image in the batch.
+        goal: what is climbed by attacks that have no goal of their own: 'rank' or 'drift'.
+        endless: whether an attack must not stop at its first success here, since the judge is another.
+    """
+
+    encode: ImageVictim
+    texts: TextVictim
+    gallery: Gallery
+    rows: Labels
+    captions: Owners
+    owners: Owners
+    goal: str = "rank"
+    endless: bool = True
+
+    def at(self, keep: Labels) -> MatchVictim:
+        """The same victim for some of the images, with all their captions, in the order they had."""
+        place = torch.full_like(self.rows, -1).scatter(0, keep, torch.arange(len(keep), device=keep.device))
+        owners = place[self.owners]
+        left = owners >= 0
+        return replace(
+            self,
+            encode=self.encode.at(keep),
+            rows=self.rows[keep],
+            captions=self.captions[left],
+            owners=owners[left],
+        )
+
+    @property
+    def clean_images(self) -> Embeddings:
+        return self.gallery.images[self.rows]
+
+    @property
+    def clean_texts(self) -> TextEmbeddings:
+        return self.gallery.texts[self.captions]
+
+    def embedded(self, texts: Sequence[str]) -> TextEmbeddings:
+        """The captions of the batch as they are now, without a gradient."""
+        with torch.no_grad():
+            return self.texts(texts)
+
+    def against_images(self, captions: TextEmbeddings) -> Goal:
+        """What an attack on the images of the batch climbs while the captions have these embeddings."""
+        goal: Goal = Drift(self.clean_images)
+        if self.goal != "drift":
+            goal = self.gallery.lost_images(self.rows, captions, self.owners)
+        return Endless(goal) if self.endless else goal
+
+    def against_texts(self, images: Embeddings) -> Goal:
+        """What an attack on the captions of the batch climbs while the images have these embeddings."""
+        if self.goal == "drift":
+            return Drift(self.clean_texts)
+        return self.gallery.lost_texts(self.rows[self.owners], images[self.owners])
 
 
 @dataclass
@@ -160,33 +226,47 @@ class Found:
                 return
             yield start, rows, (fold(seeds, start) if start else seeds)[rows.cpu()]
 
-    def offer(self, rows: Tensor, images: Images, losses: PerImage, won: Mask) -> None:
-        """Keeps, of these candidates for the samples at `rows`, the ones that are stronger than what there is."""
+    def offer(self, rows: Tensor, images: Images, losses: PerImage, won: Mask) -> Mask:
+        """Keeps, of these candidates for the samples at `rows`, the ones that are stronger than what there is; says
+        which."""
         better = (won & ~self.won[rows]) | ((won == self.won[rows]) & (losses > self.losses[rows]))
         chosen = rows[better]
         self.images[chosen] = images[better]
         self.losses[chosen] = losses[better]
         self.won[chosen] = won[better]
+        return better
 
 
 class Attack(ABC):
-    """How an adversary searches. Where images meet texts, a task calls `rewrite` once for all its texts and `perturb`
-    for every batch of images; what an attack does not touch comes back as it was. `on` says which parts of a budget
-    it spends."""
+    """How an adversary searches. Where classes have prompts, a task calls `rewrite` once for all its texts and
+    `perturb` for every batch of images; where images have captions, `match` for every batch of both. What an attack
+    does not touch comes back as it was. `on` says which parts of a budget it spends."""
 
     on: ClassVar[tuple[str, ...]] = ()
 
     def rewrite(
-        self, victim: TextVictim, texts: Sequence[str], budget: Budget, rivals: Sequence[frozenset[str]]
+        self,
+        victim: TextVictim,
+        texts: Sequence[str],
+        budget: Budget,
+        rivals: Sequence[frozenset[str]],
+        goal: Goal | None = None,
     ) -> list[str]:
-        """The texts after the attack; unchanged, unless the attack is on texts."""
-        del victim, budget, rivals
+        """The texts after the attack; unchanged, unless the attack is on texts. Without a goal, they drift."""
+        del victim, budget, rivals, goal
         return list(texts)
 
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
         """The images after the attack; unchanged, unless the attack is on images."""
         del victim, goal, budget, seeds
         return images
+
+    def match(
+        self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
+    ) -> tuple[Images, list[str]]:
+        """The images of a batch and their captions after the attack."""
+        del victim, budget, seeds
+        return images, list(texts)
 
     def spends(self, budget: Budget) -> tuple[PixelBudget | None, TextBudget | None]:
         """The parts of the budget this attack uses; raises where one that it needs is missing."""
@@ -216,6 +296,14 @@ class ImageAttack(Attack):
         assert pixels is not None
         return self(victim.before, images, goal, pixels, seeds)
 
+    def match(
+        self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
+    ) -> tuple[Images, list[str]]:
+        pixels, _ = self.spends(budget)
+        assert pixels is not None
+        goal = victim.against_images(victim.clean_texts)
+        return self(victim.encode, images, goal, pixels, seeds), list(texts)
+
     def __call__(
         self,
         victim: ImageVictim | Callable[[Images], Tensor],
@@ -229,7 +317,7 @@ class ImageAttack(Attack):
         Args:
             seeds: one key per sample for its noise; by position in the batch, if not given.
         """
-        victim, seeds = self.ready(victim, clean, budget, seeds)
+        victim, seeds = self.ready(victim, clean, budget, seeds, goal)
         return self.search(victim, clean.detach(), goal, budget, seeds).detach()
 
     def ready(
@@ -238,9 +326,10 @@ class ImageAttack(Attack):
         clean: Images,
         budget: PixelBudget,
         seeds: Seeds | None,
+        goal: Goal | None = None,
     ) -> tuple[ImageVictim, Seeds]:
         """The victim as the search may ask it, and the keys of its noise; raises for a budget this attack cannot
-        spend."""
+        spend and for a goal that is for another number of images."""
         if not isinstance(budget, PixelBudget):
             raise CrossguardError(
                 f"{spelled(self)} changes pixels, but {budget!r} is no budget of pixels; try 'Linf(8/255)'"
@@ -254,6 +343,8 @@ class ImageAttack(Attack):
         if not isinstance(victim, ImageVictim):
             victim = ImageVictim(victim)
         _check_mode(victim.answer)
+        if goal is not None:
+            _check_counts(goal, len(clean), "images")
         seeds = by_position(len(clean)) if seeds is None else seeds
         return victim.drawing_from(seeds), seeds
 
@@ -267,10 +358,22 @@ class TextAttack(Attack):
     on = ("text",)
 
     def rewrite(
-        self, victim: TextVictim, texts: Sequence[str], budget: Budget, rivals: Sequence[frozenset[str]]
+        self,
+        victim: TextVictim,
+        texts: Sequence[str],
+        budget: Budget,
+        rivals: Sequence[frozenset[str]],
+        goal: Goal | None = None,
     ) -> list[str]:
         _, words = self.spends(budget)
-        return self(victim, texts, None, words, rivals)
+        return self(victim, texts, goal, words, rivals)
+
+    def match(
+        self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
+    ) -> tuple[Images, list[str]]:
+        del seeds
+        _, words = self.spends(budget)
+        return images, self(victim.texts, texts, victim.against_texts(victim.clean_images), words)
 
     def __call__(
         self,
@@ -300,6 +403,7 @@ class TextAttack(Attack):
         with torch.no_grad():
             if goal is None:
                 goal = Drift(victim(texts))
+            _check_counts(goal, len(texts), "texts")
             return self.search(victim, texts, goal, budget, rivals or [frozenset()] * len(texts))
 
     @abstractmethod
@@ -322,6 +426,13 @@ def _check_mode(answer: Callable[[Images], Tensor]) -> None:
             "the victim's batch normalization is in training mode, so its answers depend on the batch; call .eval() "
             "first"
         )
+
+
+def _check_counts(goal: Goal, count: int, what: str) -> None:
+    """Labels that are too few would be an index out of range in the middle of a search."""
+    for given in goal.counts():
+        if given != count:
+            raise CrossguardError(f"{type(goal).__name__} has {given} entries for {count} {what}; give it one for each")
 
 
 def spelled(word: Attack | Budget) -> str:

@@ -108,7 +108,7 @@ class BoundaryAttack(ImageAttack):
         The distance is 0 for a clean image that has reached the goal already, and infinite where no adversarial image
         was found. `eps` counts for random starts only.
         """
-        victim, seeds = self.ready(victim, clean, budget, seeds)
+        victim, seeds = self.ready(victim, clean, budget, seeds, goal)
         clean = clean.detach()
         aim = classification(goal, type(self).__name__).climbing(Margin())
         outputs = _answered(victim(clean))

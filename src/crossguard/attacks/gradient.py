@@ -29,6 +29,7 @@ class PGD(ImageAttack):
         step: length of a step as a fraction of the budget.
         momentum: decay of the accumulated gradient, each one normalized by its mean absolute value before it is added.
         random_start: start at a random point of the budget instead of the clean image.
+        nonnegative_start: no pixel starts darker than it was, a quirk of the released code of Co-Attack.
         restarts: independent starts; the strongest result of each image counts. Later starts are always random.
         best: return the iterate that won or else had the highest loss, instead of the last one. Costs one forward a
             start.
@@ -45,6 +46,7 @@ class PGD(ImageAttack):
     best: bool = True
     stop: bool = True
     loss: Loss | None = None
+    nonnegative_start: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -84,7 +86,8 @@ class PGD(ImageAttack):
         """One start for the images at `rows`; what it finds goes into `found`."""
         images = clean
         if self.random_start or random:
-            images = budget.project(clean + budget.sample(seeds, clean), clean)
+            noise = budget.sample(seeds, clean)
+            images = budget.project(clean + (noise.abs() if self.nonnegative_start else noise), clean)
         velocity = torch.zeros_like(clean) if self.momentum else None
         length = self.step * budget.eps
         before = None  # where the images were a round ago, and their losses

@@ -198,6 +198,9 @@ class _Gated(Goal):
     def at(self, keep: Tensor) -> _Gated:
         return _Gated(self.goal.at(keep), self.weight)
 
+    def counts(self) -> tuple[int, ...]:
+        return self.goal.counts()
+
     def climbing(self, loss: Loss) -> _Gated:
         return _Gated(self.goal.climbing(loss), self.weight)
 

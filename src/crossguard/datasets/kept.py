@@ -26,13 +26,14 @@ FORMATS = ("safetensors", "png")
 
 @dataclass(frozen=True)
 class Kept(Dataset):
-    """What `crossguard eval --keep FOLDER` wrote: images as the attack left them, with their labels and class prompts.
+    """What `crossguard eval --keep FOLDER` wrote: images as the attack left them, with their labels and class prompts,
+    or with their captions.
 
     A clean evaluation on it asks whether what was crafted on one model fools another.
 
     Args:
         path: the folder.
-        rewritten: with the class prompts as the attack rewrote them; the clean ones otherwise.
+        rewritten: with the texts as the attack rewrote them; the clean ones otherwise.
     """
 
     path: str
@@ -46,7 +47,7 @@ class Kept(Dataset):
             if missing := {"samples", "names", "texts", "clean_texts"} - set(content):
                 raise ValueError(f"{missing} is missing")
             for sample in content["samples"]:
-                if missing := {"id", "label", "file", "row"} - set(sample):
+                if missing := {"id", "file", "row"} - set(sample):
                     raise ValueError(f"{missing} is missing")
         except FileNotFoundError:
             raise CrossguardError(
@@ -54,12 +55,22 @@ class Kept(Dataset):
             ) from None
         except OSError as error:
             raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CrossguardError(f"{path} is broken; run the evaluation with --keep again") from None
         return content
 
     def __len__(self) -> int:
         return len(self._index["samples"])
+
+    @property
+    def question(self) -> Mapping[str, str]:
+        """What was asked when the images were kept."""
+        return self._index.get("question", {})
+
+    @property
+    def samples(self) -> Sequence[Mapping[str, Any]]:
+        """What is known of each sample: its id, where its image is, and what became of it."""
+        return self._index["samples"]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,7 +80,11 @@ class Kept(Dataset):
         return self._index["samples"][index]["id"]
 
     def labels(self) -> Labels:
-        return torch.tensor([sample["label"] for sample in self._index["samples"]], dtype=torch.int64)
+        return torch.tensor([sample.get("label", -1) for sample in self._index["samples"]], dtype=torch.int64)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        sample = self._index["samples"][index]
+        return tuple(sample.get("texts" if self.rewritten else "clean_texts", ()))
 
     def prompts(self, templates: Sequence[str] | None = None) -> Prompts:
         if templates:
@@ -129,30 +144,32 @@ def keep(folder: Path, form: str, indices: Sequence[int], images: Images) -> lis
             name = f"{index:06d}.png"
             pixels = (image * 255.0).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             _save_png(folder / name, Image.fromarray(pixels))
-            places.append({"file": name, "row": 0})
+            places.append({"file": name, "row": 0, "index": index})
         return places
     from safetensors.torch import save
 
     name = f"images-{indices[0]:06d}.safetensors"
     files.write(folder / name, save({"images": images.detach().cpu().contiguous()}))
-    return [{"file": name, "row": row} for row in range(len(indices))]
+    return [{"file": name, "row": row, "index": index} for row, index in enumerate(indices)]
 
 
 def finish(
     folder: Path,
     question: Mapping[str, str],
     samples: Sequence[Mapping[str, Any]],
-    before: Prompts,
-    after: Prompts,
+    prompts: tuple[Prompts, Prompts] | None = None,
 ) -> None:
-    """Writes the index; written last, it says that everything else is there."""
-    content = {
-        "question": dict(question),
-        "names": before.names,
-        "clean_texts": before.texts,
-        "texts": after.texts,
-        "samples": list(samples),
-    }
+    """Writes the index; written last, it says that everything else is there.
+
+    Args:
+        prompts: the class prompts before and after the attack; without them the samples have captions of their own,
+            as `texts` and `clean_texts`.
+    """
+    content: dict[str, Any] = {"question": dict(question), "names": (), "clean_texts": (), "texts": ()}
+    if prompts is not None:
+        before, after = prompts
+        content |= {"names": before.names, "clean_texts": before.texts, "texts": after.texts}
+    content["samples"] = [{name: value for name, value in sample.items() if name != "embedding"} for sample in samples]
     files.write(folder / INDEX, json.dumps(content) + "\n")
 
 

@@ -119,6 +119,8 @@ def _opened(
     if None in keys or len(set(keys)) != len(keys):
         keys = [str(row) if one_file else f"{Path(table.file).name}:{row}" for table, row in everything]
     names, labels = _classes(tables, classes, everything)
+    if not names:
+        _check_captions(everything)
     captioned = all(table.captions is not None for table in tables)
     source = Opened(
         ids=tuple(str(key) for key in keys),
@@ -241,7 +243,17 @@ def _first(candidates: Iterable[str], names: Sequence[str]) -> str | None:
 def _texts(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    return (value,) if isinstance(value, str) else tuple(str(text) for text in value)
+    return (value,) if isinstance(value, str) else tuple("" if text is None else str(text) for text in value)
+
+
+def _check_captions(rows: Sequence[tuple[_Table, int]]) -> None:
+    """Raises where a row that has captions only lacks one, or has an empty one."""
+    for table, row in rows:
+        texts = table.captions[row] if table.captions else ()
+        if not texts:
+            raise CrossguardError(f"row {row} of {table.file!r} has no caption; write one or remove the row")
+        if not all(text.strip() for text in texts):
+            raise CrossguardError(f"a caption in row {row} of {table.file!r} is empty; write or remove it")
 
 
 def _schema_names(metadata: dict[bytes, bytes], label: str | None) -> tuple[str, ...]:

@@ -69,6 +69,11 @@ class DualEncoder(nn.Module):
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         """Raw text embeddings, differentiable in the parameters."""
 
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the network reads; their ends are not seen."""
+        del texts
+        return 0
+
     @property
     @abstractmethod
     def scale(self) -> Tensor:
@@ -122,6 +127,11 @@ class VisionLanguageModel(ABC):
     def device(self) -> torch.device:
         """Where the network lives."""
 
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the model reads; their ends are not seen."""
+        del texts
+        return 0
+
     def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
         """Images to one logit per class. The prompts are encoded here, once: unit embeddings averaged over
         templates."""
@@ -172,6 +182,9 @@ class Checkpoint(VisionLanguageModel):
         network = self.network
         chunks = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
         return torch.cat([network.encode_text(chunk) for chunk in chunks])
+
+    def cut(self, texts: Sequence[str]) -> int:
+        return self.network.cut(texts)
 
     def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         return self.network.logits(images, texts)

@@ -18,6 +18,7 @@ from crossguard.errors import CrossguardError
 from crossguard.files import reason
 from crossguard.hub import ask_hub
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, check_finite
+from crossguard.models.packing import PrefixPacking
 from crossguard.shapes import Embeddings, Images
 
 
@@ -78,6 +79,7 @@ class TransformersEncoder(DualEncoder):
         self.preprocess = _preprocess(processor)
         self.padded = getattr(model.config, "model_type", "") in ("siglip", "siglip2")
         self.length = _context_length(model.config, tokenizer)
+        self.packing = PrefixPacking(model) if PrefixPacking.knows(model) else None
 
     def encode_image(self, images: Images) -> Embeddings:
         pixels = self.preprocess(images)
@@ -92,9 +94,18 @@ class TransformersEncoder(DualEncoder):
             max_length=self.length,
             return_tensors="pt",
         )
+        if self.packing is not None and len(texts) > 1 and self.packing.usable():
+            return self.packing(tokens["input_ids"], tokens["attention_mask"])
         device = self.scale.device
         names = ("input_ids",) if self.padded else ("input_ids", "attention_mask")
         return _features(self.model.get_text_features(**{name: tokens[name].to(device) for name in names}))
+
+    def cut(self, texts: Sequence[str]) -> int:
+        if not texts:
+            return 0
+        with _quiet():
+            whole = self.tokenizer(list(texts), truncation=False)["input_ids"]
+        return sum(len(tokens) > self.length for tokens in whole)
 
     @property
     def scale(self) -> Tensor:

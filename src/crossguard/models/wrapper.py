@@ -27,6 +27,9 @@ class Wrapper(VisionLanguageModel):
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         return self.base.encode_text(texts)
 
+    def cut(self, texts: Sequence[str]) -> int:
+        return self.base.cut(texts)
+
     def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         return self.base.logits(images, texts)
 

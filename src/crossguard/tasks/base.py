@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Attack, Queries
+from crossguard.attacks.base import Attack
 from crossguard.budgets import Budget, PixelBudget
-from crossguard.data import Labelled, Prompts
+from crossguard.data import Batch, Prompts
+from crossguard.errors import CrossguardError
+from crossguard.goals import Goal
 from crossguard.models.base import VisionLanguageModel
-from crossguard.shapes import Images, Labels, Logits, Seeds
+from crossguard.report import Outcomes, Ranks
+from crossguard.shapes import Images, Seeds
+
+CLEAN, ATTACKED, JUDGED = -1, -2, -3  # the noise a random model draws is another for each
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model said to one batch, clean and attacked: logits, the images under attack, the size of each
-    perturbation, the questions it took."""
+    """What became of one batch.
 
-    clean: Logits
-    adversarial: Logits
+    Args:
+        columns: what `Trial.score` needs to know of each sample, in numbers and strings that JSON can hold.
+        images: the images under attack.
+        right: of each sample, whether it is answered rightly clean and under attack.
+    """
+
+    columns: Mapping[str, list[Any]]
     images: Images
-    size: Tensor
-    queries: Queries
+    right: tuple[list[bool], list[bool]]
 
 
 class Trial(ABC):
@@ -34,22 +44,30 @@ class Trial(ABC):
     pixels: PixelBudget | None = None  # the part of the budget that concerns pixels, where the attack spends it
 
     @property
-    @abstractmethod
-    def prompts(self) -> tuple[Prompts, Prompts]:
-        """The class prompts before and after the attack."""
-
-    @property
-    @abstractmethod
-    def victim(self) -> Callable[[Images], Logits]:
-        """What the model says to images, differentiable: the victim of an attack that knows everything."""
+    def prompts(self) -> tuple[Prompts, Prompts] | None:
+        """The class prompts before and after the attack, where the task has classes."""
+        return None
 
     @abstractmethod
-    def answer(self, batch: Labelled, seeds: Seeds) -> Answers:
+    def climb(self, batch: Batch) -> tuple[Callable[[Images], Tensor], Goal]:
+        """What the model says to the images of a batch, differentiable, and what an attack on them climbs: the
+        strongest there is, with everything known."""
+
+    @abstractmethod
+    def answer(self, batch: Batch, seeds: Seeds) -> Answers:
         """Asks the model about a batch, before and after the attack."""
 
     @abstractmethod
-    def judge(self, images: Images, seeds: Seeds) -> Logits:
+    def judge(self, images: Images, seeds: Seeds) -> Tensor:
         """What the model says to images under attack, wherever they come from."""
+
+    @abstractmethod
+    def stands(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> list[bool]:
+        """Which samples are answered rightly with these images in place of those under attack."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[Mapping[str, Any]]) -> Outcomes | Ranks:
+        """The outcomes, from the columns of all samples in the order of the task."""
 
 
 class Task(ABC):
@@ -61,12 +79,8 @@ class Task(ABC):
         """How many samples there are."""
 
     @abstractmethod
-    def batches(self, size: int, indices: Sequence[int]) -> Iterator[Labelled]:
+    def batches(self, size: int, indices: Sequence[int]) -> Iterator[Batch]:
         """The samples at `indices`, in order."""
-
-    @abstractmethod
-    def labels(self) -> Labels:
-        """The right answers of all samples."""
 
     @abstractmethod
     def prepare(
@@ -75,5 +89,21 @@ class Task(ABC):
         attack: Attack | None,
         budget: Budget | None,
         surrogate: VisionLanguageModel | None,
+        indices: Sequence[int] | None = None,
+        seed: int = 0,
     ) -> Trial:
-        """Everything that happens once: prompts are encoded and, where the attack is on texts, rewritten."""
+        """Everything that happens once: prompts are encoded and, where the attack is on texts, rewritten.
+
+        Args:
+            indices: which samples will be asked about; all, if None.
+            seed: of the noise of random models.
+        """
+
+
+def finite(outputs: Tensor, what: str = "logits") -> Tensor:
+    """The outputs in float32; raises where one is not a number."""
+    if not bool(torch.isfinite(outputs).all()):
+        raise CrossguardError(
+            f"the model answered with {what} that are not finite; its weights or its input are damaged"
+        )
+    return outputs.float()

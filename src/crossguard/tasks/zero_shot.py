@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from crossguard.attacks.base import Attack, ImageVictim, PairVictim, Queries
 from crossguard.attacks.text import collisions
 from crossguard.budgets import Budget
-from crossguard.data import Dataset, Labelled, Prompts
+from crossguard.data import Batch, Dataset, Labelled, Prompts
 from crossguard.errors import CrossguardError
-from crossguard.goals import Endless, Goal, Untargeted
+from crossguard.goals import Endless, Goal, Mismatch, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, Wrapper
-from crossguard.seeds import drawing, fold
+from crossguard.report import Outcomes
+from crossguard.seeds import drawing, fold, keys
 from crossguard.shapes import Images, Labels, Logits, Seeds
-from crossguard.tasks.base import Answers, Task, Trial
+from crossguard.tasks.base import ATTACKED, CLEAN, JUDGED, Answers, Task, Trial, finite
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,18 @@ class ZeroShot(Task):
 
     Args:
         templates: prompt templates with `{}` for the class name; several make an ensemble; the data's own, if empty.
+        text_goal: what an attack on prompts climbs: 'drift' from the clean embedding, as in the papers, or 'mismatch',
+            the share of the class's own images that another prompt then gets (`Mismatch`): it sees the images that are
+            asked about, and needs a single template.
     """
 
     data: Dataset
     templates: tuple[str, ...] = ()
+    text_goal: str = "drift"
+
+    def __post_init__(self) -> None:
+        if self.text_goal not in ("drift", "mismatch"):
+            raise CrossguardError(f"ZeroShot(text_goal={self.text_goal!r}) is unknown; give 'drift' or 'mismatch'")
 
     def __len__(self) -> int:
         return len(self.data)
@@ -49,13 +60,15 @@ class ZeroShot(Task):
         attack: Attack | None,
         budget: Budget | None,
         surrogate: VisionLanguageModel | None,
+        indices: Sequence[int] | None = None,
+        seed: int = 0,
     ) -> Trial:
         prompts = self.data.prompts(self.templates or None)
         labels = self.labels()
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(prompts.names):
             wrong = int(labels.max()) if int(labels.max()) >= len(prompts.names) else int(labels.min())
             raise CrossguardError(f"label {wrong} is outside the list of {len(prompts.names)} class names")
-        notes = _doubts(prompts)
+        notes = _doubts(prompts, model)
         if attack is None:
             return _ZeroShotTrial(prompts, prompts, model, None, None, False, notes)
         if budget is None:
@@ -63,13 +76,33 @@ class ZeroShot(Task):
         _, words = attack.spends(budget)
         crafting = model if surrogate is None else surrogate
         rivals = prompts.rivals()
-        flat = attack.rewrite(crafting.encode_text, prompts.flat, budget, rivals)
+        goal = None
+        if words is not None and self.text_goal == "mismatch":
+            goal = self._mismatch(crafting, prompts, indices, seed)
+        flat = attack.rewrite(crafting.encode_text, prompts.flat, budget, rivals, goal)
         if words is not None:
             words.check(flat, prompts.flat)
             notes += _text_notes(flat, prompts, rivals)
         return _ZeroShotTrial(
             prompts, prompts.rewritten(flat), model, attack, budget, surrogate is not None, notes, crafting
         )
+
+    def _mismatch(
+        self, model: VisionLanguageModel, prompts: Prompts, indices: Sequence[int] | None, seed: int
+    ) -> Mismatch:
+        """The goal of prompts that lose the images of their class."""
+        if len(prompts.texts[0]) > 1:
+            raise CrossguardError(
+                f"text_goal='mismatch' needs one template, and there are {len(prompts.texts[0])}; give templates=(...,)"
+            )
+        found: list[Tensor] = []
+        rows = range(len(self)) if indices is None else indices
+        with torch.no_grad():
+            for batch in self.batches(128, rows):
+                with drawing(fold(keys(batch.ids, seed), CLEAN)):
+                    found.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings"))
+            texts = model.encode_text(prompts.flat)
+        return Mismatch.of(torch.cat(found), self.labels()[list(rows)].to(texts.device), texts)
 
 
 @dataclass
@@ -92,9 +125,11 @@ class _ZeroShotTrial(Trial):
         if crafting is not self.model:
             self.craft_before = crafting.classifier(self.before)
             self.craft_after = self.craft_before if same else crafting.classifier(self.after)
-        words = None
+        words = self.classes = None
         if self.attack is not None and self.budget is not None:
             self.pixels, words = self.attack.spends(self.budget)
+            if self.pixels is not None and words is not None:
+                self.classes = crafting.class_embeddings(self.after)
         self.changed = torch.zeros(len(self.before.names))  # how much of each class's prompts changed, at most
         if words is not None and self.pixels is None:
             self.changed = torch.tensor(
@@ -108,61 +143,93 @@ class _ZeroShotTrial(Trial):
     def prompts(self) -> tuple[Prompts, Prompts]:
         return self.before, self.after
 
-    @property
-    def victim(self) -> Callable[[Images], Logits]:
-        return self.rewritten
+    def climb(self, batch: Batch) -> tuple[Callable[[Images], Logits], Goal]:
+        return self.rewritten, Untargeted(_labels(batch).to(self.model.device))
 
-    def answer(self, batch: Labelled, seeds: Seeds) -> Answers:
+    def answer(self, batch: Batch, seeds: Seeds) -> Answers:
         device = self.model.device
-        images, labels = batch.images.to(device), batch.labels.to(device)
+        labels = _labels(batch)
+        images = batch.images.to(device)
         queries = Queries.none(len(batch))
-        with torch.no_grad(), drawing(fold(seeds, _CLEAN)) as lent:
-            clean = _finite(self.clean(images))
-        adversarial, size = images, self.changed[batch.labels]
+        with torch.no_grad(), drawing(fold(seeds, CLEAN)) as lent:
+            clean = finite(self.clean(images))
+        adversarial, size = images, self.changed[labels]
         if self.attack is not None and self.budget is not None:
             # Who is judged by another model, or by another draw of a random one, must not stop at the first success.
-            goal: Goal = Untargeted(labels)
+            goal: Goal = Untargeted(labels.to(device))
             goal = Endless(goal) if self.elsewhere or lent.used else goal
             adversarial = self.attack.perturb(self._victim(queries, seeds), images, goal, self.budget, seeds).to(device)
             if self.pixels is not None:
                 size = self.pixels.check(adversarial, images).cpu()
         same = adversarial is images and self.rewritten is self.clean
-        answer = clean.cpu() if same else self.judge(adversarial, seeds)
-        return Answers(clean.cpu(), answer, adversarial, size, queries)
+        clean = clean.cpu()
+        answer = clean if same else self.judge(adversarial, seeds)
+        columns: dict[str, Tensor] = {
+            "label": labels,
+            "clean": clean.argmax(1),
+            "adversarial": answer.argmax(1),
+            "clean_margin": margin(clean, labels),
+            "adversarial_margin": margin(answer, labels),
+            "size": size,
+            "gradients": queries.gradients,
+            "forwards": queries.forwards,
+        }
+        return Answers(
+            {name: column.detach().cpu().tolist() for name, column in columns.items()},
+            adversarial,
+            ((columns["clean"] == labels).tolist(), (columns["adversarial"] == labels).tolist()),
+        )
 
     def judge(self, images: Images, seeds: Seeds) -> Logits:
-        with torch.no_grad(), drawing(fold(seeds, _JUDGED)):
-            return _finite(self.rewritten(images.to(self.model.device))).cpu()
+        with torch.no_grad(), drawing(fold(seeds, JUDGED)):
+            return finite(self.rewritten(images.to(self.model.device))).cpu()
+
+    def stands(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> list[bool]:
+        return (self.judge(images, seeds).argmax(1) == _labels(batch)).tolist()
+
+    def score(self, rows: Sequence[Mapping[str, Any]]) -> Outcomes:
+        return Outcomes([row["id"] for row in rows], *([row[name] for row in rows] for name in _COLUMNS))
 
     def _victim(self, queries: Queries, seeds: Seeds) -> PairVictim:
         crafting = self.crafting or self.model
-        noise = fold(seeds, _ATTACKED)
+        noise = fold(seeds, ATTACKED)
         return PairVictim(
             ImageVictim(self.craft_before, queries, noise),
             ImageVictim(self.craft_after, queries, noise),
             ImageVictim(crafting.encode_image, queries, noise),
             ImageVictim(crafting.gate, queries, noise) if isinstance(crafting, Wrapper | Unrolled) else None,
+            self.classes,
         )
 
 
-_CLEAN, _ATTACKED, _JUDGED = -1, -2, -3  # the noise a random model draws is another for each
+_COLUMNS = (
+    "label",
+    "clean",
+    "adversarial",
+    "clean_margin",
+    "adversarial_margin",
+    "size",
+    "gradients",
+    "forwards",
+)
 
 
-def _finite(logits: Logits) -> Logits:
-    if not bool(torch.isfinite(logits).all()):
-        raise CrossguardError(
-            "the model answered with logits that are not finite; its weights or its input are damaged"
-        )
-    return logits.float()
+def _labels(batch: Batch) -> Labels:
+    assert isinstance(batch, Labelled)
+    return batch.labels
 
 
-def _doubts(prompts: Prompts) -> list[str]:
-    twice = prompts.duplicates
+def _doubts(prompts: Prompts, model: VisionLanguageModel) -> list[str]:
+    twice, cut = prompts.duplicates, model.cut(prompts.flat)
+    found = []
+    if cut:
+        found = [f"{cut} of {len(prompts.flat)} prompts are longer than the model reads; their ends are not seen"]
     if not twice:
-        return []
+        return found
     return [
+        *found,
         f"{len(twice)} class name(s) occur more than once ({', '.join(twice[:3])}): those classes cannot be told "
-        "apart, so accuracy is bounded below 100 %; give them different names"
+        "apart, so accuracy is bounded below 100 %; give them different names",
     ]
 
 

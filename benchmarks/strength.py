@@ -1,0 +1,189 @@
+"""How strong our attacks are beside AutoAttack's own code: each of the four of the standard ensemble alone, and the
+worst case of all, on the same victims, images and budgets, over several seeds.
+
+    python benchmarks/strength.py run --victim resnet20 --images 100 --eps 2 4 8 --seeds 3
+    python benchmarks/strength.py table
+
+`run` appends one line for each victim, radius, seed and attack to runs/benchmarks/strength.jsonl and skips what is
+there; `table` prints it. The victims are `resnet20` and `resnet56` (undefended), `hardened` (a small network trained
+adversarially here), and the small CLIP of docs/results.md on the generated scenes: `tiny` as shipped, `tecoa` after
+TeCoA. Seeds differ between the sides: it is robust counts that are compared, and each attack draws its own noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import victims
+from torch import Tensor, nn
+
+from crossguard import PGD, Adam, AutoAttack, Fit, Linf, Scenes, TeCoA, Tiny, Untargeted, ZeroShot
+from crossguard.attacks.base import ImageAttack
+from crossguard.data import spread
+
+FILE = victims.KEPT / "strength.jsonl"
+NAMES = ("apgd-ce", "apgd-t", "fab-t", "square")
+VICTIMS = ("resnet20", "resnet56", "hardened", "tiny", "tecoa")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="our attacks and AutoAttack's own, robust counts side by side")
+    parser.add_argument("part", choices=("run", "table"))
+    parser.add_argument("--victim", choices=VICTIMS, default="resnet20")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--eps", type=float, nargs="+", default=[0.5, 1, 2, 4, 8], help="in units of 1/255")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--attacks", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    if options.part == "run":
+        measure(options)
+    print(table(lines()))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A victim and the images that it answers rightly."""
+
+    victim: nn.Module
+    images: Tensor
+    labels: Tensor
+    asked: int
+
+    @staticmethod
+    def of(name: str, count: int) -> Scene:
+        if name in ("tiny", "tecoa"):
+            task = ZeroShot(Scenes("object", "test"))
+            batch = next(task.batches(count, spread(len(task), count)))
+            answer, images, labels = clip(name).classifier(task.data.prompts()), batch.images, batch.labels
+        else:
+            answer = victims.hardened() if name == "hardened" else victims.resnet(int(name[-2:]))
+            images, labels = victims.pictures("test", count)
+        victim = Module(answer).eval()
+        with torch.no_grad():
+            right = victim(images).argmax(1) == labels
+        return Scene(victim, images[right], labels[right], count)
+
+    def left(self, side: str, name: str, eps: float, seed: int) -> list[bool]:
+        """Which images one attack leaves standing."""
+        made = (self.ours if side == "ours" else self.theirs)(name, eps, seed)
+        Linf(eps).check(made.detach(), self.images)
+        with torch.no_grad():
+            return (self.victim(made).argmax(1) == self.labels).tolist()
+
+    def ours(self, name: str, eps: float, seed: int) -> Tensor:
+        attack: ImageAttack = dict(zip(NAMES, AutoAttack().parts(Linf(eps)), strict=True))[name]
+        seeds = torch.arange(len(self.images)) + 100_000 * (seed + 1)
+        return attack(self.victim, self.images, Untargeted(self.labels), Linf(eps), seeds)
+
+    def theirs(self, name: str, eps: float, seed: int) -> Tensor:
+        from pyautoattack import AutoAttack as Reference
+
+        reference = Reference(self.victim, norm="Linf", eps=eps, seed=seed, version="standard", device="cpu")
+        reference.attacks_to_run = [name]
+        reference.verbose = False
+        return reference.run_standard_evaluation(self.images, self.labels, batch_size=250)[0]
+
+
+class Module(nn.Module):
+    """Any function of images as the module that the reference expects."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+        self.device = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.answer(images)
+
+
+def clip(name: str) -> Any:
+    """The shipped model, or the one that the demo makes of it by TeCoA (see experiments/demo.toml)."""
+    if name == "tiny":
+        return Tiny()
+    recipe = TeCoA(
+        steps=200, batch=64, optimizer=Adam(lr=2e-3, weight_decay=0.0), warmup=10,
+        image_attack=PGD(steps=3, step=0.5, best=False, stop=False), budget=Linf(5 / 255),
+    )  # fmt: skip
+    return Fit(recipe, Tiny(), Scenes("object", "train", count=6000))
+
+
+def measure(options: argparse.Namespace) -> None:
+    scene = Scene.of(options.victim, options.images)
+    known = {key(line) for line in lines()}
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    for seed in range(options.seeds):
+        for eps in options.eps:
+            for name in options.attacks:
+                line: dict[str, Any] = {
+                    "victim": options.victim, "images": options.images, "eps": eps, "seed": seed, "attack": name,
+                }  # fmt: skip
+                if key(line) in known:
+                    continue
+                for side in ("ours", "theirs"):
+                    began = time.process_time()
+                    line[side] = scene.left(side, name, eps / 255, seed)
+                    line[f"{side} seconds"] = round(time.process_time() - began, 2)
+                with FILE.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(
+                    f"{options.victim} {eps:g}/255 seed {seed} {name}: {sum(line['ours'])} / {sum(line['theirs'])} of "
+                    f"{options.images}, {line['ours seconds']} / {line['theirs seconds']} s",
+                    flush=True,
+                )
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+
+
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[part] for part in ("victim", "images", "eps", "seed", "attack"))
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Robust counts, ours / theirs, summed over the seeds that both have; and the seconds of the cores."""
+    cells: dict[tuple[Any, ...], dict[tuple[int, str], dict[str, Any]]] = defaultdict(dict)
+    for line in found:
+        cells[line["victim"], line["images"], line["eps"]][line["seed"], line["attack"]] = line
+    rows = [
+        "| victim | eps | images x seeds | " + " | ".join(NAMES) + " | all four | theirs over ours, seconds |",
+        "|---|---:|---:|" + "---:|" * (len(NAMES) + 2),
+    ]
+    for (victim, images, eps), held in cells.items():
+        seeds = sorted({seed for seed, _ in held if all((seed, name) in held for name in NAMES)})
+        if not seeds:
+            continue
+        counts = []
+        for name in NAMES:
+            ours, theirs = (sum(sum(held[seed, name][side]) for seed in seeds) for side in ("ours", "theirs"))
+            counts.append(f"{ours} / {theirs}")
+        ours, theirs = (
+            sum(sum(map(all, zip(*(held[seed, name][side] for name in NAMES), strict=True))) for seed in seeds)
+            for side in ("ours", "theirs")
+        )
+        spent = {
+            side: sum(held[seed, name][f"{side} seconds"] for seed in seeds for name in NAMES)
+            for side in ("ours", "theirs")
+        }
+        ratio = spent["theirs"] / max(spent["ours"], 0.01)
+        rows.append(
+            f"| {victim} | {eps:g}/255 | {images} x {len(seeds)} | "
+            + " | ".join(counts)
+            + f" | {ours} / {theirs} | {ratio:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

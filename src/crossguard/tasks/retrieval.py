@@ -1,0 +1,303 @@
+"""Image-text retrieval: images find their captions among all captions, captions their image among all images."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossguard.attacks.base import Attack, ImageVictim, MatchVictim, Queries
+from crossguard.budgets import Budget, TextBudget
+from crossguard.data import Batch, Dataset, Pairs
+from crossguard.errors import CrossguardError
+from crossguard.gallery import Gallery, image_ranks, text_ranks
+from crossguard.goals import Goal
+from crossguard.models.base import VisionLanguageModel
+from crossguard.report import Ranks
+from crossguard.seeds import drawing, fold, keys
+from crossguard.shapes import Embeddings, Images, Labels, Owners, Seeds, TextEmbeddings
+from crossguard.tasks.base import ATTACKED, CLEAN, JUDGED, Answers, Task, Trial, finite
+
+AT_ONCE = 128  # images or a few times as many captions are embedded together before the batches come
+
+
+@dataclass(frozen=True)
+class Retrieval(Task):
+    """Find the captions of each image and the image of each caption, over the whole gallery that is asked about.
+
+    Each image is attacked once, together with all its captions. The report gives recall at 1, 5 and 10 in both
+    directions: an image is right if any of its captions is among the first k texts, a caption if its image is among the
+    first k images; whoever is as similar as the right answer counts as before it. A smaller `limit` is a smaller
+    gallery and an easier task.
+
+    Args:
+        captions: at most so many captions of each image, the first ones; all, if None. Flickr30k and COCO are reported
+            with 5.
+        goal: what attacks climb that bring no goal of their own: 'rank' (ours, the strongest: that others come first in
+            the clean gallery) or 'drift' (away from the clean embedding, the label-free goal of Co-Attack's baselines).
+            `SepAttack`, `CoAttack` and `SGA` have their own.
+        gallery: what a query is ranked among: 'adversarial', all images and captions under attack as in the papers, or
+            'clean', where only the query and its right answers are.
+    """
+
+    data: Dataset
+    captions: int | None = None
+    goal: str = "rank"
+    gallery: str = "adversarial"
+
+    def __post_init__(self) -> None:
+        if self.captions is not None and self.captions < 1:
+            raise CrossguardError(f"Retrieval(captions={self.captions}) is not possible; give 1 or more, or None")
+        if self.goal not in ("rank", "drift"):
+            raise CrossguardError(f"Retrieval(goal={self.goal!r}) is unknown; give 'rank' or 'drift'")
+        if self.gallery not in ("adversarial", "clean"):
+            raise CrossguardError(f"Retrieval(gallery={self.gallery!r}) is unknown; give 'adversarial' or 'clean'")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(self, size: int, indices: Sequence[int]) -> Iterator[Pairs]:
+        left = list(indices)
+        for batch in self.data.batches(size, indices):
+            here, left = left[: len(batch)], left[len(batch) :]
+            yield Pairs(batch.ids, batch.images, tuple(self.texts(index) for index in here))
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The captions of a sample; raises where there is none, or one without a word."""
+        texts = self.data.captions(index)[: self.captions]
+        if not texts:
+            raise CrossguardError(
+                f"sample {self.data.id(index)!r} has no caption, and Retrieval needs one each; for images with class "
+                "labels there is ZeroShot"
+            )
+        if not all(text.strip() for text in texts):
+            raise CrossguardError(f"sample {self.data.id(index)!r} has an empty caption; fill it or leave it out")
+        return texts
+
+    def prepare(
+        self,
+        model: VisionLanguageModel,
+        attack: Attack | None,
+        budget: Budget | None,
+        surrogate: VisionLanguageModel | None,
+        indices: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Trial:
+        rows = list(range(len(self)) if indices is None else indices)
+        if len(rows) < 2:
+            raise CrossguardError(f"a retrieval among {len(rows)} image has nothing to find; ask about 2 or more")
+        if attack is not None and budget is None:
+            raise CrossguardError(f"{attack} needs a budget, such as 'Linf(8/255)'")
+        listed = [self.texts(index) for index in rows]
+        ids = [self.data.id(index) for index in rows]
+        if len(set(ids)) < len(ids):
+            raise CrossguardError("two samples of the data have the same id, so they cannot be told apart in a report")
+        owners = torch.tensor([place for place, texts in enumerate(listed) for _ in texts])
+        texts = [text for one in listed for text in one]
+        crafting = model if surrogate is None else surrogate
+        clean, drew = _embedded(model, self, rows, texts, owners, seed)
+        crafted = clean if crafting is model else _embedded(crafting, self, rows, texts, owners, seed)[0]
+        places = {name: place for place, name in enumerate(ids)}
+        return _RetrievalTrial(self, model, attack, budget, crafting, clean, crafted, places, texts, drew)
+
+
+def _embedded(
+    model: VisionLanguageModel, task: Retrieval, rows: Sequence[int], texts: Sequence[str], owners: Owners, seed: int
+) -> tuple[Gallery, bool]:
+    """The clean gallery as a model embeds it, and whether it drew noise for that."""
+    images: list[Tensor] = []
+    drew = False
+    with torch.no_grad():
+        for batch in task.data.batches(AT_ONCE, rows):
+            with drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
+                images.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings"))
+            drew |= lent.used
+    return Gallery(torch.cat(images), encoded(model, texts), owners.to(model.device), model.logits), drew
+
+
+def encoded(model: VisionLanguageModel, texts: Sequence[str]) -> TextEmbeddings:
+    """The embeddings of texts, each distinct one computed once, so that equal texts are equal to the bit."""
+    places: dict[str, int] = {}
+    rows = [places.setdefault(text, len(places)) for text in texts]
+    with torch.no_grad():
+        found = finite(model.encode_text(list(places)), "embeddings")
+    return found[torch.tensor(rows, device=found.device)]
+
+
+@dataclass
+class _RetrievalTrial(Trial):
+    task: Retrieval
+    model: VisionLanguageModel
+    attack: Attack | None
+    budget: Budget | None
+    crafting: VisionLanguageModel
+    clean: Gallery
+    crafted: Gallery  # the same as the crafting model sees it
+    places: Mapping[str, int]  # of the samples in the gallery
+    texts: Sequence[str]  # all clean captions
+    drew: bool  # the model answers at random
+    words: TextBudget | None = None
+
+    def __post_init__(self) -> None:
+        if self.attack is not None and self.budget is not None:
+            self.pixels, self.words = self.attack.spends(self.budget)
+        self.known = {text: place for place, text in enumerate(self.texts)}
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.clean.owners.cpu().bincount().cumsum(0)])
+        self.starts = starts.tolist()  # where the captions of each image begin
+        self.notes: Sequence[str] = ()
+        cut = self.model.cut(self.texts)
+        if cut:
+            self.notes = [
+                f"{cut} of {len(self.texts)} captions are longer than the model reads; their ends are not seen"
+            ]
+        shared = len(self.texts) - len(set(self.texts))
+        if shared:
+            self.notes = [
+                *self.notes,
+                f"{shared} of {len(self.texts)} captions are word for word another one; where that is one of another "
+                "image, neither can come first, so recall is bounded below 100 %",
+            ]
+
+    def climb(self, batch: Batch) -> tuple[Callable[[Images], Embeddings], Goal]:
+        rows, captions, owners = self._places(batch)
+        return self.model.encode_image, self.clean.lost_images(rows, self.clean.texts[captions], owners)
+
+    def answer(self, batch: Batch, seeds: Seeds) -> Answers:
+        assert isinstance(batch, Pairs)
+        images, texts = batch.images.to(self.model.device), batch.texts
+        queries = Queries.none(len(batch))
+        rows, captions, owners = self._places(batch)
+        adversarial, made = images, texts
+        if self.attack is not None and self.budget is not None:
+            victim = MatchVictim(
+                ImageVictim(self.crafting.encode_image, queries, fold(seeds, ATTACKED)),
+                self.crafting.encode_text,
+                self.crafted,
+                rows,
+                captions,
+                owners,
+                self.task.goal,
+                # All the others are attacked too, so that a success among the clean ones is none yet.
+                self.crafting is not self.model or self.task.gallery == "adversarial" or self.drew,
+            )
+            adversarial, made = self.attack.match(victim, images, texts, self.budget, seeds)
+            adversarial = adversarial.to(self.model.device)
+        size = torch.zeros(len(batch))
+        if self.pixels is not None:
+            size = self.pixels.check(adversarial, images).cpu()
+        sizes = [0] * len(texts) if self.words is None else self.words.check(made, texts)
+        seen = self.clean.images[rows] if adversarial is images else self.judge(adversarial, seeds)
+        after = self._embedded(made)
+        parts = np.cumsum([len(one) for one in batch.captions])[:-1].tolist()
+        columns: dict[str, list[Any]] = {
+            "embedding": [_packed(one) for one in seen],
+            "texts": _split(made, parts),
+            "clean_texts": [list(one) for one in batch.captions],
+            "text_size": _split(sizes, parts),
+            "size": size.tolist(),
+            "gradients": queries.gradients.tolist(),
+            "forwards": queries.forwards.tolist(),
+        }
+        before = self._right(rows, self.clean.images[rows], self.clean.texts[captions], owners)
+        return Answers(columns, adversarial, (before, self._right(rows, seen, after, owners)))
+
+    def judge(self, images: Images, seeds: Seeds) -> Embeddings:
+        with torch.no_grad(), drawing(fold(seeds, JUDGED)):
+            return finite(self.model.encode_image(images.to(self.model.device)), "embeddings")
+
+    def stands(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> list[bool]:
+        rows, _, owners = self._places(batch)
+        texts = [text for one in answers.columns["texts"] for text in one]
+        return self._right(rows, self.judge(images, seeds), self._embedded(texts), owners)
+
+    def score(self, rows: Sequence[Mapping[str, Any]]) -> Ranks:
+        clean, device = self.clean, self.clean.images.device
+        made = [text for row in rows for text in row["texts"]]
+        images = torch.stack([_unpacked(row["embedding"]) for row in rows]).to(device)
+        texts = self._embedded(made)
+        self.notes = [*self.notes, *self._collisions(made)]
+        owners, logits = clean.owners, self.model.logits
+        among = clean if self.task.gallery == "clean" else None
+        before = torch.cat(
+            [
+                image_ranks(clean.images, clean.texts, owners, logits),
+                text_ranks(clean.images, clean.texts, owners, logits),
+            ]
+        )
+        after = torch.cat(
+            [
+                image_ranks(images, texts, owners, logits, None if among is None else among.texts),
+                text_ranks(images, texts, owners, logits, None if among is None else among.images),
+            ]
+        )
+        nothing = [0] * len(made)
+        names = [f"{row['id']}#{number}" for row in rows for number in range(len(row["texts"]))]
+        return Ranks(
+            id=[*(row["id"] for row in rows), *names],
+            image=[*range(len(rows)), *owners.cpu().tolist()],
+            text=[0] * len(rows) + [1] * len(made),
+            clean=before.numpy(),
+            adversarial=after.numpy(),
+            size=[*(row["size"] for row in rows), *(float(size) for row in rows for size in row["text_size"])],
+            gradients=[*(row["gradients"] for row in rows), *nothing],
+            forwards=[*(row["forwards"] for row in rows), *nothing],
+        )
+
+    def _embedded(self, made: Sequence[str]) -> TextEmbeddings:
+        """Captions as the model sees them now. What is a clean caption is embedded as that, equal to the bit: computed
+        in other company it would differ by rounding."""
+        clean = self.clean.texts
+        new = list(dict.fromkeys(text for text in made if text not in self.known))
+        every = torch.cat([clean, encoded(self.model, new)]) if new else clean
+        places = self.known | {text: place for place, text in enumerate(new, len(clean))}
+        return every[torch.tensor([places[text] for text in made], device=every.device)]
+
+    def _collisions(self, made: Sequence[str]) -> list[str]:
+        """What makes a number ill-posed: captions that now say of one image what is true of another."""
+        owners = self.clean.owners.tolist()
+        whose: dict[str, set[int]] = {}
+        for text, owner in zip(self.texts, owners, strict=True):
+            whose.setdefault(text.lower(), set()).add(owner)
+        struck = [
+            (new, old)
+            for new, old, owner in zip(made, self.texts, owners, strict=True)
+            if new != old and owner not in whose.get(new.lower(), {owner})
+        ]
+        if not struck:
+            return []
+        new, old = struck[0]
+        return [
+            f"{len(struck)} of {len(made)} adversarial captions are word for word a caption of another image ({old!r} "
+            f"became {new!r}): to find that image is no mistake, so the number is ill-posed"
+        ]
+
+    def _places(self, batch: Batch) -> tuple[Labels, Owners, Owners]:
+        """Where the images and captions of a batch are in the gallery, and whose the captions are in the batch."""
+        assert isinstance(batch, Pairs)
+        device = self.model.device
+        rows = [self.places[one] for one in batch.ids]
+        captions = [place for row in rows for place in range(self.starts[row], self.starts[row + 1])]
+        return torch.tensor(rows, device=device), torch.tensor(captions, device=device), batch.owners.to(device)
+
+    def _right(self, rows: Labels, images: Embeddings, texts: TextEmbeddings, owners: Owners) -> list[bool]:
+        """Which images have one of their captions before all the clean ones of others."""
+        goal = self.clean.lost_images(rows, texts, owners)
+        with torch.no_grad():
+            return (~goal.image_lost(images)).tolist()
+
+
+def _split(values: Sequence[Any], ends: Sequence[int]) -> list[list[Any]]:
+    return [list(values[start:end]) for start, end in zip([0, *ends], [*ends, len(values)], strict=True)]
+
+
+def _packed(embedding: Tensor) -> str:
+    return base64.b64encode(embedding.detach().float().cpu().numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def _unpacked(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").copy())
