@@ -90,7 +90,7 @@ class Scene:
         from pyautoattack import AutoAttack as Reference
 
         reference = Reference(self.victim, norm="Linf", eps=eps, seed=seed, version="standard", device="cpu")
-        reference.attacks_to_run = [name]
+        reference.attacks_to_run = [name]  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         reference.verbose = False
         return reference.run_standard_evaluation(self.images, self.labels, batch_size=250)[0]
 

@@ -48,7 +48,9 @@ def diagnose(
         samples: how many samples the checks that cost something look at.
     """
     doubts = list(_of_the_report(report))
-    indices = spread(len(task), min(samples, report.n))
+    limit = report.question.get("limit", "None")
+    asked = spread(len(task), None if limit == "None" else int(limit))
+    indices = [asked[place] for place in spread(len(asked), max(samples, 2))]  # one alone has no rank
     case = _Case(task, model, attack, budget, surrogate, seed, indices)
     for check in _CHECKS:
         doubt = check(case)

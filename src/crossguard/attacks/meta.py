@@ -3,13 +3,13 @@ what is random."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim, PairVictim
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, MatchVictim, PairVictim
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Budget, PixelBudget
 from crossguard.errors import CrossguardError
@@ -177,6 +177,11 @@ class AtGate(ImageAttack):
             return torch.cat([before(images), gate(images)[:, None]], 1)
 
         return self.attack(replace(victim.before, answer=both), images, _Gated(goal, self.weight), pixels, seeds)
+
+    def match(
+        self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
+    ) -> tuple[Images, list[str]]:
+        raise CrossguardError("AtGate aims at the gate of a classification; for a retrieval, try the attack inside it")
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
         raise CrossguardError("AtGate must be the outermost attack, where the gate is known: AtGate(EOT(PGD()))")
