@@ -31,6 +31,7 @@ from crossguard.data import spread
 
 FILE = victims.KEPT / "strength.jsonl"
 NAMES = ("apgd-ce", "apgd-t", "fab-t", "square")
+SIDES = ("ours", "theirs")
 VICTIMS = ("resnet20", "resnet56", "hardened", "tiny", "tecoa")
 
 
@@ -130,7 +131,7 @@ def measure(options: argparse.Namespace) -> None:
                 }  # fmt: skip
                 if key(line) in known:
                     continue
-                for side in ("ours", "theirs"):
+                for side in SIDES:
                     began = time.process_time()
                     line[side] = scene.left(side, name, eps / 255, seed)
                     line[f"{side} seconds"] = round(time.process_time() - began, 2)
@@ -157,30 +158,26 @@ def table(found: list[dict[str, Any]]) -> str:
     for line in found:
         cells[line["victim"], line["images"], line["eps"]][line["seed"], line["attack"]] = line
     rows = [
-        "| victim | eps | images x seeds | " + " | ".join(NAMES) + " | all four | theirs over ours, seconds |",
+        "| victim | eps | images x seeds | " + " | ".join(NAMES) + " | all | theirs over ours, seconds |",
         "|---|---:|---:|" + "---:|" * (len(NAMES) + 2),
     ]
     for (victim, images, eps), held in cells.items():
-        seeds = sorted({seed for seed, _ in held if all((seed, name) in held for name in NAMES)})
+        names = [name for name in NAMES if any(name == attack for _, attack in held)]
+        seeds = sorted({seed for seed, _ in held if all((seed, name) in held for name in names)})
         if not seeds:
             continue
         counts = []
         for name in NAMES:
-            ours, theirs = (sum(sum(held[seed, name][side]) for seed in seeds) for side in ("ours", "theirs"))
-            counts.append(f"{ours} / {theirs}")
-        ours, theirs = (
-            sum(sum(map(all, zip(*(held[seed, name][side] for name in NAMES), strict=True))) for seed in seeds)
-            for side in ("ours", "theirs")
-        )
-        spent = {
-            side: sum(held[seed, name][f"{side} seconds"] for seed in seeds for name in NAMES)
-            for side in ("ours", "theirs")
+            parts = [held[seed, name] for seed in seeds if name in names]
+            counts.append(" / ".join(str(sum(sum(part[side]) for part in parts)) for side in SIDES) if parts else "-")
+        left = {
+            side: sum(sum(map(all, zip(*(held[seed, name][side] for name in names), strict=True))) for seed in seeds)
+            for side in SIDES
         }
-        ratio = spent["theirs"] / max(spent["ours"], 0.01)
+        spent = {side: sum(held[seed, name][f"{side} seconds"] for seed in seeds for name in names) for side in SIDES}
         rows.append(
-            f"| {victim} | {eps:g}/255 | {images} x {len(seeds)} | "
-            + " | ".join(counts)
-            + f" | {ours} / {theirs} | {ratio:.1f} |"
+            f"| {victim} | {eps:g}/255 | {images} x {len(seeds)} | {' | '.join(counts)} | {left['ours']} / "
+            f"{left['theirs']} | {spent['theirs'] / max(spent['ours'], 0.01):.1f} |"
         )
     return "\n".join(rows)
 
