@@ -24,6 +24,7 @@ from crossguard import (
     PGD,
     SGA,
     Both,
+    Captions,
     CoAttack,
     DeepFool,
     EachTarget,
@@ -31,9 +32,11 @@ from crossguard import (
     Independent,
     Kept,
     Linf,
+    Parquet,
     Retrieval,
     Scenes,
     SepAttack,
+    Shards,
     Square,
     Substitute,
     Tiny,
@@ -719,7 +722,7 @@ def test_prompts_that_climb_mismatch_lose_more_than_those_that_drift() -> None:
 
 def test_a_mismatch_is_made_of_the_images_that_are_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Mismatch] = []
-    of = Mismatch.of
+    of: Callable[..., Mismatch] = Mismatch.of
     monkeypatch.setattr(Mismatch, "of", staticmethod(lambda *parts: made.append(of(*parts)) or made[-1]))
     data = Scenes("color", count=30)
     evaluate(ZeroShot(data, text_goal="mismatch"), Tiny(), Substitute(), Words(1), limit=10)
@@ -783,3 +786,48 @@ def test_what_cannot_be_asked_is_one_sentence(ask: Callable[[], object], sentenc
     with pytest.raises(CrossguardError, match=sentence) as caught:
         ask()
     assert "\n" not in str(caught.value)
+
+
+def test_whatever_holds_the_captions_the_report_is_the_same(tmp_path: Path) -> None:
+    """The same pictures and captions in a Parquet file, in a folder with COCO's JSON, and in shards."""
+    import io
+    import tarfile
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    scenes, encoded, captions = Scenes("object", count=6), list[bytes](), list[list[str]]()
+    for index in range(6):
+        held = io.BytesIO()
+        Image.fromarray(scenes.image(index).permute(1, 2, 0).numpy()).save(held, "PNG")
+        encoded.append(held.getvalue())
+        captions.append(list(scenes.captions(index))[: 1 + index % 3])
+    pq.write_table(pa.table({"image": encoded, "captions": captions}), tmp_path / "scenes.parquet")
+    (tmp_path / "images").mkdir()
+    listed = {"images": [], "annotations": []}
+    (tmp_path / "shards/test").mkdir(parents=True)
+    (tmp_path / "shards/dataset_type.txt").write_text("retrieval")
+    with tarfile.open(tmp_path / "shards/test/0.tar", "w") as tar:
+        for number, (picture, texts) in enumerate(zip(encoded, captions, strict=True)):
+            (tmp_path / f"images/{number}.png").write_bytes(picture)
+            listed["images"].append({"id": number, "file_name": f"{number}.png"})
+            listed["annotations"] += [{"image_id": number, "caption": text} for text in texts]
+            for name, data in ((f"{number}.png", picture), (f"{number}.txt", "\n".join(texts).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "captions.json").write_text(json.dumps(listed))
+    attack = CoAttack(PGD(steps=2, random_start=False))
+    reports = [
+        evaluate(Retrieval(data), Tiny(), attack, Both(Linf(4 / 255), Words(1)))
+        for data in (
+            Parquet(str(tmp_path / "scenes.parquet")),
+            Captions(str(tmp_path / "images"), str(tmp_path / "captions.json")),
+            Shards(str(tmp_path / "shards")),
+        )
+    ]
+    for report in reports:
+        assert len(report.ranks) == 6 + sum(map(len, captions))
+        for column in ("image", "text", "clean", "adversarial"):
+            assert np.array_equal(getattr(report.ranks, column), getattr(reports[0].ranks, column)), column
