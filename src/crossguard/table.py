@@ -53,6 +53,15 @@ class Table:
     def caption(self) -> str:
         return "; ".join(f"{name}: {value}" for name, value in self.header.items())
 
+    @property
+    def legend(self) -> str:
+        rate = (
+            "recall [95 % interval by bootstrap over images]"
+            if "score" in self.header
+            else "accuracy [95 % Wilson interval]"
+        )
+        return f"{rate}; robust = right both clean and under attack"
+
 
 @dataclass(frozen=True, eq=False)
 class Answers:
@@ -342,7 +351,9 @@ def pretty(answers: Answers) -> RenderableType:
     """The answers for a terminal."""
     shown: list[RenderableType] = []
     for table in answers.tables():
-        grid = RichTable(title=Text(table.caption), title_justify="left", caption=Text(_LEGEND), caption_justify="left")
+        grid = RichTable(
+            title=Text(table.caption), title_justify="left", caption=Text(table.legend), caption_justify="left"
+        )
         grid.add_column(table.corner, overflow="fold")
         for column in table.columns:
             grid.add_column(Text(column), justify="right", overflow="fold")
@@ -353,9 +364,6 @@ def pretty(answers: Answers) -> RenderableType:
     return Group(*shown)
 
 
-_LEGEND = "rate [95 % interval, Wilson's or by bootstrap over images]; robust = right both clean and under attack"
-
-
 def _markdown(answers: Answers) -> str:
     lines = []
     for table in answers.tables():
@@ -363,7 +371,7 @@ def _markdown(answers: Answers) -> str:
         lines.append(_row([table.corner, *table.columns]))
         lines.append("|" + "---|" + "---:|" * len(table.columns))
         lines += [_row(row) for row in table.cells]
-        lines += ["", f"{_LEGEND}.", ""]
+        lines += ["", f"{table.legend}.", ""]
     lines += [f"- {_in_markdown(note)}" for note in answers.notes()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
