@@ -383,3 +383,32 @@ def test_a_word_explains_what_it_inherits() -> None:
     shown = call("words", "MMCoA").stdout
     assert "alpha: weight of the adversarial images" in shown
     assert "Args of every Recipe:" in shown and "steps: optimizer steps." in shown
+
+
+TRANSFER = (
+    "transfer", "--task", "ZeroShot(Scenes('object'))", "--attack", "PGD()", "--budget", "Linf(8/255)",
+    "--model", "plain = Tiny()", "--model", "BitDepth(Tiny(), bits=3)",
+)  # fmt: skip
+
+
+def test_transfer_asks_every_pair_and_prints_who_was_crafted_on(tmp_path: Path, asked: list[dict[str, Any]]):
+    answer = call(*TRANSFER, "--out", str(tmp_path / "pairs"))
+    assert answer.exit_code == 0, answer.output
+    pairs = {(question["model"], question["surrogate"]): question["knowledge"] for question in asked}
+    known: dict[bool, str] = {model == surrogate: said for (model, surrogate), said in pairs.items()}
+    assert len(pairs) == 4 and known[True].startswith("white box") and known[False] in ("gray box", "transfer")
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("|")]
+    assert lines[0] == "| crafted on | plain | BitDepth(Tiny(), bits=3) |"
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["nobody", "plain", "BitDepth(Tiny(), bits=3)"]
+    assert "-" not in [cell.strip() for line in lines[2:] for cell in line.split("|")]
+    again = call("table", str(tmp_path / "pairs"), "--transfer")
+    assert [line for line in again.stdout.splitlines() if line.startswith("|")] == lines and len(asked) == 4
+
+
+def test_mistakes_of_transfer(tmp_path: Path, asked: list[dict[str, Any]]):
+    folder = ("--out", str(tmp_path / "pairs"))
+    assert "needs two models" in error(*TRANSFER[:-2], *folder)
+    assert "given twice" in error(*TRANSFER, "--model", "plain=Tiny()", *folder)
+    assert "--model: unknown name" in error(*TRANSFER, "--model", "x=Tinny()", *folder)
+    call(*TRANSFER, *folder)
+    assert "give one" in error("table", str(tmp_path / "pairs"), "--worst", "--transfer")
