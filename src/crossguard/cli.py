@@ -292,15 +292,15 @@ def table(
 
 @app.command()
 def transfer(
-    task: Annotated[str, typer.Option(help="What is asked: ZeroShot(Scenes('object')).")],
+    task: _Task,
     model: Annotated[
         list[str], typer.Option(help="A model to craft on and to ask; give two or more, as WORD or as LABEL=WORD.")
     ],
-    attack: Annotated[str, typer.Option(help="How the adversary searches: PGD(steps=100).")],
-    budget: Annotated[str, typer.Option(help="How far it may go: Linf(8/255).")],
-    limit: Annotated[int | None, typer.Option(help="How many samples; all, if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
-    batch: Annotated[int, typer.Option(help="Samples at once; results do not depend on it.")] = 128,
+    attack: _Attack,
+    budget: _Budget,
+    limit: _Limit = None,
+    seed: _Seed = 0,
+    batch: _Batch = 128,
     out: Annotated[Path, typer.Option(help="The folder of the answers.")] = Path("runs/transfer"),
 ) -> None:
     """Attack every model with what was crafted on every other: a matrix of pairs, the white boxes on its diagonal."""

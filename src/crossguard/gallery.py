@@ -115,12 +115,14 @@ class LostImages(Goal):
         return by_image + by_text / self.there.sum(1).clamp_min(1)
 
     def reached(self, outputs: Tensor) -> Mask:
-        _, own = self._logits(outputs)
-        return self.image_lost(outputs) & ((self.bars >= own) | ~self.there).all(1)
+        others, own = self._logits(outputs)
+        return self._behind(others, own) & ((self.bars >= own) | ~self.there).all(1)
 
     def image_lost(self, outputs: Tensor) -> Mask:
         """Whether a caption of another image comes first for the image."""
-        others, own = self._logits(outputs)
+        return self._behind(*self._logits(outputs))
+
+    def _behind(self, others: Logits, own: Tensor) -> Mask:
         return others.amax(1) >= own.masked_fill(~self.there, -torch.inf).amax(1)
 
     def at(self, keep: Tensor) -> LostImages:
@@ -140,8 +142,8 @@ class LostImages(Goal):
     def _logits(self, outputs: Tensor) -> tuple[Logits, Tensor]:
         """The logits of each image with the captions of the others, and with its own."""
         gallery = self.gallery
-        foreign = gallery.owners[None, :] != self.rows[:, None]
-        others = gallery.similarity(outputs, gallery.texts).float().masked_fill(~foreign, -torch.inf)
+        mine = gallery.owners[None, :] == self.rows[:, None]
+        others = gallery.similarity(outputs, gallery.texts).float().masked_fill(mine, -torch.inf)
         n, m = self.there.shape
         own = gallery.similarity(outputs, self.captions.flatten(0, 1)).float().view(n, n, m)
         return others, own[torch.arange(n, device=own.device), torch.arange(n, device=own.device)]

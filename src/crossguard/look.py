@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from rich.text import Text
 from torch import Tensor
 
 from crossguard import files
 from crossguard.budgets import Budget, Linf, PixelBudget
 from crossguard.data import Dataset
-from crossguard.datasets.kept import INDEX, Kept
+from crossguard.datasets.kept import INDEX, Kept, rounded
 from crossguard.errors import CrossguardError
-from crossguard.report import Ranks, Report, ReportError
-from crossguard.words import build, show
+from crossguard.report import Ranks, Report, ReportError, shortened
+from crossguard.words import build
 
 REPORT = "report.json"  # beside the kept images, where `crossguard attack` wrote
 FORMATS = (".png", ".html")
@@ -149,7 +147,7 @@ class Look:
     def header(self) -> tuple[tuple[str, str], ...]:
         """The question in short words."""
         parts = ("task", "model", "attack", "budget", "surrogate")
-        found = [(part, _short(self.question[part])) for part in parts if part in self.question]
+        found = [(part, shortened(self.question[part])) for part in parts if part in self.question]
         return tuple((part, plain(text)) for part, text in found if text != "None")
 
     def shots(self, samples: Sequence[Sample]) -> tuple[list[Shot], str]:
@@ -359,13 +357,6 @@ def _rank(ranks: tuple[int, int]) -> str:
     return f"rank {ranks[0] + 1} -> {ranks[1] + 1}"
 
 
-def _short(text: str) -> str:
-    try:
-        return show(build(text), short=True)
-    except CrossguardError:
-        return text
-
-
 def save(look: Look, samples: Sequence[Sample], out: Path) -> str:
     """Writes samples as a picture or a page, by the ending of the file; returns a sentence where clean images are
     missing."""
@@ -438,8 +429,7 @@ def _scaled(image: Tensor) -> str:
 
 def _png(image: Tensor) -> str:
     content = io.BytesIO()
-    pixels = (image * 255.0).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(content, "PNG")
+    rounded(image).save(content, "PNG")
     return base64.b64encode(content.getvalue()).decode("ascii")
 
 
@@ -454,8 +444,8 @@ _INK = {"same": "#222222", "old": "#b00020", "new": "#0a6b2d", "name": "#666666"
 def picture(look: Look, samples: Sequence[Sample], shots: Sequence[Shot], doubt: str) -> bytes:
     """A row per sample: clean image, perturbation around grey, image under attack, and the texts."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise CrossguardError(
             "a picture needs matplotlib ('pip install matplotlib'); --out FILE.html needs nothing"
@@ -506,7 +496,7 @@ class _Pen:
         return {"family": "DejaVu Sans", "size": 9, "weight": weight}
 
     def width(self, word: str, kind: str) -> float:
-        from matplotlib.font_manager import FontProperties  # pyright: ignore[reportMissingImports]
+        from matplotlib.font_manager import FontProperties
 
         if (word, kind) not in self.widths:
             font = FontProperties(**self.font(kind))
@@ -586,7 +576,7 @@ class _Pen:
         )  # fmt: skip
 
     def _line(self, left: float, right: float, y: float, color: str, width: float) -> None:
-        from matplotlib.lines import Line2D  # pyright: ignore[reportMissingImports]
+        from matplotlib.lines import Line2D
 
         wide, high = self.size
         self.figure.add_artist(

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from statistics import NormalDist
@@ -108,10 +108,7 @@ class Outcomes:
     def worst(self, others: Sequence[Outcomes | Ranks]) -> Outcomes:
         """What is left of each sample after all of these, which are of the same samples: the answer that is wrong, or
         else the one of smallest margin."""
-        reports = [one for one in others if isinstance(one, Outcomes)]
-
-        def stack(name: str) -> np.ndarray:
-            return np.stack([np.asarray(getattr(report, name)) for report in reports])
+        stack = partial(_stacked, others)
 
         def picked(right: str, margin: str, *names: str) -> dict[str, np.ndarray]:
             rank = np.where(stack(right) == self.label, np.nan_to_num(stack(margin), nan=np.inf), -np.inf)
@@ -223,11 +220,7 @@ class Ranks:
 
     def worst(self, others: Sequence[Outcomes | Ranks]) -> Ranks:
         """What is left of each query after all of these, which are of the same queries: the last rank."""
-        reports = [one for one in others if isinstance(one, Ranks)]
-
-        def stack(name: str) -> np.ndarray:
-            return np.stack([np.asarray(getattr(report, name)) for report in reports])
-
+        stack = partial(_stacked, others)
         last = stack("adversarial").argmax(0)
         columns = {name: stack(name)[last, np.arange(len(self))] for name in ("adversarial", "size")}
         summed = {name: stack(name).sum(0) for name in ("gradients", "forwards")}
@@ -284,6 +277,11 @@ class Ranks:
             near, far = interval(abs(low) * images, images)
             low, high = (near, far) if low >= 0 else (-far, -near)
         return Rate(int(part[0]), int(whole[0]), (low, high))
+
+
+def _stacked(outcomes: Sequence[Outcomes | Ranks], name: str) -> np.ndarray:
+    """A column of several outcomes, one row each."""
+    return np.stack([np.asarray(getattr(one, name)) for one in outcomes])
 
 
 _WHENS = ("clean", "adversarial", "robust")
@@ -367,7 +365,7 @@ class Report:
             raise CrossguardError(f"the question of a report holds strings only, and {wrong[0]!r} is none")
         object.__setattr__(self, "notes", tuple(self.notes))
         if not self.short:
-            object.__setattr__(self, "short", {k: _shortened(self.question[k]) for k in WORDS if k in self.question})
+            object.__setattr__(self, "short", {k: shortened(self.question[k]) for k in WORDS if k in self.question})
 
     @property
     def n(self) -> int:
@@ -552,7 +550,7 @@ def versions(device: str = "cpu") -> dict[str, str]:
     return {**found, "python": platform.python_version(), "platform": platform.platform(), "device": device}
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """The word without its defaults; as it is, if it cannot be built here (a class of somebody's script)."""
     try:
         return show(build(text), short=True)

@@ -25,7 +25,7 @@ from crossguard.attacks.text import Substitute
 from crossguard.budgets import Budget, PixelBudget, TextBudget
 from crossguard.errors import CrossguardError
 from crossguard.gallery import Away, grouped
-from crossguard.goals import Drift, Endless, Goal, classification
+from crossguard.goals import Drift, Endless, Goal, Targeted, classification
 from crossguard.seeds import drawn, fold, normal
 from crossguard.shapes import Embeddings, Images, Labels, Mask, Seeds
 
@@ -355,12 +355,7 @@ def _of_class(victim: PairVictim, goal: Goal, attack: str) -> tuple[Tensor, Tens
     if victim.classes is None:
         raise CrossguardError(f"{attack} needs the embeddings of the class prompts, and this victim has none")
     aim = classification(goal, attack)
-    own = victim.classes[_labels(aim)][:, None]
-    return own, torch.ones(own.shape[:2], dtype=torch.bool, device=own.device)
-
-
-def _labels(goal: Goal) -> Labels:
-    labels = getattr(goal, "labels", None)
-    if labels is None:
+    if isinstance(aim, Targeted):
         raise CrossguardError("a joint attack away from the true class needs labels, and a targeted goal has none")
-    return labels
+    own = victim.classes[aim.labels][:, None]
+    return own, torch.ones(own.shape[:2], dtype=torch.bool, device=own.device)

@@ -142,8 +142,7 @@ def keep(folder: Path, form: str, indices: Sequence[int], images: Images) -> lis
         places = []
         for index, image in zip(indices, images, strict=True):
             name = f"{index:06d}.png"
-            pixels = (image * 255.0).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            _save_png(folder / name, Image.fromarray(pixels))
+            _save_png(folder / name, rounded(image))
             places.append({"file": name, "row": 0, "index": index})
         return places
     from safetensors.torch import save
@@ -171,6 +170,12 @@ def finish(
         content |= {"names": before.names, "clean_texts": before.texts, "texts": after.texts}
     content["samples"] = [{name: value for name, value in sample.items() if name != "embedding"} for sample in samples]
     files.write(folder / INDEX, json.dumps(content) + "\n")
+
+
+def rounded(image: Tensor) -> Image.Image:
+    """The image with 8 bits."""
+    pixels = (image * 255.0).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels)
 
 
 def _save_png(path: Path, image: Image.Image) -> None:

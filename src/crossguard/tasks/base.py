@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ from crossguard.errors import CrossguardError
 from crossguard.goals import Goal
 from crossguard.models.base import VisionLanguageModel
 from crossguard.report import Outcomes, Ranks
-from crossguard.shapes import Images, Seeds
+from crossguard.seeds import drawing, fold, keys
+from crossguard.shapes import Embeddings, Images, Seeds
 
 CLEAN, ATTACKED, JUDGED = -1, -2, -3  # the noise a random model draws is another for each
+AT_ONCE = 128  # images that are embedded together before the batches come
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,18 @@ class Task(ABC):
             indices: which samples will be asked about; all, if None.
             seed: of the noise of random models.
         """
+
+
+def embedded(model: VisionLanguageModel, batches: Iterable[Batch], seed: int) -> tuple[Embeddings, bool]:
+    """The clean images as a model embeds them, and whether it drew noise for that."""
+    found: list[Tensor] = []
+    drew = False
+    with torch.no_grad():
+        for batch in batches:
+            with drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
+                found.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings"))
+            drew |= lent.used
+    return torch.cat(found), drew
 
 
 def finite(outputs: Tensor, what: str = "logits") -> Tensor:

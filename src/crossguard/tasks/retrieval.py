@@ -19,11 +19,9 @@ from crossguard.gallery import Gallery, image_ranks, text_ranks
 from crossguard.goals import Goal
 from crossguard.models.base import VisionLanguageModel
 from crossguard.report import Ranks
-from crossguard.seeds import drawing, fold, keys
+from crossguard.seeds import drawing, fold
 from crossguard.shapes import Embeddings, Images, Labels, Owners, Seeds, TextEmbeddings
-from crossguard.tasks.base import ATTACKED, CLEAN, JUDGED, Answers, Task, Trial, finite
-
-AT_ONCE = 128  # images or a few times as many captions are embedded together before the batches come
+from crossguard.tasks.base import AT_ONCE, ATTACKED, JUDGED, Answers, Task, Trial, embedded, finite
 
 
 @dataclass(frozen=True)
@@ -100,24 +98,18 @@ class Retrieval(Task):
         owners = torch.tensor([place for place, texts in enumerate(listed) for _ in texts])
         texts = [text for one in listed for text in one]
         crafting = model if surrogate is None else surrogate
-        clean, drew = _embedded(model, self, rows, texts, owners, seed)
-        crafted = clean if crafting is model else _embedded(crafting, self, rows, texts, owners, seed)[0]
+        clean, drew = _gallery(model, self, rows, texts, owners, seed)
+        crafted = clean if crafting is model else _gallery(crafting, self, rows, texts, owners, seed)[0]
         places = {name: place for place, name in enumerate(ids)}
         return _RetrievalTrial(self, model, attack, budget, crafting, clean, crafted, places, texts, drew)
 
 
-def _embedded(
+def _gallery(
     model: VisionLanguageModel, task: Retrieval, rows: Sequence[int], texts: Sequence[str], owners: Owners, seed: int
 ) -> tuple[Gallery, bool]:
     """The clean gallery as a model embeds it, and whether it drew noise for that."""
-    images: list[Tensor] = []
-    drew = False
-    with torch.no_grad():
-        for batch in task.data.batches(AT_ONCE, rows):
-            with drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
-                images.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings"))
-            drew |= lent.used
-    return Gallery(torch.cat(images), encoded(model, texts), owners.to(model.device), model.logits), drew
+    images, drew = embedded(model, task.data.batches(AT_ONCE, rows), seed)
+    return Gallery(images, encoded(model, texts), owners.to(model.device), model.logits), drew
 
 
 def encoded(model: VisionLanguageModel, texts: Sequence[str]) -> TextEmbeddings:
@@ -252,10 +244,11 @@ class _RetrievalTrial(Trial):
         """Captions as the model sees them now. What is a clean caption is embedded as that, equal to the bit: computed
         in other company it would differ by rounding."""
         clean = self.clean.texts
-        new = list(dict.fromkeys(text for text in made if text not in self.known))
-        every = torch.cat([clean, encoded(self.model, new)]) if new else clean
-        places = self.known | {text: place for place, text in enumerate(new, len(clean))}
-        return every[torch.tensor([places[text] for text in made], device=every.device)]
+        found = clean[torch.tensor([self.known.get(text, 0) for text in made], device=clean.device)]
+        new = [place for place, text in enumerate(made) if text not in self.known]
+        if new:
+            found[new] = encoded(self.model, [made[place] for place in new])
+        return found
 
     def _collisions(self, made: Sequence[str]) -> list[str]:
         """What makes a number ill-posed: captions that now say of one image what is true of another."""

@@ -18,9 +18,9 @@ from crossguard.goals import Endless, Goal, Mismatch, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, Wrapper
 from crossguard.report import Outcomes
-from crossguard.seeds import drawing, fold, keys
+from crossguard.seeds import drawing, fold
 from crossguard.shapes import Images, Labels, Logits, Seeds
-from crossguard.tasks.base import ATTACKED, CLEAN, JUDGED, Answers, Task, Trial, finite
+from crossguard.tasks.base import AT_ONCE, ATTACKED, CLEAN, JUDGED, Answers, Task, Trial, embedded, finite
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,11 @@ class ZeroShot(Task):
             raise CrossguardError(
                 f"text_goal='mismatch' needs one template, and there are {len(prompts.texts[0])}; give templates=(...,)"
             )
-        found: list[Tensor] = []
         rows = range(len(self)) if indices is None else indices
+        images, _ = embedded(model, self.batches(AT_ONCE, rows), seed)
         with torch.no_grad():
-            for batch in self.batches(128, rows):
-                with drawing(fold(keys(batch.ids, seed), CLEAN)):
-                    found.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings"))
             texts = model.encode_text(prompts.flat)
-        return Mismatch.of(torch.cat(found), self.labels()[list(rows)].to(texts.device), texts)
+        return Mismatch.of(images, self.labels()[list(rows)].to(texts.device), texts)
 
 
 @dataclass
