@@ -41,6 +41,9 @@ COATTACK_LENGTH = 30
 # At most so many numbers are held at once as predictions of a language model (256 MB).
 LOGITS = 2**26
 
+# A language model reads at most so many sentences at once: the states of many more fall out of the caches.
+SENTENCES = 256
+
 # English function words: replacing or inserting one changes the grammar of a sentence, not what is in the
 # picture.
 STOP_WORDS = frozenset(
@@ -199,8 +202,8 @@ class MaskedLM(CandidateSource):
         sentences = network.encode([texts[i] for i in order], compat)
         start = 0
         while start < len(order):
-            fitting = LOGITS // (max(len(s.ids) for s in sentences[start : start + 1024]) * len(network.pieces))
-            stop = start + min(1024, max(1, fitting))
+            fitting = LOGITS // (max(len(s.ids) for s in sentences[start : start + SENTENCES]) * len(network.pieces))
+            stop = start + min(SENTENCES, max(1, fitting))
             proposals = network.read(sentences[start:stop], top, threshold, compat)
             for i, proposed in zip(order[start:stop], proposals, strict=True):
                 found[i] = proposed

@@ -19,7 +19,10 @@ from crossguard.files import reason
 from crossguard.hub import ask_hub
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, check_finite
 from crossguard.models.packing import PrefixPacking
+from crossguard.models.tokens import Tokens
 from crossguard.shapes import Embeddings, Images
+
+_STRINGS = 256  # read at once: the states of many more fall out of the caches
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class TransformersEncoder(DualEncoder):
         self.preprocess = _preprocess(processor)
         self.padded = getattr(model.config, "model_type", "") in ("siglip", "siglip2")
         self.length = _context_length(model.config, tokenizer)
+        self.tokens = Tokens(tokenizer, self.length, self.padded)
         self.packing = PrefixPacking(model) if PrefixPacking.knows(model) else None
 
     def encode_image(self, images: Images) -> Embeddings:
@@ -86,19 +90,24 @@ class TransformersEncoder(DualEncoder):
         return _features(self.model.get_image_features(pixel_values=pixels))
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
-        # SigLIP was trained on texts padded to its full context, without a mask; the others mask their padding.
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length" if self.padded else True,
-            truncation=True,
-            max_length=self.length,
-            return_tensors="pt",
-        )
+        ids, mask = self.tokens(texts)
         if self.packing is not None and len(texts) > 1 and self.packing.usable():
-            return self.packing(tokens["input_ids"], tokens["attention_mask"])
+            return self.packing(ids, mask)
+        if len(texts) <= _STRINGS or self.padded or not bool(mask[:, 0].all()):  # some are padded on the left
+            return self._text(ids, mask)
+        lengths = mask.sum(1)
+        order = lengths.argsort(stable=True)  # like lengths waste no padding
+        found = [
+            self._text(ids[rows, : int(lengths[rows].max())], mask[rows, : int(lengths[rows].max())])
+            for rows in order.split(_STRINGS)
+        ]
+        return torch.cat(found)[order.argsort()]
+
+    def _text(self, ids: Tensor, mask: Tensor) -> Embeddings:
+        # SigLIP was trained on texts padded to its full context, without a mask; the others mask their padding.
         device = self.scale.device
-        names = ("input_ids",) if self.padded else ("input_ids", "attention_mask")
-        return _features(self.model.get_text_features(**{name: tokens[name].to(device) for name in names}))
+        seen = {} if self.padded else {"attention_mask": mask.to(device)}
+        return _features(self.model.get_text_features(input_ids=ids.to(device), **seen))
 
     def cut(self, texts: Sequence[str]) -> int:
         if not texts:
