@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from crossguard.attacks.base import Attack
+from crossguard.attacks.once import Once
 from crossguard.budgets import Budget
 from crossguard.data import spread
 from crossguard.datasets.kept import FORMATS, Kept, begin, finish
@@ -25,7 +26,7 @@ from crossguard.files import WriteError, reason, write
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.huggingface import HuggingFace
 from crossguard.models.wrapper import Unrolled, Wrapper, layers
-from crossguard.report import Report, versions
+from crossguard.report import Report, key, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
 from crossguard.words import show
@@ -73,6 +74,12 @@ def question(
     } | {name: value for name, value in weights.items() if value}
 
 
+def craft_key(asked: Mapping[str, str]) -> str:
+    """What a question leaves when it does not matter who is asked: questions of equal keys share what was crafted on
+    the surrogate."""
+    return key({name: part for name, part in asked.items() if name not in ("model", "weights", "knowledge")})
+
+
 def evaluate(
     task: Task,
     model: VisionLanguageModel,
@@ -88,6 +95,7 @@ def evaluate(
     keep_as: str = "safetensors",
     processes: bool = True,
     doubt: int = 0,
+    crafts: str | Path | None = None,
 ) -> Report:
     """The report of one model on one task under one attack.
 
@@ -107,6 +115,8 @@ def evaluate(
         keep_as: 'safetensors' (exact) or 'png' (rounded to 8 bits).
         processes: False keeps an evaluation to itself under `torchrun`.
         doubt: run the checks of `diagnose` on that many samples; what they find stands in the notes of the report.
+        crafts: a folder for what is crafted on the surrogate; other models that are asked the same question with the
+            same folder and `batch` are judged by what lies there, which changes no answer.
     """
     asked = question(task, model, attack, budget, surrogate, limit, seed)
     if len(task) == 0:
@@ -125,7 +135,10 @@ def evaluate(
     )
     began = time.monotonic() - record.seconds
     mine = [index for index in indices if index not in record.rows][rank::world]
-    trial = task.prepare(model, attack, budget, None if attack is None else surrogate, indices, seed)
+    carried = attack
+    if attack is not None and surrogate is not None and crafts is not None:
+        carried = Once(attack, Path(crafts) / craft_key(asked))
+    trial = task.prepare(model, carried, budget, None if attack is None else surrogate, indices, seed)
     if keep is not None and rank == 0:
         begin(Path(keep))
     if progress is not None and record.rows:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +70,14 @@ class Cell:
     @property
     def key(self) -> str:
         return key(self.question)
+
+    @property
+    def craft(self) -> str:
+        """The same for cells that share what is crafted on a surrogate; else like no other."""
+        from crossguard.evaluate import craft_key
+
+        alone = self.words["attack"] is None or self.words["surrogate"] is None
+        return self.key if alone else craft_key(self.question)
 
 
 class Watch:
@@ -188,18 +198,26 @@ class Experiment:
                     reports[cell.key] = answer
             log.info("%s: %d cells, %d answered", self.source, len(cells), len(reports))
             watch.start(len(cells), len(reports))
+            # Cells that share what is crafted on a surrogate come one after the other; behind the last it is dropped.
+            sharing = Counter(cell.craft for cell in waiting)
+            order = {craft: place for place, craft in enumerate(sharing)}
+            waiting.sort(key=lambda cell: order[cell.craft])
             while waiting:
-                busy = []
+                busy: list[Cell] = []
                 for cell in waiting:
                     lock = FileLock(out / ".locks" / cell.key)
                     try:
+                        if any(cell.craft == other.craft for other in busy):  # another process is crafting it
+                            raise Timeout(lock.lock_file)
                         lock.acquire(timeout=0)
                     except Timeout:
                         busy.append(cell)
                         continue
+                    crafts = out / ".crafts" / cell.craft
                     try:
                         watch.asks(cell)
-                        report = _answer(out, cell, log) or self._ask(out, cell, log, watch.progress)
+                        shared = crafts.parent if sharing[cell.craft] > 1 or crafts.exists() else None
+                        report = _answer(out, cell, log) or self._ask(out, cell, log, watch.progress, shared)
                     except files.WriteError:
                         raise
                     except CrossguardError as error:
@@ -211,6 +229,9 @@ class Experiment:
                         watch.answers(cell, report)
                     finally:
                         lock.release()
+                    sharing[cell.craft] -= 1
+                    if not sharing[cell.craft]:
+                        shutil.rmtree(crafts, ignore_errors=True)
                 if len(busy) == len(waiting):
                     watch.waits(len(busy))
                     time.sleep(POLL)
@@ -222,7 +243,9 @@ class Experiment:
             raise CrossguardError(f"{self.source}: {count} could not be answered{first}: {error}")
         return [reports[cell.key] for cell in cells]
 
-    def _ask(self, out: Path, cell: Cell, log: logging.Logger, progress: Callable[[int, int], None]) -> Report:
+    def _ask(
+        self, out: Path, cell: Cell, log: logging.Logger, progress: Callable[[int, int], None], crafts: Path | None
+    ) -> Report:
         from crossguard.evaluate import evaluate
 
         log.info("asking %s (%s)", cell.label, cell.key)
@@ -230,7 +253,7 @@ class Experiment:
         report = evaluate(
             chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
             limit=self.limit, seed=self.seed, batch=self.batch, progress=progress,
-            partial=out / f".{cell.key}.part", processes=False,
+            partial=out / f".{cell.key}.part", processes=False, crafts=crafts,
         )  # fmt: skip
         report.save(out / f"{cell.key}.json")
         log.info("%s: clean %s, robust %s, %.1f s", cell.label, report.clean, report.robust, report.seconds)

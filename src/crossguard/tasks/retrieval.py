@@ -101,7 +101,9 @@ class Retrieval(Task):
         clean, drew = _gallery(model, self, rows, texts, owners, seed)
         crafted = clean if crafting is model else _gallery(crafting, self, rows, texts, owners, seed)[0]
         places = {name: place for place, name in enumerate(ids)}
-        return _RetrievalTrial(self, model, attack, budget, crafting, clean, crafted, places, texts, drew)
+        return _RetrievalTrial(
+            self, model, attack, budget, crafting, clean, crafted, places, texts, drew or surrogate is not None
+        )
 
 
 def _gallery(
@@ -132,7 +134,7 @@ class _RetrievalTrial(Trial):
     crafted: Gallery  # the same as the crafting model sees it
     places: Mapping[str, int]  # of the samples in the gallery
     texts: Sequence[str]  # all clean captions
-    drew: bool  # the model answers at random
+    elsewhere: bool  # crafted on a surrogate, or judged by another draw of a random model
     words: TextBudget | None = None
 
     def __post_init__(self) -> None:
@@ -175,7 +177,7 @@ class _RetrievalTrial(Trial):
                 owners,
                 self.task.goal,
                 # All the others are attacked too, so that a success among the clean ones is none yet.
-                self.crafting is not self.model or self.task.gallery == "adversarial" or self.drew,
+                self.elsewhere or self.task.gallery == "adversarial",
             )
             adversarial, made = self.attack.match(victim, images, texts, self.budget, seeds)
             adversarial = adversarial.to(self.model.device)

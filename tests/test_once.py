@@ -1,0 +1,156 @@
+"""What is crafted on a surrogate is crafted once, however many models are asked about it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crossguard import (
+    PGD,
+    SGA,
+    BitDepth,
+    Both,
+    Linf,
+    Retrieval,
+    Scenes,
+    SepAttack,
+    Substitute,
+    Tiny,
+    Words,
+    ZeroShot,
+    evaluate,
+)
+from crossguard.attacks.base import Attack
+from crossguard.budgets import Budget
+from crossguard.evaluate import craft_key, question
+from crossguard.experiment import Experiment, Watch
+from crossguard.models.base import VisionLanguageModel
+from crossguard.report import Report
+from crossguard.tasks.base import Task
+
+MODELS = {"plain": Tiny(), "five": BitDepth(Tiny(), bits=5), "three": BitDepth(Tiny(), bits=3)}
+CASES: list[tuple[Task, Attack, Budget]] = [
+    (ZeroShot(Scenes("object")), PGD(steps=2), Linf(4 / 255)),
+    (ZeroShot(Scenes("object")), SepAttack(PGD(steps=2)), Both(Linf(4 / 255), Words(1))),
+    (Retrieval(Scenes("object")), SGA(PGD(steps=2)), Both(Linf(4 / 255), Words(1))),
+    (Retrieval(Scenes("object"), gallery="clean"), PGD(steps=2), Linf(4 / 255)),
+]
+
+
+def grid(task: Task, attack: Attack, budget: Budget, models: dict[str, VisionLanguageModel]) -> Experiment:
+    axes = {"task": {"t": task}, "model": models, "attack": {"a": attack}, "budget": {"b": budget}, "surrogate": models}
+    return Experiment(axes, seed=3, limit=10, batch=4)
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that PGD was given."""
+    found: list[int] = []
+    search = PGD.search
+
+    def counting(self: PGD, victim: Any, clean: Any, *rest: Any) -> Any:
+        found.append(len(clean))
+        return search(self, victim, clean, *rest)
+
+    monkeypatch.setattr(PGD, "search", counting)
+    return found
+
+
+def columns(report: Report) -> dict[str, list[Any]]:
+    return {name: list(map(str, column)) for name, column in vars(report.outcomes).items() if name[0] != "_"}
+
+
+@pytest.mark.parametrize(("task", "attack", "budget"), CASES)
+def test_every_pair_gets_the_answer_that_it_gets_alone(
+    tmp_path: Path, task: Task, attack: Attack, budget: Budget
+) -> None:
+    found = grid(task, attack, budget, MODELS).run(tmp_path)
+    assert len(found) == 9
+    for report, (model, surrogate) in zip(found, itertools.product(MODELS.values(), repeat=2), strict=True):
+        alone = evaluate(task, model, attack, budget, surrogate, limit=10, seed=3, batch=4)
+        assert dict(report.question) == dict(alone.question)
+        assert columns(report) == columns(alone)
+        assert report.notes == alone.notes
+    assert sum(report.outcomes.gradients.sum() for report in found) > 0
+
+
+@pytest.mark.parametrize(("task", "attack", "budget"), CASES[:2])
+def test_each_surrogate_is_attacked_once(
+    tmp_path: Path, searches: list[int], task: Task, attack: Attack, budget: Budget
+) -> None:
+    grid(task, attack, budget, MODELS).run(tmp_path)
+    assert searches == 3 * [4, 4, 2]
+    assert not any((tmp_path / ".crafts").iterdir())
+
+
+def test_one_model_alone_keeps_nothing(tmp_path: Path, searches: list[int]) -> None:
+    class Looking(Watch):
+        def progress(self, done: int, total: int) -> None:
+            assert not (tmp_path / ".crafts").exists()
+
+    grid(*CASES[0], {"plain": Tiny()}).run(tmp_path, Looking())
+    assert searches == [4, 4, 2]
+
+
+def test_a_run_that_was_killed_goes_on_with_what_it_crafted(tmp_path: Path, searches: list[int]) -> None:
+    class Killed(Exception):
+        pass
+
+    class Killing(Watch):
+        cells = 0
+
+        def asks(self, cell: object) -> None:
+            self.cells += 1
+
+        def progress(self, done: int, total: int) -> None:
+            if self.cells == 2 and done > 4:
+                raise Killed
+
+    with pytest.raises(Killed):
+        grid(*CASES[0], MODELS).run(tmp_path, Killing())
+    assert searches == [4, 4, 2]
+    again = grid(*CASES[0], MODELS).run(tmp_path)
+    assert searches == 3 * [4, 4, 2]
+    whole = grid(*CASES[0], MODELS).run(tmp_path / "whole")
+    assert [columns(one) for one in again] == [columns(one) for one in whole]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors at all"])
+def test_what_is_broken_is_crafted_anew(tmp_path: Path, searches: list[int], damage: bytes) -> None:
+    task, attack, budget = CASES[0]
+
+    def ask(model: VisionLanguageModel) -> Report:
+        return evaluate(task, model, attack, budget, Tiny(), limit=10, seed=3, batch=4, crafts=tmp_path)
+
+    ask(MODELS["five"])
+    (folder,) = tmp_path.iterdir()
+    for file in folder.glob("images-*"):
+        file.write_bytes(damage)
+    found = ask(MODELS["three"])
+    assert searches == 2 * [4, 4, 2]
+    alone = evaluate(task, MODELS["three"], attack, budget, Tiny(), limit=10, seed=3, batch=4)
+    assert columns(found) == columns(alone)
+
+
+def test_only_who_is_asked_may_differ_between_those_that_share() -> None:
+    task, attack, budget = CASES[1]
+
+    def asked(model: VisionLanguageModel = MODELS["five"], **other: Any) -> str:
+        given: dict[str, Any] = {"task": task, "attack": attack, "budget": budget, "surrogate": Tiny()} | other
+        return craft_key(question(model=model, **given))
+
+    others: Sequence[dict[str, Any]] = (
+        {"task": CASES[2][0]},
+        {"attack": SepAttack(PGD(steps=3))},
+        {"attack": SepAttack(PGD(steps=2), Substitute(top=3))},
+        {"budget": Both(Linf(4 / 255), Words(2))},
+        {"surrogate": BitDepth(Tiny(), bits=2)},
+        {"limit": 5},
+        {"seed": 1},
+    )
+    assert asked() == asked(MODELS["three"]) == asked(Tiny())
+    assert len({asked(), *(asked(**other) for other in others)}) == 1 + len(others)
