@@ -123,14 +123,14 @@ class PairVictim:
 
     `before` answers images against the clean texts, `after` against the texts as the attack rewrote them; `encode`
     gives the images' raw embeddings, `gate` how far the defense is from doing nothing, where it has a gate. All share
-    one counter. `classes` are the embeddings of the rewritten texts, one for each class.
+    one counter. `classes` gives the embeddings of the rewritten texts, one for each class; few attacks ask for them.
     """
 
     before: ImageVictim
     after: ImageVictim
     encode: ImageVictim
     gate: ImageVictim | None = None
-    classes: TextEmbeddings | None = None
+    classes: Callable[[], TextEmbeddings] | None = None
 
 
 @dataclass(frozen=True)

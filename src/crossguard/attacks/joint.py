@@ -357,5 +357,5 @@ def _of_class(victim: PairVictim, goal: Goal, attack: str) -> tuple[Tensor, Tens
     aim = classification(goal, attack)
     if isinstance(aim, Targeted):
         raise CrossguardError("a joint attack away from the true class needs labels, and a targeted goal has none")
-    own = victim.classes[aim.labels][:, None]
+    own = victim.classes()[aim.labels][:, None]
     return own, torch.ones(own.shape[:2], dtype=torch.bool, device=own.device)

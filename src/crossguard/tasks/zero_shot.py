@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, Wrapper
 from crossguard.report import Outcomes
 from crossguard.seeds import drawing, fold
-from crossguard.shapes import Images, Labels, Logits, Seeds
+from crossguard.shapes import Images, Labels, Logits, Seeds, TextEmbeddings
 from crossguard.tasks.base import AT_ONCE, ATTACKED, CLEAN, JUDGED, Answers, Task, Trial, embedded, finite
 
 
@@ -122,11 +123,9 @@ class _ZeroShotTrial(Trial):
         if crafting is not self.model:
             self.craft_before = crafting.classifier(self.before)
             self.craft_after = self.craft_before if same else crafting.classifier(self.after)
-        words = self.classes = None
+        words = None
         if self.attack is not None and self.budget is not None:
             self.pixels, words = self.attack.spends(self.budget)
-            if self.pixels is not None and words is not None:
-                self.classes = crafting.class_embeddings(self.after)
         self.changed = torch.zeros(len(self.before.names))  # how much of each class's prompts changed, at most
         if words is not None and self.pixels is None:
             self.changed = torch.tensor(
@@ -139,6 +138,10 @@ class _ZeroShotTrial(Trial):
     @property
     def prompts(self) -> tuple[Prompts, Prompts]:
         return self.before, self.after
+
+    @cached_property
+    def classes(self) -> TextEmbeddings:
+        return (self.crafting or self.model).class_embeddings(self.after)
 
     def climb(self, batch: Batch) -> tuple[Callable[[Images], Logits], Goal]:
         return self.rewritten, Untargeted(_labels(batch).to(self.model.device))
@@ -195,7 +198,7 @@ class _ZeroShotTrial(Trial):
             ImageVictim(self.craft_after, queries, noise),
             ImageVictim(crafting.encode_image, queries, noise),
             ImageVictim(crafting.gate, queries, noise) if isinstance(crafting, Wrapper | Unrolled) else None,
-            self.classes,
+            lambda: self.classes,
         )
 
 
