@@ -1,16 +1,14 @@
 """What our attacks cost: beside a bare loop of gradients, beside AutoAttack, and beside the PGD of other libraries.
 
     python benchmarks/attacks.py                          # a PGD step beside a bare forward and backward
-    python benchmarks/attacks.py autoattack --victim resnet --images 32 --runs 1
+    python benchmarks/attacks.py autoattack --victim resnet20 --images 32 --runs 1
     python benchmarks/attacks.py pgd --victim hardened --runs 5
 
 Both sides of a comparison attack the same victim on the same images within the same budget, in turn, and their
-questions are counted by the same counter in front of the victim. The victims are `resnet` (ResNet-20 on CIFAR-10),
-`tiny` (the shipped model, zero-shot on its scenes), both undefended, and `hardened` (a small network trained
-adversarially on CIFAR-10, at first use); those on CIFAR-10 need the files in ../shared/data. The others need
-`pip install pyautoattack foolbox torchattacks`. Our PGD has its defaults: it keeps the best point, and images that are
-beaten or go in circles leave the batch, which they do not in the loops of the others. Peak memory is that of a process
-of its own for each side.
+questions are counted by the same counter in front of the victim. Victims: see victims.py; those on CIFAR-10 need the
+files in ../shared/data. The others need `pip install pyautoattack foolbox torchattacks`. Our PGD has its defaults: it
+keeps the best point, and images that are beaten or go in circles leave the batch, which they do not in the loops of the
+others. Peak memory is that of a process of its own for each side.
 """
 
 from __future__ import annotations
@@ -29,19 +27,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from victims import VICTIMS, Counted, answered
 
 from crossguard import PGD, AutoAttack, Linf, Scenes, Tiny, Untargeted, ZeroShot
-from crossguard.data import spread
 
-VICTIMS = ("resnet", "tiny", "hardened")
 SIDES = ("crossguard", "autoattack", "foolbox", "torchattacks")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="our attacks against a bare loop and against other libraries")
     parser.add_argument("part", nargs="?", choices=("step", "autoattack", "pgd"), default="step")
-    parser.add_argument("--victim", choices=VICTIMS, default="resnet")
+    parser.add_argument("--victim", choices=VICTIMS, default="resnet20")
     parser.add_argument("--eps", type=float, default=None, help="in units of 1/255; 8, and 4 for the hardened network")
     parser.add_argument("--images", type=int, default=None, help="how many; only those answered correctly are attacked")
     parser.add_argument("--runs", type=int, default=None)
@@ -96,24 +93,6 @@ def step(runs: int, steps: int, size: int, threads: int) -> None:
     print(json.dumps({"pgd_step_over_bare_step": round(statistics.median(ratios), 3)}))
 
 
-class Counted(nn.Module):
-    """A victim that counts, per image, how often it was asked with a gradient and without."""
-
-    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        # a parameter, because some libraries look for one to learn the device
-        self.device = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.answer = answer
-        self.gradients = self.forwards = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and images.requires_grad:
-            self.gradients += len(images)
-        else:
-            self.forwards += len(images)
-        return self.answer(images)
-
-
 @dataclass(frozen=True)
 class Scene:
     """A victim, the images that it answers correctly, and a budget."""
@@ -128,20 +107,9 @@ class Scene:
     @staticmethod
     def of(options: argparse.Namespace) -> Scene:
         count = options.images or (32 if options.part == "autoattack" else 64)
-        if options.victim == "tiny":
-            task = ZeroShot(Scenes("object", "test"))
-            batch = next(task.batches(count, spread(len(task), count)))
-            answer, images, labels = Tiny().classifier(task.data.prompts()), batch.images, batch.labels
-        else:
-            import victims
-
-            answer = victims.resnet(20) if options.victim == "resnet" else victims.hardened()
-            images, labels = victims.pictures("test", count)
         eps = options.eps if options.eps is not None else 4.0 if options.victim == "hardened" else 8.0
-        victim = Counted(answer).eval()
-        with torch.no_grad():
-            right = victim(images).argmax(1) == labels
-        return Scene(options.part, victim, images[right], labels[right], Linf(eps / 255), options.steps or 100)
+        victim, images, labels = answered(options.victim, count)
+        return Scene(options.part, victim, images, labels, Linf(eps / 255), options.steps or 100)
 
     def attack(self, side: str, seed: int) -> Callable[[], Tensor]:
         """The attack of that side, to be run."""

@@ -5,9 +5,8 @@ worst case of all, on the same victims, images and budgets, over several seeds.
     python benchmarks/strength.py table
 
 `run` appends one line for each victim, radius, seed and attack to runs/benchmarks/strength.jsonl and skips what is
-there; `table` prints it. The victims are `resnet20` and `resnet56` (undefended), `hardened` (a small network trained
-adversarially here), and the small CLIP of docs/results.md on the generated scenes: `tiny` as shipped, `tecoa` after
-TeCoA. Seeds differ between the sides: it is robust counts that are compared, and each attack draws its own noise.
+there; `table` prints it. Victims: see victims.py. Seeds differ between the sides: it is robust counts that are
+compared, and each attack draws its own noise.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import json
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +23,18 @@ import torch
 import victims
 from torch import Tensor, nn
 
-from crossguard import PGD, Adam, AutoAttack, Fit, Linf, Scenes, TeCoA, Tiny, Untargeted, ZeroShot
+from crossguard import AutoAttack, Linf, Untargeted
 from crossguard.attacks.base import ImageAttack
-from crossguard.data import spread
 
 FILE = victims.KEPT / "strength.jsonl"
 NAMES = ("apgd-ce", "apgd-t", "fab-t", "square")
 SIDES = ("ours", "theirs")
-VICTIMS = ("resnet20", "resnet56", "hardened", "tiny", "tecoa")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="our attacks and AutoAttack's own, robust counts side by side")
     parser.add_argument("part", choices=("run", "table"))
-    parser.add_argument("--victim", choices=VICTIMS, default="resnet20")
+    parser.add_argument("--victim", choices=victims.VICTIMS, default="resnet20")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--eps", type=float, nargs="+", default=[0.5, 1, 2, 4, 8], help="in units of 1/255")
     parser.add_argument("--seeds", type=int, default=3)
@@ -59,21 +55,6 @@ class Scene:
     victim: nn.Module
     images: Tensor
     labels: Tensor
-    asked: int
-
-    @staticmethod
-    def of(name: str, count: int) -> Scene:
-        if name in ("tiny", "tecoa"):
-            task = ZeroShot(Scenes("object", "test"))
-            batch = next(task.batches(count, spread(len(task), count)))
-            answer, images, labels = clip(name).classifier(task.data.prompts()), batch.images, batch.labels
-        else:
-            answer = victims.hardened() if name == "hardened" else victims.resnet(int(name[-2:]))
-            images, labels = victims.pictures("test", count)
-        victim = Module(answer).eval()
-        with torch.no_grad():
-            right = victim(images).argmax(1) == labels
-        return Scene(victim, images[right], labels[right], count)
 
     def left(self, side: str, name: str, eps: float, seed: int) -> list[bool]:
         """Which images one attack leaves standing."""
@@ -96,31 +77,8 @@ class Scene:
         return reference.run_standard_evaluation(self.images, self.labels, batch_size=250)[0]
 
 
-class Module(nn.Module):
-    """Any function of images as the module that the reference expects."""
-
-    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.answer = answer
-        self.device = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.answer(images)
-
-
-def clip(name: str) -> Any:
-    """The shipped model, or the one that the demo makes of it by TeCoA (see experiments/demo.toml)."""
-    if name == "tiny":
-        return Tiny()
-    recipe = TeCoA(
-        steps=200, batch=64, optimizer=Adam(lr=2e-3, weight_decay=0.0), warmup=10,
-        image_attack=PGD(steps=3, step=0.5, best=False, stop=False), budget=Linf(5 / 255),
-    )  # fmt: skip
-    return Fit(recipe, Tiny(), Scenes("object", "train", count=6000))
-
-
 def measure(options: argparse.Namespace) -> None:
-    scene = Scene.of(options.victim, options.images)
+    scene = Scene(*victims.answered(options.victim, options.images))
     known = {key(line) for line in lines()}
     FILE.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(options.seeds):

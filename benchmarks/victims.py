@@ -1,5 +1,6 @@
-"""Classifiers that attacks are measured on: CIFAR-10 ResNets from weights in NumPy files, and a small convolutional
-network that is trained adversarially here, in about a minute on one core.
+"""Classifiers that attacks are measured on: `resnet20` and `resnet56` on CIFAR-10 from weights in NumPy files;
+`hardened`, a small convolutional network that is trained adversarially here, in about a minute on one core; and the
+small CLIP of docs/results.md on the generated scenes: `tiny` as shipped, `tecoa` after TeCoA.
 
 The files are those of ../shared/data: `cifar10_resnet20.npz`, `cifar10_test.parquet` and so on. Every network takes
 pixels in [0, 1]; normalization is its own affair.
@@ -7,6 +8,7 @@ pixels in [0, 1]; normalization is its own affair.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossguard import CIFAR10
+from crossguard import CIFAR10, PGD, Adam, Fit, Linf, Scenes, TeCoA, Tiny, ZeroShot
 from crossguard.data import spread
+from crossguard.models.base import VisionLanguageModel
 from crossguard.seeds import by_position, fold, uniform
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 KEPT = ROOT / "runs" / "benchmarks"
+VICTIMS = ("resnet20", "resnet56", "hardened", "tiny", "tecoa")
 
 
 class ResNet(nn.Module):
@@ -120,3 +124,47 @@ def pictures(split: str, count: int) -> tuple[Tensor, Tensor]:
     data = CIFAR10(str(DATA), split)
     batches = list(data.batches(500, spread(len(data), count)))
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+
+class Counted(nn.Module):
+    """A victim that counts, per image, how often it was asked with a gradient and without."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        # a parameter, because some libraries look for one to learn the device
+        self.device = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.answer = answer
+        self.gradients = self.forwards = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and images.requires_grad:
+            self.gradients += len(images)
+        else:
+            self.forwards += len(images)
+        return self.answer(images)
+
+
+def answered(name: str, count: int) -> tuple[Counted, Tensor, Tensor]:
+    """A victim and, of so many images, those that it answers rightly, with their labels."""
+    if name in ("tiny", "tecoa"):
+        task = ZeroShot(Scenes("object", "test"))
+        batch = next(task.batches(count, spread(len(task), count)))
+        answer, images, labels = clip(name).classifier(task.data.prompts()), batch.images, batch.labels
+    else:
+        answer = hardened() if name == "hardened" else resnet(int(name[-2:]))
+        images, labels = pictures("test", count)
+    victim = Counted(answer).eval()
+    with torch.no_grad():
+        right = victim(images).argmax(1) == labels
+    return victim, images[right], labels[right]
+
+
+def clip(name: str) -> VisionLanguageModel:
+    """The shipped model, or the one that the demo makes of it by TeCoA (see experiments/demo.toml)."""
+    if name == "tiny":
+        return Tiny()
+    recipe = TeCoA(
+        steps=200, batch=64, optimizer=Adam(lr=2e-3, weight_decay=0.0), warmup=10,
+        image_attack=PGD(steps=3, step=0.5, best=False, stop=False), budget=Linf(5 / 255),
+    )  # fmt: skip
+    return Fit(recipe, Tiny(), Scenes("object", "train", count=6000))
