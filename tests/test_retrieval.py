@@ -20,32 +20,45 @@ from torch import Tensor
 
 from crossguard import (
     APGD,
+    DLR,
+    EOT,
     FAB,
     PGD,
     SGA,
+    AutoAttack,
     Both,
     Captions,
+    CarliniWagner,
+    Charmer,
     CoAttack,
     DeepFool,
     EachTarget,
     GaussianNoise,
     Independent,
+    Joint,
     Kept,
     Linf,
+    Margin,
+    OwnAnswer,
     Parquet,
+    Restarts,
     Retrieval,
+    RobustCLIP,
     Scenes,
     SepAttack,
     Shards,
     Square,
     Substitute,
+    Synonyms,
+    TextFooler,
     Tiny,
     Words,
+    Worst,
     ZeroShot,
     evaluate,
     gallery,
 )
-from crossguard.attacks.base import ImageVictim, MatchVictim
+from crossguard.attacks.base import Attack, ImageVictim, MatchVictim
 from crossguard.errors import CrossguardError
 from crossguard.gallery import Away, Gallery, image_ranks, text_ranks
 from crossguard.goals import Drift, Endless, Mismatch
@@ -453,8 +466,7 @@ def test_what_a_match_climbs(world) -> None:
     goal = victim.against_images(victim.clean_texts)
     expected = held.lost_images(rows, held.texts[places], victim.owners)
     assert isinstance(goal, Endless) and torch.equal(goal.loss(outputs), expected.loss(outputs))
-    stops = replace(victim, endless=False).against_images(victim.clean_texts)
-    assert torch.equal(stops.reached(outputs), expected.reached(outputs))
+    assert not goal.reached(outputs).any()
     texts = draw(5, 7, seed=10)
     mine = victim.against_texts(outputs).loss(texts)
     assert torch.allclose(mine, held.lost_texts(torch.tensor([0, 0, 3, 3, 1]), outputs[[2, 2, 0, 0, 1]]).loss(texts))
@@ -485,6 +497,25 @@ class Ragged(Scenes):
     def captions(self, index: int) -> tuple[str, ...]:
         place = self.order[index] if self.order else index
         return super().captions(place)[: 1 + 3 * place % 4]
+
+
+@dataclass(frozen=True)
+class Doubles(Ragged):
+    """Images more than once, under ids of their own."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def id(self, index: int) -> str:
+        return str(index)
+
+
+@dataclass(frozen=True)
+class Strange(Ragged):
+    """Captions of words that no scene has."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(f"a zeppelin hovers above {text}" for text in super().captions(index))
 
 
 DATA = Ragged("object", count=14)
@@ -636,10 +667,88 @@ def test_doubts_about_a_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("zero gradients" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("attack", [FAB(), DeepFool(), EachTarget(PGD(steps=2))], ids=lambda one: type(one).__name__)
-def test_attacks_on_classes_say_so_in_one_sentence(attack) -> None:
-    with pytest.raises(CrossguardError, match="attacks a classification; LostImages has no classes, so try PGD"):
-        evaluate(TASK, Tiny(), attack, Linf(4 / 255))
+NEED_CLASSES = [
+    FAB(),
+    DeepFool(),
+    CarliniWagner(),
+    EachTarget(PGD(steps=2)),
+    OwnAnswer(),
+    AutoAttack(),
+    AutoAttack("rand"),
+    RobustCLIP(),
+    Worst((PGD(), Restarts(FAB()))),
+    SGA(FAB()),
+    PGD(loss=Margin()),
+    EOT(APGD(loss=DLR())),
+]
+
+
+@pytest.mark.parametrize("attack", NEED_CLASSES, ids=str)
+def test_attacks_on_classes_are_refused_before_anything_is_embedded(
+    attack: Attack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tiny, "encode_image", lambda *_: pytest.fail("an image was embedded"))
+    with pytest.raises(CrossguardError, match=r"(classification|loss of logits), and Retrieval has no classes"):
+        evaluate(TASK, Tiny(), attack, BOTH)
+
+
+@pytest.mark.parametrize(
+    "attack", [Substitute(collisions="forbid"), SGA(text=Substitute(protect="class")), Charmer(collisions="forbid")]
+)
+def test_settings_that_need_names_of_classes_are_refused(attack: Attack) -> None:
+    with pytest.raises(CrossguardError, match="is about the names of classes, and Retrieval has none; leave it out"):
+        evaluate(TASK, Tiny(), attack, BOTH)
+
+
+def test_square_brings_its_own_loss_for_classes_only() -> None:
+    report = evaluate(TASK, Tiny(), Square(queries=5), Linf(4 / 255))
+    assert int(np.asarray(report.ranks.forwards).sum()) > 0
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=4), APGD(steps=4), Joint(PGD(steps=4))], ids=str)
+def test_in_a_clean_gallery_no_attack_ends_at_the_first_place(attack: Attack) -> None:
+    """Recall at 5 and 10 would be that of images that were let go when another came first."""
+    task = Retrieval(DATA, gallery="clean")
+    part = getattr(attack, "image", attack)
+    on = replace(part, stop=False)
+    going = replace(attack, image=on) if isinstance(attack, Joint) else on
+    found, expected = (evaluate(task, Tiny(), one, Both(Linf(8 / 255), Words(1))).ranks for one in (attack, going))
+    assert np.array_equal(found.adversarial, expected.adversarial)
+    assert float(np.asarray(found.adversarial).max()) > 1
+
+
+def test_what_a_text_attack_left_alone_is_said(tmp_path: Path) -> None:
+    words = tmp_path / "words.json"
+    words.write_text('{"zebra": ["quagga"]}')
+    report = evaluate(TASK, Tiny(), TextFooler(Synonyms(str(words))), Words(1))
+    count = int((np.asarray(report.ranks.text) == 1).sum())
+    assert any(f"{count} of {count} captions stayed as they were" in note for note in report.notes)
+    assert not any("stayed" in note for note in evaluate(TASK, Tiny(), PGD(steps=1), Linf(1 / 255)).notes)
+
+
+def test_words_that_the_language_model_does_not_know_are_said() -> None:
+    notes = evaluate(Retrieval(Strange("object", count=6)), Tiny(), SGA(PGD(steps=1)), BOTH).notes
+    (note,) = [note for note in notes if "does not know" in note]
+    assert "'zeppelin'" in note and "bert-base-uncased" in note
+    assert not any("does not know" in note for note in evaluate(TASK, Tiny(), Substitute(), Words(1)).notes)
+
+
+def test_equal_images_tie_in_whatever_batches_they_are_embedded() -> None:
+    """The last two are copies of the first, and are embedded apart: neither of a pair comes first by rounding."""
+    twins = Doubles("object", order=(*range(130), 0, 1))
+    ranks = evaluate(Retrieval(twins), Tiny()).ranks
+    texts = np.asarray(ranks.text) == 1
+    for image in (0, 1, 130, 131):
+        assert (np.asarray(ranks.clean)[texts & (np.asarray(ranks.image) == image)] >= 1).all()
+
+
+def test_the_note_on_rounding_is_about_the_number_of_the_report(tmp_path: Path) -> None:
+    report = evaluate(TASK, Tiny(), Independent(PGD(steps=3)), Both(Linf(4 / 255), Words(1)), keep=tmp_path / "kept")
+    (note,) = [note for note in report.notes if "rounded to 8 bits" in note]
+    for name, _, robust in report.parts:
+        assert f"instead of {100 * robust.value:.1f} % {name}" in note
+    again = evaluate(TASK, Tiny(), Substitute(), Words(1), keep=tmp_path / "texts")
+    assert not any("8 bits" in note for note in again.notes)
 
 
 def test_captions_that_two_images_share_are_noted_and_not_found() -> None:

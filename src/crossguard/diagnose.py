@@ -27,6 +27,7 @@ from crossguard.models.wrapper import Unrolled, Wrapper, layers
 from crossguard.report import Report
 from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
+from crossguard.words import within
 
 _QUERIES = 1000  # of the query attack that looks for masked gradients
 _LARGE = 100.0  # times the budget, under which nothing should stand
@@ -263,13 +264,9 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
 )
 
 
-def _averages(attack: Any) -> bool:
+def _averages(attack: Attack | None) -> bool:
     """Whether an attack averages over noise."""
-    if isinstance(attack, EOT) or (isinstance(attack, AutoAttack) and attack.version == "rand"):
-        return True
-    if isinstance(attack, tuple):
-        return any(_averages(part) for part in attack)
-    return is_dataclass(attack) and any(_averages(getattr(attack, field.name)) for field in fields(attack))
+    return any(True for _ in within(attack, EOT)) or any(part.version == "rand" for part in within(attack, AutoAttack))
 
 
 def _doubled(attack: Any) -> Any:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,20 @@ import torch
 
 from crossguard.attacks.base import Attack
 from crossguard.attacks.once import Once
-from crossguard.budgets import Budget
+from crossguard.budgets import Budget, PixelBudget
 from crossguard.data import spread
 from crossguard.datasets.kept import FORMATS, Kept, begin, finish
 from crossguard.datasets.kept import keep as store
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
-from crossguard.files import WriteError, reason, write
+from crossguard.files import WriteError, check_writable, reason, write
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.huggingface import HuggingFace
 from crossguard.models.wrapper import Unrolled, Wrapper, layers
-from crossguard.report import Report, key, versions
+from crossguard.report import Outcomes, Ranks, Report, key, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
-from crossguard.words import show
+from crossguard.words import show, within
 
 
 def question(
@@ -124,7 +124,7 @@ def evaluate(
     if keep is not None:
         if keep_as not in FORMATS:
             raise CrossguardError(f"images cannot be kept as {keep_as!r}; give one of {', '.join(FORMATS)}")
-        if any(Path(kept.path).resolve() == Path(keep).resolve() for kept in _kept(task)):
+        if any(Path(kept.path).resolve() == Path(keep).resolve() for kept in within(task, Kept)):
             raise CrossguardError(f"{keep} holds the images that are asked about; keep the new ones in another folder")
     if doubt < 0:
         raise CrossguardError(f"doubt={doubt} is not possible; give a number of samples, or 0")
@@ -139,8 +139,6 @@ def evaluate(
     if attack is not None and surrogate is not None and crafts is not None:
         carried = Once(attack, Path(crafts) / craft_key(asked))
     trial = task.prepare(model, carried, budget, None if attack is None else surrogate, indices, seed)
-    if keep is not None and rank == 0:
-        begin(Path(keep))
     if progress is not None and record.rows:
         progress(len(record.rows), len(indices))
     done = len(record.rows)
@@ -151,11 +149,15 @@ def evaluate(
         columns = dict(answers.columns)
         named: list[dict[str, Any]] = [{"id": one} for one in samples.ids]
         if keep is not None:
+            if not record.rows and rank == 0:
+                begin(Path(keep), world == 1)  # not before there is something to take its place
             places = store(Path(keep), keep_as, here, answers.images)
             rounded = (answers.images * 255.0).round() / 255.0
             right, standing = answers.right
-            columns |= {"right": right, "stands": standing, "rounded": trial.stands(samples, answers, rounded, seeds)}
+            columns |= {"right": right, "stands": standing}
             if trial.pixels is not None:
+                again = trial.again(samples, answers, rounded, seeds)
+                columns["rounded"] = [{name: one[row] for name, one in again.items()} for row in range(len(samples))]
                 columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
             named = [row | place for row, place in zip(named, places, strict=True)]
         record.add(
@@ -171,9 +173,10 @@ def evaluate(
     rows = _gathered(record.rows, world)
     found = [rows[index] for index in indices]
     outcomes = trial.score(found)
-    notes = [*trial.notes, *_skipped(task)]
+    notes = [*trial.notes, *trial.remarks(found), *_skipped(task)]
     if keep is not None:
-        notes += _rounding(found, trial)
+        if trial.pixels is not None:
+            notes += _rounding(found, outcomes, trial, trial.pixels)
         if rank == 0:
             finish(Path(keep), asked, found, trial.prompts)
     device = "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -199,6 +202,7 @@ class _Record:
     rows: dict[int, dict[str, Any]]
     seconds: float = 0.0
     path: Path | None = None
+    head: Mapping[str, Any] = field(default_factory=dict)  # the first line: what is asked
 
     @staticmethod
     def open(path: Path | None, head: dict[str, Any], rank: int, world: int) -> _Record:
@@ -216,8 +220,12 @@ class _Record:
         if world > 1:
             torch.distributed.broadcast_object_list(known, src=0)
             record.rows, record.seconds = dict(known[0]["rows"]), known[0]["seconds"]
-        lines = [head, *known] if rank == 0 and record.rows else [head]
-        write(record.path, "".join(json.dumps(line) + "\n" for line in lines))
+        record.head = head
+        check_writable(path.parent)
+        if rank == 0 and record.rows:
+            write(record.path, "".join(json.dumps(line) + "\n" for line in (head, *known)))
+        else:
+            record.path.unlink(missing_ok=True)  # what lies there is of another question, or broken
         return record
 
     def add(self, rows: dict[int, dict[str, Any]], seconds: float) -> None:
@@ -227,6 +235,8 @@ class _Record:
             return
         try:
             with self.path.open("a") as file:
+                if file.tell() == 0:
+                    file.write(json.dumps(self.head) + "\n")
                 file.write(json.dumps({"rows": rows, "seconds": seconds}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -275,28 +285,20 @@ def _gathered(rows: dict[int, dict[str, Any]], world: int) -> dict[int, dict[str
     return {index: row for part in parts for index, row in part.items()}
 
 
-def _kept(word: Any) -> list[Kept]:
-    """The kept images that a task reads."""
-    if isinstance(word, Kept):
-        return [word]
-    if isinstance(word, tuple):
-        return [kept for part in word for kept in _kept(part)]
-    return [kept for field in fields(word) for kept in _kept(getattr(word, field.name))] if is_dataclass(word) else []
-
-
-def _rounding(rows: list[dict[str, Any]], trial: Trial) -> list[str]:
+def _rounding(rows: list[dict[str, Any]], outcomes: Outcomes | Ranks, trial: Trial, pixels: PixelBudget) -> list[str]:
     """What becomes of the attack when its images are stored with 8 bits."""
-    robust = [row["right"] and row["stands"] for row in rows]
-    rounded = [row["right"] and row["rounded"] for row in rows]
+    rounded = trial.score([row | row["rounded"] for row in rows])
+    parts = [
+        f"{100 * new.value:.1f} % instead of {100 * old.value:.1f} %{' ' * bool(name)}{name}"
+        for (name, _, old), (_, _, new) in zip(outcomes.parts, rounded.parts, strict=True)
+    ]
+    largest = max(row["rounded_size"] for row in rows)
     text = (
-        f"rounded to 8 bits, the images under attack leave {100 * sum(rounded) / len(rows):.1f} % robust accuracy "
-        f"instead of {100 * sum(robust) / len(rows):.1f} %"
+        f"rounded to 8 bits, the images under attack leave {' and '.join(parts)} robust, and the largest perturbation "
+        f"has size {largest:.6g} in a budget of {pixels.eps:.6g}"
     )
-    if trial.pixels is not None:
-        largest = max(row["rounded_size"] for row in rows)
-        text += f", and the largest perturbation has size {largest:.6g} in a budget of {trial.pixels.eps:.6g}"
-        if largest > trial.pixels.eps * (1 + 1e-4) + 1e-6:
-            text += "; choose eps as a whole number of 1/255 to stay inside"
+    if largest > pixels.eps * (1 + 1e-4) + 1e-6:
+        text += "; choose eps as a whole number of 1/255 to stay inside"
     return [text]
 
 

@@ -18,11 +18,13 @@ import types
 import typing
 import warnings
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from crossguard.errors import CrossguardError
+
+T = TypeVar("T")
 
 LONGEST = 10_000  # characters of a word: more is a mistake, and parsing it would take long
 DEEPEST = 40  # brackets and operators inside each other
@@ -84,6 +86,17 @@ def fields(kind: type) -> tuple[Field, ...]:
                 default = field.default_factory()
             listed.append(Field(field.name, hints[field.name], default, not field.kw_only))
     return tuple(listed)
+
+
+def within(word: object, kind: type[T]) -> Iterator[T]:
+    """What of this kind a word is made of, itself before its parts."""
+    if isinstance(word, kind):
+        yield word
+    parts: Iterable[object] = word if isinstance(word, tuple) else ()
+    if dataclasses.is_dataclass(word) and not isinstance(word, type):
+        parts = [getattr(word, field.name) for field in dataclasses.fields(word)]
+    for part in parts:
+        yield from within(part, kind)
 
 
 def is_word(kind: object) -> bool:

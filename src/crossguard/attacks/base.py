@@ -145,7 +145,6 @@ class MatchVictim:
         captions: the place of each caption of the batch in the gallery.
         owners: the place of each caption's image in the batch.
         goal: what is climbed by attacks that have no goal of their own: 'rank' or 'drift'.
-        endless: whether an attack must not stop at its first success here, since the judge is another.
     """
 
     encode: ImageVictim
@@ -155,7 +154,6 @@ class MatchVictim:
     captions: Owners
     owners: Owners
     goal: str = "rank"
-    endless: bool = True
 
     def at(self, keep: Labels) -> MatchVictim:
         """The same victim for some of the images, with all their captions, in the order they had."""
@@ -184,11 +182,12 @@ class MatchVictim:
             return self.texts(texts)
 
     def against_images(self, captions: TextEmbeddings) -> Goal:
-        """What an attack on the images of the batch climbs while the captions have these embeddings."""
+        """What an attack on the images of the batch climbs while the captions have these embeddings: without an end,
+        since who has lost the first place can still lose the fifth and the tenth."""
         goal: Goal = Drift(self.clean_images)
         if self.goal != "drift":
             goal = self.gallery.lost_images(self.rows, captions, self.owners)
-        return Endless(goal) if self.endless else goal
+        return Endless(goal)
 
     def against_texts(self, images: Embeddings) -> Goal:
         """What an attack on the captions of the batch climbs while the images have these embeddings."""
@@ -243,6 +242,7 @@ class Attack(ABC):
     does not touch comes back as it was. `on` says which parts of a budget it spends."""
 
     on: ClassVar[tuple[str, ...]] = ()
+    needs_classes: ClassVar[bool] = False  # its images must be of classes, not of captions
 
     def rewrite(
         self,

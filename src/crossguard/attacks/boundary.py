@@ -95,6 +95,8 @@ class BoundaryAttack(ImageAttack):
     plain step along the gradient competes with them, and the image of the largest margin is returned.
     """
 
+    needs_classes = True
+
     def nearest(
         self,
         victim: ImageVictim | Callable[[Images], Tensor],

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from crossguard.errors import CrossguardError
 from crossguard.hub import ask_hub, cached
+from crossguard.words import within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,9 @@ COATTACK_LENGTH = 30
 
 # At most so many numbers are held at once as predictions of a language model (256 MB).
 LOGITS = 2**26
+
+# So large a share of unknown words is worth a remark.
+UNKNOWN = 0.05
 
 # A language model reads at most so many sentences at once: the states of many more fall out of the caches.
 SENTENCES = 256
@@ -91,6 +95,11 @@ class CandidateSource(ABC):
         """Whether its candidates can fit a budget that counts characters."""
         return False
 
+    def doubts(self, texts: Sequence[str]) -> list[str]:
+        """Why it may have little to propose for these strings, each a sentence with its remedy."""
+        del texts
+        return []
+
     def admits(self, candidate: str, word: str, compat: bool) -> bool:
         """Whether a candidate may stand for the word at all."""
         return admissible(candidate, word, compat)
@@ -129,6 +138,11 @@ class CandidateSource(ABC):
                 if self.remembered:
                     _remembered.put((request, text), known[text])
         return [known[text] for text in texts]
+
+
+def doubts(attack: object, texts: Sequence[str]) -> list[str]:
+    """What the sources of an attack's words have to say against its strength on these strings."""
+    return [doubt for source in within(attack, CandidateSource) for doubt in source.doubts(texts)]
 
 
 @lru_cache(maxsize=65536)
@@ -194,6 +208,28 @@ class MaskedLM(CandidateSource):
     """
 
     path: str = "embedded"
+
+    def doubts(self, texts: Sequence[str]) -> list[str]:
+        words = [*dict.fromkeys(core(word)[1] for text in texts for word in text.split(" ") if attackable(word))]
+        if not words:
+            return []
+        tokenizer = _load(self.path).tokenizer
+        pieces = tokenizer(words, add_special_tokens=False)["input_ids"]
+        unknown = tokenizer.unk_token_id
+        # a word that it can only spell, in pieces of one or two letters, it has hardly ever seen
+        strange = [
+            word
+            for word, ids in zip(words, pieces, strict=True)
+            if unknown in ids or len(ids) > max(2, len(word) / 2)  # type: ignore[operator, arg-type]
+        ]
+        if len(strange) <= UNKNOWN * len(words):
+            return []
+        made = "is made for the generated scenes and " if self.path == "embedded" else ""
+        return [
+            f"the language model {self.path!r} {made}does not know {len(strange)} of the {len(words)} words that could "
+            f"change ({', '.join(map(repr, strange[:3]))}), so the attack on texts is weak; give MaskedLM the path of "
+            "one that does, such as bert-base-uncased, or Synonyms(...)"
+        ]
 
     def read(self, texts: Sequence[str], top: int, threshold: float, compat: bool) -> list[Proposals]:
         network = _load(self.path)

@@ -88,16 +88,16 @@ class Independent(JointAttack):
     def match(
         self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
     ) -> tuple[Images, list[str]]:
-        apart = replace(victim, endless=True)
-        made, _ = self.image.match(apart, images, texts, budget, seeds)
-        return made, self.text.match(apart, images, texts, budget, seeds)[1]
+        made, _ = self.image.match(victim, images, texts, budget, seeds)
+        return made, self.text.match(victim, images, texts, budget, seeds)[1]
 
 
 @dataclass(frozen=True)
 class Joint(JointAttack):
     """The image attacked against the rewritten texts, and the worse of that and the independent pair for each image.
 
-    Ours, not from a paper. Never weaker than `Independent` of the same parts and seed, image for image.
+    Ours, not from a paper. Never weaker than `Independent` of the same parts and seed, image for image; where images
+    have captions, by their loss among all others as these are without an attack.
     """
 
     image: ImageAttack = field(default_factory=PGD)
@@ -121,7 +121,7 @@ class Joint(JointAttack):
         made = self.text(victim.texts, texts, victim.against_texts(victim.clean_images), words)
         before, after = (victim.against_images(now) for now in (victim.clean_texts, victim.embedded(made)))
         found = Found.nothing(images)
-        for goal in (Endless(before), after):
+        for goal in (after,) if victim.goal == "drift" else (before, after):  # a drift does not see the captions
             _offered(
                 found, found.open(False), self.image(victim.encode, images, goal, pixels, seeds), victim.encode, after
             )

@@ -65,6 +65,8 @@ class EachTarget(ImageAttack):
         targets: how many classes; AutoAttack takes 9.
     """
 
+    needs_classes = True
+
     attack: ImageAttack = field(default_factory=PGD)
     targets: int = 9
 
@@ -123,6 +125,8 @@ class OwnAnswer(ImageAttack):
     Robust accuracy that is higher under the true label than under this one, or higher than clean accuracy, says that
     the defense reads the label off the perturbation (label leakage, Kurakin et al. 2017).
     """
+
+    needs_classes = True
 
     attack: ImageAttack = field(default_factory=PGD)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from crossguard.attacks.base import Found, ImageAttack, ImageVictim
 from crossguard.budgets import L2, Linf, PixelBudget
 from crossguard.errors import CrossguardError
+from crossguard.gallery import Away
 from crossguard.goals import Drift, Endless, Goal, Loss, Margin
 from crossguard.seeds import fold, uniform
 from crossguard.shapes import Images, Labels, Mask, PerImage, Seeds
@@ -221,8 +222,10 @@ class RayS(ImageAttack):
         endless = isinstance(goal, Endless)
         while isinstance(goal, Endless):
             goal = goal.goal
-        if isinstance(goal, Drift):
-            raise CrossguardError("RayS needs to be told when it has won, and Drift never says so; try Square instead")
+        if isinstance(goal, Drift | Away):
+            raise CrossguardError(
+                f"RayS needs to be told when it has won, and {type(goal).__name__} never says so; try Square instead"
+            )
         made = clean.clone()
         if budget.eps == 0.0:
             return made

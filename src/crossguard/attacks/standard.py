@@ -27,6 +27,8 @@ class AutoAttack(ImageAttack):
     attacks alone; beaten images leave within a run, which the reference code doesn't do.
     """
 
+    needs_classes = True
+
     version: str = "standard"
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class RobustCLIP(ImageAttack):
 
     It has no black-box attack, so it can't notice masked gradients; use AutoAttack for a number to quote.
     """
+
+    needs_classes = True
 
     steps: int = 100
     targets: int = 9

@@ -81,7 +81,8 @@ class CharacterEdits(CandidateSource):
     neighbors swapped (the first and the last letter stay), a letter replaced by its neighbor on the keyboard or by a
     sign that looks alike. The paper draws one position for each bug; here all are proposed, which is stronger and has
     no noise. 'insert', 'delete' and 'substitute' are the edits of Charmer (Abad Rocamora et al. 2024) and of LEAF
-    (2025) within a word. A bug with a space makes two words of one, so budgets of words drop it.
+    (2025) within a word. A bug with a space makes two words of one, so budgets of words drop it. No edit is likelier
+    than another: all are tried, whatever the `top` of the attack.
 
     Args:
         kinds: which edits: space, insert, delete, swap, keyboard, lookalike (ASCII signs), homoglyph (Cyrillic
@@ -115,7 +116,7 @@ class CharacterEdits(CandidateSource):
         return attackable(word, compat) and candidate != (word if compat else core(word)[1])
 
     def read(self, texts: Sequence[str], top: int, threshold: float, compat: bool) -> list[Proposals]:
-        del threshold  # edits have no scores
+        del top, threshold  # edits have no scores
         english = word_list(self.no_new_words) if self.no_new_words else frozenset[str]()
 
         def edited(word: str) -> tuple[Candidate, ...]:
@@ -124,7 +125,7 @@ class CharacterEdits(CandidateSource):
             inside = word if compat else core(word)[1]
             found = dict.fromkeys(edit for kind in self.kinds for edit in self._edits(kind, inside))
             fits = (edit for edit in found if english.isdisjoint(edit.lower().split(" ")))
-            return tuple(Candidate(edit, 1.0) for edit in fits)[:top]
+            return tuple(Candidate(edit, 1.0) for edit in fits)
 
         return [tuple(edited(word) for word in text.split(" ")) for text in texts]
 
@@ -219,6 +220,8 @@ def _thesaurus(path: str, pairs: str) -> dict[str, Any]:
     content = _json(path)
     if isinstance(content, dict) and isinstance(content.get(pairs), list):
         listed: dict[str, list[str]] = {}
+        if not content[pairs]:
+            raise CrossguardError(f"the list {pairs} of {path!r} is empty")
         for pair in content[pairs]:
             if not _strings(pair) or len(pair) != 2:
                 raise CrossguardError(f"{pairs} of {path!r} holds {pair!r}; each must be a pair of words")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,10 +129,19 @@ class Kept(Dataset):
         return {}
 
 
-def begin(folder: Path) -> None:
-    """Takes the index of an earlier run away: until `finish`, the folder is not to be read."""
+def begin(folder: Path, alone: bool = True) -> None:
+    """Takes away what an earlier run kept, the index first: until `finish`, the folder is not to be read.
+
+    Args:
+        alone: whether no other process writes images into the folder already.
+    """
+    stale: set[str] = set()
+    with suppress(CrossguardError, TypeError):  # nothing is there, or its index is broken
+        stale = {sample["file"] for sample in Kept(str(folder)).samples if alone}
     try:
-        (folder / INDEX).unlink(missing_ok=True)
+        for name in (INDEX, *stale):
+            if Path(name).name == name:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise files.WriteError(f"{folder / INDEX} cannot be replaced: {files.reason(error)}") from error
 
@@ -168,7 +178,9 @@ def finish(
     if prompts is not None:
         before, after = prompts
         content |= {"names": before.names, "clean_texts": before.texts, "texts": after.texts}
-    content["samples"] = [{name: value for name, value in sample.items() if name != "embedding"} for sample in samples]
+    content["samples"] = [
+        {name: value for name, value in sample.items() if name not in ("embedding", "rounded")} for sample in samples
+    ]
     files.write(folder / INDEX, json.dumps(content) + "\n")
 
 

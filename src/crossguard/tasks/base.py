@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,8 +65,13 @@ class Trial(ABC):
         """What the model says to images under attack, wherever they come from."""
 
     @abstractmethod
-    def stands(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> list[bool]:
-        """Which samples are answered rightly with these images in place of those under attack."""
+    def again(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> Mapping[str, list[Any]]:
+        """The columns of the answers that change with these images in place of those under attack."""
+
+    def remarks(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What a reader should know of the answers to all samples, beside the notes."""
+        del rows
+        return []
 
     @abstractmethod
     def score(self, rows: Sequence[Mapping[str, Any]]) -> Outcomes | Ranks:
@@ -102,16 +108,22 @@ class Task(ABC):
         """
 
 
-def embedded(model: VisionLanguageModel, batches: Iterable[Batch], seed: int) -> tuple[Embeddings, bool]:
-    """The clean images as a model embeds them, and whether it drew noise for that."""
+def embedded(model: VisionLanguageModel, batches: Iterable[Batch], seed: int) -> Embeddings:
+    """The clean images as a model embeds them. Unless it draws noise, equal images are equal to the bit: in another
+    batch they would differ by rounding."""
     found: list[Tensor] = []
+    places: dict[bytes, int] = {}
+    first: list[int] = []
     drew = False
     with torch.no_grad():
         for batch in batches:
             with drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
                 found.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings"))
             drew |= lent.used
-    return torch.cat(found), drew
+            for image in batch.images.cpu().numpy():
+                first.append(places.setdefault(hashlib.sha256(image.tobytes()).digest(), len(first)))
+    images = torch.cat(found)
+    return images if drew else images[torch.tensor(first, device=images.device)]
 
 
 def finite(outputs: Tensor, what: str = "logits") -> Tensor:

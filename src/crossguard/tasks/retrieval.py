@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Attack, ImageVictim, MatchVictim, Queries
+from crossguard.attacks.apgd import APGD
+from crossguard.attacks.base import Attack, ImageVictim, MatchVictim, Queries, spelled
+from crossguard.attacks.candidates import doubts
+from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Budget, TextBudget
 from crossguard.data import Batch, Dataset, Pairs
 from crossguard.errors import CrossguardError
@@ -22,6 +25,7 @@ from crossguard.report import Ranks
 from crossguard.seeds import drawing, fold
 from crossguard.shapes import Embeddings, Images, Labels, Owners, Seeds, TextEmbeddings
 from crossguard.tasks.base import AT_ONCE, ATTACKED, JUDGED, Answers, Task, Trial, embedded, finite
+from crossguard.words import within
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,10 @@ class Retrieval(Task):
         rows = list(range(len(self)) if indices is None else indices)
         if len(rows) < 2:
             raise CrossguardError(f"a retrieval among {len(rows)} image has nothing to find; ask about 2 or more")
-        if attack is not None and budget is None:
-            raise CrossguardError(f"{attack} needs a budget, such as 'Linf(8/255)'")
+        if attack is not None:
+            if budget is None:
+                raise CrossguardError(f"{attack} needs a budget, such as 'Linf(8/255)'")
+            _check_attack(attack)
         listed = [self.texts(index) for index in rows]
         ids = [self.data.id(index) for index in rows]
         if len(set(ids)) < len(ids):
@@ -98,20 +104,36 @@ class Retrieval(Task):
         owners = torch.tensor([place for place, texts in enumerate(listed) for _ in texts])
         texts = [text for one in listed for text in one]
         crafting = model if surrogate is None else surrogate
-        clean, drew = _gallery(model, self, rows, texts, owners, seed)
-        crafted = clean if crafting is model else _gallery(crafting, self, rows, texts, owners, seed)[0]
+        clean = _gallery(model, self, rows, texts, owners, seed)
+        crafted = clean if crafting is model else _gallery(crafting, self, rows, texts, owners, seed)
         places = {name: place for place, name in enumerate(ids)}
-        return _RetrievalTrial(
-            self, model, attack, budget, crafting, clean, crafted, places, texts, drew or surrogate is not None
-        )
+        return _RetrievalTrial(self, model, attack, budget, crafting, clean, crafted, places, texts)
+
+
+def _check_attack(attack: Attack) -> None:
+    """Refuses, before anything is embedded, an attack with a part that needs classes."""
+    for part in within(attack, Attack):
+        chosen = isinstance(part, PGD | APGD) and part.loss is not None
+        if part.needs_classes or chosen:
+            what = "climbs a loss of logits" if chosen else "attacks a classification"
+            raise CrossguardError(
+                f"{spelled(part)} {what}, and Retrieval has no classes; give PGD(), APGD(), Square() or a joint attack "
+                "of these"
+            )
+        for name in ("collisions", "protect"):
+            choice = getattr(part, name, None)
+            if choice in ("forbid", "class", "template"):
+                raise CrossguardError(
+                    f"{name}={choice!r} is about the names of classes, and Retrieval has none; leave it out"
+                )
 
 
 def _gallery(
     model: VisionLanguageModel, task: Retrieval, rows: Sequence[int], texts: Sequence[str], owners: Owners, seed: int
-) -> tuple[Gallery, bool]:
-    """The clean gallery as a model embeds it, and whether it drew noise for that."""
-    images, drew = embedded(model, task.data.batches(AT_ONCE, rows), seed)
-    return Gallery(images, encoded(model, texts), owners.to(model.device), model.logits), drew
+) -> Gallery:
+    """The clean gallery as a model embeds it."""
+    images = embedded(model, task.data.batches(AT_ONCE, rows), seed)
+    return Gallery(images, encoded(model, texts), owners.to(model.device), model.logits)
 
 
 def encoded(model: VisionLanguageModel, texts: Sequence[str]) -> TextEmbeddings:
@@ -134,7 +156,6 @@ class _RetrievalTrial(Trial):
     crafted: Gallery  # the same as the crafting model sees it
     places: Mapping[str, int]  # of the samples in the gallery
     texts: Sequence[str]  # all clean captions
-    elsewhere: bool  # crafted on a surrogate, or judged by another draw of a random model
     words: TextBudget | None = None
 
     def __post_init__(self) -> None:
@@ -143,11 +164,12 @@ class _RetrievalTrial(Trial):
         self.known = {text: place for place, text in enumerate(self.texts)}
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.clean.owners.cpu().bincount().cumsum(0)])
         self.starts = starts.tolist()  # where the captions of each image begin
-        self.notes: Sequence[str] = ()
+        self.notes: Sequence[str] = doubts(self.attack, self.texts)
         cut = self.model.cut(self.texts)
         if cut:
             self.notes = [
-                f"{cut} of {len(self.texts)} captions are longer than the model reads; their ends are not seen"
+                *self.notes,
+                f"{cut} of {len(self.texts)} captions are longer than the model reads; their ends are not seen",
             ]
         shared = len(self.texts) - len(set(self.texts))
         if shared:
@@ -176,8 +198,6 @@ class _RetrievalTrial(Trial):
                 captions,
                 owners,
                 self.task.goal,
-                # All the others are attacked too, so that a success among the clean ones is none yet.
-                self.elsewhere or self.task.gallery == "adversarial",
             )
             adversarial, made = self.attack.match(victim, images, texts, self.budget, seeds)
             adversarial = adversarial.to(self.model.device)
@@ -204,17 +224,20 @@ class _RetrievalTrial(Trial):
         with torch.no_grad(), drawing(fold(seeds, JUDGED)):
             return finite(self.model.encode_image(images.to(self.model.device)), "embeddings")
 
-    def stands(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> list[bool]:
-        rows, _, owners = self._places(batch)
-        texts = [text for one in answers.columns["texts"] for text in one]
-        return self._right(rows, self.judge(images, seeds), self._embedded(texts), owners)
+    def again(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> Mapping[str, list[Any]]:
+        return {"embedding": [_packed(one) for one in self.judge(images, seeds)]}
+
+    def remarks(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        made = [text for row in rows for text in row["texts"]]
+        same = sum(new == old for new, old in zip(made, self.texts, strict=True))
+        kept = f"{same} of {len(made)} captions stayed as they were: the attack found nothing stronger for them"
+        return [*([kept] if self.words is not None and same else []), *self._collisions(made)]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> Ranks:
         clean, device = self.clean, self.clean.images.device
         made = [text for row in rows for text in row["texts"]]
         images = torch.stack([_unpacked(row["embedding"]) for row in rows]).to(device)
         texts = self._embedded(made)
-        self.notes = [*self.notes, *self._collisions(made)]
         owners, logits = clean.owners, self.model.logits
         among = clean if self.task.gallery == "clean" else None
         before = torch.cat(

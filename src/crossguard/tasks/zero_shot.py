@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossguard.attacks.base import Attack, ImageVictim, PairVictim, Queries
+from crossguard.attacks.candidates import doubts
 from crossguard.attacks.text import collisions
 from crossguard.budgets import Budget
 from crossguard.data import Batch, Dataset, Labelled, Prompts
@@ -83,7 +84,7 @@ class ZeroShot(Task):
         flat = attack.rewrite(crafting.encode_text, prompts.flat, budget, rivals, goal)
         if words is not None:
             words.check(flat, prompts.flat)
-            notes += _text_notes(flat, prompts, rivals)
+            notes += [*_text_notes(flat, prompts, rivals), *doubts(attack, prompts.flat)]
         return _ZeroShotTrial(
             prompts, prompts.rewritten(flat), model, attack, budget, surrogate is not None, notes, crafting
         )
@@ -97,7 +98,7 @@ class ZeroShot(Task):
                 f"text_goal='mismatch' needs one template, and there are {len(prompts.texts[0])}; give templates=(...,)"
             )
         rows = range(len(self)) if indices is None else indices
-        images, _ = embedded(model, self.batches(AT_ONCE, rows), seed)
+        images = embedded(model, self.batches(AT_ONCE, rows), seed)
         with torch.no_grad():
             texts = model.encode_text(prompts.flat)
         return Mismatch.of(images, self.labels()[list(rows)].to(texts.device), texts)
@@ -184,8 +185,12 @@ class _ZeroShotTrial(Trial):
         with torch.no_grad(), drawing(fold(seeds, JUDGED)):
             return finite(self.rewritten(images.to(self.model.device))).cpu()
 
-    def stands(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> list[bool]:
-        return (self.judge(images, seeds).argmax(1) == _labels(batch)).tolist()
+    def again(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> Mapping[str, list[Any]]:
+        answer = self.judge(images, seeds)
+        return {
+            "adversarial": answer.argmax(1).tolist(),
+            "adversarial_margin": margin(answer, _labels(batch)).tolist(),
+        }
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> Outcomes:
         return Outcomes([row["id"] for row in rows], *([row[name] for row in rows] for name in _COLUMNS))
