@@ -412,3 +412,43 @@ def test_mistakes_of_transfer(tmp_path: Path, asked: list[dict[str, Any]]):
     assert "--model: unknown name" in error(*TRANSFER, "--model", "x=Tinny()", *folder)
     call(*TRANSFER, *folder)
     assert "give one" in error("table", str(tmp_path / "pairs"), "--worst", "--transfer")
+
+
+RETRIEVED = ("--task", "Retrieval(Scenes('object'))", "--model", "Tiny()", "--limit", "6")
+
+
+def test_a_refused_run_leaves_what_an_earlier_one_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    both = ("--budget", "Both(Linf(4/255), Words(1))", "--keep", str(kept))
+    assert call("attack", *RETRIEVED, "--attack", "SGA(PGD(steps=2))", *both).exit_code == 0
+    before = {file.name: file.read_bytes() for file in kept.iterdir()}
+    assert "has no classes" in error("attack", *RETRIEVED, "--attack", "SGA(FAB())", *both)
+    assert "needs to be told when it has won" in error("attack", *RETRIEVED, "--attack", "SGA(RayS(queries=5))", *both)
+    assert "kept as 'jpg'" in error("attack", *RETRIEVED, "--attack", "SGA(PGD(steps=2))", *both, "--keep-as", "jpg")
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
+    assert call("show", str(kept)).exit_code == 0
+
+
+def test_a_refused_run_leaves_nothing_new(tmp_path: Path) -> None:
+    out, kept = tmp_path / "reports" / "r.json", tmp_path / "kept"
+    asked = (*RETRIEVED, "--attack", "CoAttack(RayS(queries=5))", "--budget", "Both(Linf(4/255), Words(1))")
+    assert "Away never says so" in error("eval", *asked, "--out", str(out), "--keep", str(kept))
+    assert not any(out.parent.iterdir()) and not any(kept.iterdir())
+    assert "kept as 'jpg'" in error("eval", *asked, "--keep", str(tmp_path / "other"), "--keep-as", "jpg")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_kept_folder_holds_nothing_of_the_run_before(tmp_path: Path) -> None:
+    asked = ("attack", *RETRIEVED, "--attack", "PGD(steps=2)", "--budget", "Linf(4/255)", "--keep", str(tmp_path / "k"))
+    assert call(*asked, "--keep-as", "png", "--batch", "2").exit_code == 0
+    assert len(list((tmp_path / "k").glob("*.png"))) == 6
+    assert call(*asked).exit_code == 0
+    assert not list((tmp_path / "k").glob("*.png")) and len(list((tmp_path / "k").glob("*.safetensors"))) == 1
+
+
+def test_what_doubts_say_of_texts_and_transfers_without_an_attack(tmp_path: Path) -> None:
+    shown = call("eval", *RETRIEVED, "--attack", "Substitute()", "--budget", "Words(1)", "--doubt", "4").stdout
+    assert "the attack is on texts alone: most checks look at pixels" in shown
+    clean = [word if word not in ("PGD()", "Linf(8/255)") else "None" for word in TRANSFER]
+    assert "needs an attack to craft with" in error(*clean, "--out", str(tmp_path / "pairs"))
+    assert not (tmp_path / "pairs").exists()

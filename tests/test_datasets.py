@@ -294,6 +294,12 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
     assert "same class names" in refused(lambda: Parquet(str(tmp_path / "*other.parquet")).names), other
 
 
+@pytest.mark.parametrize("column", [[1, 2], [[1, 2], [3]], [["a cat"], [3.5]][1:] * 2])
+def test_captions_that_are_no_strings_are_refused(tmp_path: Path, column: list[Any]) -> None:
+    path = table(tmp_path / "n.parquet", image=images(2), captions=column)
+    assert "which is no caption; give strings or lists of them" in refused(lambda: Parquet(path).captions(0))
+
+
 def test_parquet_captions(tmp_path: Path) -> None:
     several = table(tmp_path / "s.parquet", image=images(2), captions=[["a cat", "cat"], ["a dog"]])
     data = Parquet(several)

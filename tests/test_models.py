@@ -418,3 +418,40 @@ def test_importing_models_needs_no_torchvision() -> None:
     code = "import sys; sys.modules['torchvision'] = None; import crossguard; crossguard.HuggingFace; crossguard.Fresh"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert crossguard.HuggingFace is HuggingFace
+
+
+def test_a_checkpoint_with_another_configuration_is_another(tmp_path: Path) -> None:
+    """Reports are found again by what they asked; normalization and tokens are part of that, a note is not."""
+    model = HuggingFace(str(save_clip(tmp_path)))
+    own = model.fingerprint
+    assert len(own) == 12
+    (tmp_path / "notes.json").write_text("{}")
+    assert model.fingerprint == own
+    for name, key, value in (
+        ("preprocessor_config.json", "image_mean", [0.1, 0.1, 0.1]),
+        ("tokenizer_config.json", "model_max_length", 9),
+        ("config.json", "logit_scale_init_value", 1.0),
+    ):
+        content = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(content | {key: value}))
+        assert model.fingerprint != own
+        own = model.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_resize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"do_rescale": False},
+        {"size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 32}},
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 40}, "crop_pct": 0.8},
+    ],
+    ids=["no resize", "another scale", "no scale", "sides and crop", "a share"],
+)
+def test_an_image_processor_that_does_something_else_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_clip(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CrossguardError, match="prepares images in a way that is not known here"):
+        HuggingFace(str(tmp_path)).load()

@@ -743,3 +743,21 @@ def test_the_lists_of_wordnet_and_of_counter_fitting() -> None:
     for attack in (PWWS(Synonyms(wordnet)), TextFooler(Synonyms(wordnet, antonyms=pairs))):
         made = attack(bag, texts, None, WordShare(0.4))
         assert WordShare(0.4).check(made, texts) == [2, 1]
+
+
+def test_edits_are_all_tried_whatever_the_top() -> None:
+    """None is likelier than another; cut off after ten, a long word had nothing but splits, which no budget of words
+    pays for."""
+    texts = ["a photo of a wheelbarrow"]
+    few, many = (CharacterEdits().propose(texts, top) for top in (1, 1000))
+    assert few == many and len(few[0][4]) > 50
+    attacks = [Substitute(CharacterEdits(), top=top) for top in (1, 10, 1000)]
+    victim = crossguard.Tiny().encode_text
+    found = [attack(victim, texts, budget=Words(1)) for attack in attacks]
+    assert found[0] == found[1] == found[2] != [texts]
+
+
+def test_an_empty_list_of_pairs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pairs.json").write_text('{"synonym_pairs": []}')
+    with pytest.raises(CrossguardError, match=r"the list synonym_pairs of .* is empty"):
+        Synonyms(str(tmp_path / "pairs.json")).propose(["a cat"])

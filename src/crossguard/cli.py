@@ -27,6 +27,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from crossguard import __version__, files
+from crossguard.datasets.kept import FORMATS
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Cell, Experiment, Watch, read
 
@@ -88,6 +89,9 @@ _Doubt = Annotated[
 _Keep = Annotated[
     Path, typer.Option(help="A folder for the images and texts under attack; the word Kept(folder) reads it.")
 ]
+_KeepOrNot = Annotated[
+    Path | None, typer.Option(help="A folder for the images and texts under attack, as for 'attack'.")
+]
 _KeepAs = Annotated[str, typer.Option(help="How to keep images: safetensors (exact) or png (8 bits).")]
 _SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Go on without images that cannot be read, and count them.")
@@ -130,7 +134,7 @@ def evaluate_command(
     batch: _Batch = 128,
     out: _Out = None,
     doubt: _Doubt = 0,
-    keep: _Keep | None = None,
+    keep: _KeepOrNot = None,
     keep_as: _KeepAs = "safetensors",
     skip_broken: _SkipBroken = False,
 ) -> None:
@@ -213,9 +217,11 @@ def _ask(
     _at_least("--doubt", doubt, 0)
     for path in reports:
         _check_file("--out", path)
+    if keep_as not in FORMATS:
+        raise CrossguardError(f"--keep-as: images cannot be kept as {keep_as!r}; give one of {', '.join(FORMATS)}")
+    chosen = {kind: _read(f"--{kind}", kind, text) for kind, text in words.items()}
     if keep is not None:
         files.check_writable(keep)
-    chosen = {kind: _read(f"--{kind}", kind, text) for kind, text in words.items()}
     if skip_broken:
         chosen["task"] = _skipping("--task", chosen["task"])
 
@@ -316,10 +322,13 @@ def transfer(
         models[label] = _read("--model", "model", word)
     if len(models) < 2:
         raise CrossguardError("--model: a transfer needs two models or more; repeat the option")
+    crafted = _read("--attack", "attack", attack)
+    if crafted is None:
+        raise CrossguardError("--attack: a transfer needs an attack to craft with, such as 'PGD()'")
     grid = {
         "task": {task: _read("--task", "task", task)},
         "model": models,
-        "attack": {attack: _read("--attack", "attack", attack)},
+        "attack": {attack: crafted},
         "budget": {budget: _read("--budget", "budget", budget)},
         "surrogate": models,
     }

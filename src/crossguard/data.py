@@ -76,7 +76,9 @@ class Prompts:
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise CrossguardError("the class list is empty; a class set needs at least two class names")
+            raise CrossguardError(
+                "the class list is empty; a class set needs at least two class names (for captions there is Retrieval)"
+            )
         if len(self.names) == 1:
             raise CrossguardError(
                 f"there is one class only ({self.names[0]!r}); telling classes apart needs at least two"

@@ -53,6 +53,11 @@ def diagnose(
     asked = spread(len(task), None if limit == "None" else int(limit))
     indices = [asked[place] for place in spread(len(asked), max(samples, 2))]  # one alone has no rank
     case = _Case(task, model, attack, budget, surrogate, seed, indices)
+    if attack is not None and case.pixels is None:
+        doubts.append(
+            "the attack is on texts alone: most checks look at pixels, so that there are no other doubts says little; "
+            "try more candidates (top=...), several sources (AnyOf) and a larger budget"
+        )
     for check in _CHECKS:
         doubt = check(case)
         if doubt is not None:

@@ -147,8 +147,9 @@ class Ranks:
         clean: the rank of the right answer without an attack, 0 for the first.
         adversarial: its rank under attack.
         size: of the change of the image or caption, in the unit of its budget.
-        gradients: how many gradients of the victim the attack took; those of a caption count with its image.
-        forwards: how many plain forwards.
+        gradients: how many gradients of the victim the attack on an image took; 0 for captions.
+        forwards: how many plain forwards of it; strings that are tried for a caption are not counted, since equal ones
+            are read once for all.
     """
 
     id: Sequence[str]

@@ -273,8 +273,9 @@ class Attack(ABC):
         image = budget.image if "image" in self.on else None
         text = budget.text if "text" in self.on else None
         if "image" in self.on and image is None:
+            hint = "'Linf(8/255)'" if self.on == ("image",) else "'Both(Linf(8/255), Words(1))'"
             raise CrossguardError(
-                f"{spelled(self)} changes pixels, but {spelled(budget)} allows no change of pixels; try 'Linf(8/255)'"
+                f"{spelled(self)} changes pixels, but {spelled(budget)} allows no change of pixels; try {hint}"
             )
         if "text" in self.on and text is None:
             hint = "'Words(1)'" if self.on == ("text",) else "'Both(Linf(8/255), Words(1))'"

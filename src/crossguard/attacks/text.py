@@ -102,7 +102,7 @@ class Substitute(TextAttack):
         if self.order not in ORDERS:
             raise CrossguardError(f"Substitute(order={self.order!r}) is unknown; give one of {', '.join(ORDERS)}")
         if not 0.0 <= self.overlap < 1.0:
-            raise CrossguardError(f"Substitute(overlap={self.overlap}) leaves no word to try; give 0 or more, below 1")
+            raise CrossguardError(f"overlap={self.overlap} leaves no word to try; give 0 or more, below 1")
         _check_protection("Substitute", self.protect, self.protected)
 
     def search(

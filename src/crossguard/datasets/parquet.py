@@ -197,7 +197,7 @@ class _Table:
             labels=column(label),
             named=column("name"),
             schema_names=_schema_names(schema.metadata or {}, label),
-            captions=None if texts is None else [_texts(value) for value in texts],
+            captions=None if texts is None else [_texts(value, file, captions) for value in texts],
             keys=column("key"),
             domains=column("domain"),
         )
@@ -240,10 +240,16 @@ def _first(candidates: Iterable[str], names: Sequence[str]) -> str | None:
     return next((name for name in candidates if name in names), None)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def _texts(value: Any, file: str, column: str | None) -> tuple[str, ...]:
     if value is None:
         return ()
-    return (value,) if isinstance(value, str) else tuple("" if text is None else str(text) for text in value)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+        raise CrossguardError(
+            f"the column {column!r} of {file!r} holds {str(value)[:40]!r}, which is no caption; give strings or lists "
+            "of them"
+        )
+    return tuple(text or "" for text in texts)
 
 
 def _check_captions(rows: Sequence[tuple[_Table, int]]) -> None:

@@ -40,20 +40,26 @@ class HuggingFace(Checkpoint):
 
     @property
     def fingerprint(self) -> str:
-        """The hash of the weights of a local folder, so that an answer about other weights is not taken for this one;
-        empty for a hub id."""
+        """The hash of a local checkpoint (weights, configuration, tokenizer, image processor), so that an answer about
+        another is not taken for one about this; empty for a hub id."""
         return _fingerprint(self.path, self.stamp())
 
     def stamp(self) -> object:
-        files = sorted(file for file in Path(self.path).glob("*") if file.suffix in (".safetensors", ".json"))
-        return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+        return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in _files(Path(self.path)))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that its answers depend on."""
+    parts = ("config.json", "vocab", "merges", "tokenizer", "added_tokens", "special_tokens", "preproc", "processor")
+    kinds = (".safetensors", ".model")
+    return sorted(file for file in folder.glob("*") if file.name.startswith(parts) or file.suffix in kinds)
 
 
 @lru_cache(maxsize=64)
 def _fingerprint(path: str, stamp: object) -> str:
     del stamp  # only part of the key
     digest = hashlib.sha256()
-    found = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    found = _files(Path(path)) if any(Path(path).glob("*.safetensors")) else []
     for file in found:
         try:
             with file.open("rb") as opened:
@@ -188,6 +194,7 @@ def _read(path: str, local: bool) -> DualEncoder:
     encoder = TransformersEncoder(model, tokenizer, processor).eval()
     with torch.no_grad():
         encoder.encode_text(["a photo"])  # a tokenizer of another model often breaks only when it is used
+    _check_preprocess(encoder.preprocess, processor, path)
     return encoder
 
 
@@ -268,6 +275,25 @@ def _preprocess(processor: Any) -> Preprocess:
         )
         return Preprocess(int(crop["height"]), int(crop["width"]), int(short), mean, std, modes[resample])  # type: ignore[arg-type]
     return Preprocess(int(size["height"]), int(size["width"]), None, mean, std, modes[resample])  # type: ignore[arg-type]
+
+
+def _check_preprocess(preprocess: Preprocess, processor: Any, path: str) -> None:
+    """Raises where the image processor does more than is imitated here: some crop by a share, do not resize, or scale
+    pixels otherwise. They are asked about a smooth image, on which ways to resize differ little."""
+    down, across = torch.linspace(0.0, 1.0, 48)[:, None], torch.linspace(0.0, 1.0, 64)[None, :]
+    image = torch.stack([(down * across), (1.0 - across).expand(48, 64), down.expand(48, 64)])
+    pixels = (image * 255.0).round().to(torch.uint8)
+    try:
+        answer = processor(images=pixels.permute(1, 2, 0).numpy(), return_tensors="pt")["pixel_values"]
+    except Exception:  # what cannot be asked cannot be checked; some need a library that is not here
+        return
+    found = preprocess(pixels[None].float() / 255.0)
+    if found.shape != answer.shape or float((found - answer).abs().max()) * min(preprocess.std) > 8.0 / 255.0:
+        raise CrossguardError(
+            f"the image processor of {path} ({type(processor).__name__}) prepares images in a way that is not known "
+            "here; give one that resizes, crops the center (CLIP) or resizes to height and width (SigLIP), scales by "
+            "1/255 and normalizes"
+        )
 
 
 def _context_length(config: Any, tokenizer: Any) -> int:
