@@ -27,7 +27,6 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from crossguard import __version__, files
-from crossguard.datasets.kept import FORMATS
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Cell, Experiment, Watch, read
 
@@ -217,6 +216,8 @@ def _ask(
     _at_least("--doubt", doubt, 0)
     for path in reports:
         _check_file("--out", path)
+    from crossguard.datasets.kept import FORMATS
+
     if keep_as not in FORMATS:
         raise CrossguardError(f"--keep-as: images cannot be kept as {keep_as!r}; give one of {', '.join(FORMATS)}")
     chosen = {kind: _read(f"--{kind}", kind, text) for kind, text in words.items()}

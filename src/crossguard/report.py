@@ -234,7 +234,8 @@ class Ranks:
             for k in RANKS:
                 clean, attacked = (self.recall(k, direction, when) for when in ("clean", "adversarial"))
                 difference, conditional = (self.success(k, direction, kind) for kind in ("difference", "conditional"))
-                found.append((f"{direction} R@{k}", f"{clean} clean, {attacked} under attack"))
+                both = f", {self.recall(k, direction, 'robust')} both" if k == 1 else ""  # what tables show
+                found.append((f"{direction} R@{k}", f"{clean} clean, {attacked} under attack{both}"))
                 found.append(("  attack success", f"{difference} (difference), {conditional} (of those right clean)"))
         return found
 
