@@ -8,26 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from crossguard import (
     PGD,
     SGA,
     BitDepth,
     Both,
+    GaussianNoise,
     Linf,
     Retrieval,
     Scenes,
     SepAttack,
     Substitute,
+    TextBugger,
     Tiny,
     Words,
     ZeroShot,
     evaluate,
 )
+from crossguard.attacks import once
 from crossguard.attacks.base import Attack
 from crossguard.budgets import Budget
 from crossguard.evaluate import craft_key, question
-from crossguard.experiment import Experiment, Watch
+from crossguard.experiment import Cell, Experiment, Watch
+from crossguard.files import WriteError
 from crossguard.models.base import VisionLanguageModel
 from crossguard.report import Report
 from crossguard.tasks.base import Task
@@ -84,6 +89,59 @@ def test_each_surrogate_is_attacked_once(
 ) -> None:
     grid(task, attack, budget, MODELS).run(tmp_path)
     assert searches == 3 * [4, 4, 2]
+    assert not any((tmp_path / ".crafts").iterdir())
+
+
+@pytest.mark.parametrize("task", [CASES[0][0], CASES[2][0]], ids=["prompts", "captions"])
+def test_images_that_stay_are_not_judged_anew(tmp_path: Path, task: Task) -> None:
+    """A random model would draw other noise, and nothing of an image need be kept where only texts change."""
+    noisy, attack = GaussianNoise(Tiny(), std=0.1), TextBugger()
+
+    def ask(crafts: Path | None) -> Report:
+        return evaluate(task, noisy, attack, Words(1), Tiny(), limit=10, seed=3, batch=4, crafts=crafts)
+
+    alone = ask(None)
+    for _ in range(2):
+        assert columns(ask(tmp_path)) == columns(alone)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) < 32 * 32 * 3 * 4
+
+
+def test_a_disk_without_room_for_what_was_crafted_stops_nothing(
+    tmp_path: Path, searches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise WriteError("no space left on device")
+
+    monkeypatch.setattr(once, "write", full)
+    assert len(grid(*CASES[0], MODELS).run(tmp_path)) == 9
+    assert searches == 9 * [4, 4, 2]
+
+
+def test_who_finds_another_process_crafting_waits_for_it(tmp_path: Path) -> None:
+    experiment = grid(*CASES[0], MODELS)
+    busy = experiment.cells()[0]
+    (tmp_path / ".locks").mkdir()
+    lock = FileLock(tmp_path / ".locks" / busy.key, thread_local=False)
+    lock.acquire()
+    asked: list[str] = []
+
+    class Releasing(Watch):
+        def asks(self, cell: Cell) -> None:
+            assert cell.craft != busy.craft or not lock.is_locked
+            asked.append(cell.craft)
+
+        def waits(self, cells: int) -> None:
+            assert cells == 3 and len(asked) == 6
+            lock.release()
+
+    assert len(experiment.run(tmp_path, Releasing())) == 9
+    assert asked.count(busy.craft) == 3
+
+
+def test_what_a_killed_run_left_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / ".crafts" / "old").mkdir(parents=True)
+    (tmp_path / ".crafts" / "old" / "images-0.safetensors").write_bytes(b"")
+    grid(*CASES[0], {"plain": Tiny()}).run(tmp_path)
     assert not any((tmp_path / ".crafts").iterdir())
 
 

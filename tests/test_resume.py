@@ -28,6 +28,7 @@ from crossguard import (
     evaluate,
 )
 from crossguard.attacks.base import ImageAttack
+from crossguard.evaluate import question
 from crossguard.report import _COLUMNS, Report
 
 TASK = ZeroShot(Scenes("color", count=40))
@@ -204,3 +205,12 @@ def test_two_processes_share_an_evaluation_and_end_in_the_same_report(tmp_path: 
         alone.outcomes.id
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "kept", "report.json"]
+
+
+def test_outcomes_of_an_older_format_are_asked_again(tmp_path: Path) -> None:
+    part = tmp_path / "report.part"
+    asked = question(TASK, Tiny(), ATTACK, BUDGET)
+    old = [{"question": asked, "kept": "None"}, {"rows": {"0": {"rounded": True}}, "seconds": 1.0}]
+    (tmp_path / "report.part.0").write_text("".join(json.dumps(line) + "\n" for line in old))
+    report = evaluate(TASK, Tiny(), ATTACK, BUDGET, partial=part, keep=tmp_path / "kept")
+    assert len(report.outcomes) == len(TASK) and not list(tmp_path.glob("report.part*"))

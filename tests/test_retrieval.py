@@ -25,10 +25,12 @@ from crossguard import (
     FAB,
     PGD,
     SGA,
+    AnyOf,
     AutoAttack,
     Both,
     Captions,
     CarliniWagner,
+    CharacterEdits,
     Charmer,
     CoAttack,
     DeepFool,
@@ -39,6 +41,7 @@ from crossguard import (
     Kept,
     Linf,
     Margin,
+    MaskedLM,
     OwnAnswer,
     Parquet,
     Restarts,
@@ -59,6 +62,7 @@ from crossguard import (
     gallery,
 )
 from crossguard.attacks.base import Attack, ImageVictim, MatchVictim
+from crossguard.attacks.candidates import doubts
 from crossguard.errors import CrossguardError
 from crossguard.gallery import Away, Gallery, image_ranks, text_ranks
 from crossguard.goals import Drift, Endless, Mismatch
@@ -731,11 +735,21 @@ def test_words_that_the_language_model_does_not_know_are_said() -> None:
     (note,) = [note for note in notes if "does not know" in note]
     assert "'zeppelin'" in note and "bert-base-uncased" in note
     assert not any("does not know" in note for note in evaluate(TASK, Tiny(), Substitute(), Words(1)).notes)
+    texts = Strange("object", count=1).captions(0)
+    assert len(doubts(Substitute(AnyOf((MaskedLM(), MaskedLM()))), texts)) == 2
+    assert not doubts(Substitute(AnyOf((MaskedLM(), CharacterEdits()))), texts), "another source proposes enough"
 
 
-def test_equal_images_tie_in_whatever_batches_they_are_embedded() -> None:
+def test_equal_images_tie_in_whatever_batches_they_are_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last two are copies of the first, and are embedded apart: neither of a pair comes first by rounding."""
     twins = Doubles("object", order=(*range(130), 0, 1))
+    real = Tiny.encode_image
+
+    def rounding(self: Tiny, images: Tensor) -> Tensor:
+        """Otherwise in another batch, as some processors compute."""
+        return real(self, images) * (1.0 + 1e-6 * len(images))
+
+    monkeypatch.setattr(Tiny, "encode_image", rounding)
     ranks = evaluate(Retrieval(twins), Tiny()).ranks
     texts = np.asarray(ranks.text) == 1
     for image in (0, 1, 130, 131):

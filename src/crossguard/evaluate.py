@@ -31,6 +31,8 @@ from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
 from crossguard.words import show, within
 
+_FORMAT = 2  # of the lines in a file of outcomes so far; those of another are not read
+
 
 def question(
     task: Task,
@@ -131,7 +133,10 @@ def evaluate(
     rank, world = _place() if processes else (0, 1)
     indices = spread(len(task), limit)
     record = _Record.open(
-        None if partial is None else Path(partial), {"question": asked, "kept": str(keep)}, rank, world
+        None if partial is None else Path(partial),
+        {"question": asked, "kept": str(keep), "format": _FORMAT},
+        rank,
+        world,
     )
     began = time.monotonic() - record.seconds
     mine = [index for index in indices if index not in record.rows][rank::world]

@@ -202,6 +202,9 @@ class Experiment:
             sharing = Counter(cell.craft for cell in waiting)
             order = {craft: place for place, craft in enumerate(sharing)}
             waiting.sort(key=lambda cell: order[cell.craft])
+            for stale in (out / ".crafts").glob("*"):  # of a run that was killed behind its last answer
+                if stale.name not in sharing:
+                    shutil.rmtree(stale, ignore_errors=True)
             while waiting:
                 busy: list[Cell] = []
                 for cell in waiting:

@@ -132,7 +132,9 @@ class CandidateSource(ABC):
             for text, raw in zip(new, self.read(new, top, threshold, compat), strict=True):
                 words = text.split(" ")
                 known[text] = tuple(
-                    tuple(candidate for candidate in candidates if self.admits(candidate.word, word, compat))
+                    candidates  # the very same for the same word, if the source gave that
+                    if all(fits := [self.admits(candidate.word, word, compat) for candidate in candidates])
+                    else tuple(itertools.compress(candidates, fits))
                     for word, candidates in zip(words, raw, strict=True)
                 )
                 if self.remembered:
@@ -142,7 +144,9 @@ class CandidateSource(ABC):
 
 def doubts(attack: object, texts: Sequence[str]) -> list[str]:
     """What the sources of an attack's words have to say against its strength on these strings."""
-    return [doubt for source in within(attack, CandidateSource) for doubt in source.doubts(texts)]
+    sources = list(within(attack, CandidateSource))
+    inner = {id(part) for source in sources for part in within(source, CandidateSource) if part is not source}
+    return [doubt for source in sources if id(source) not in inner for doubt in source.doubts(texts)]
 
 
 @lru_cache(maxsize=65536)

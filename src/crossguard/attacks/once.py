@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from crossguard.attacks.base import Attack, MatchVictim, PairVictim, Queries, TextVictim
 from crossguard.budgets import Budget, PixelBudget, TextBudget
-from crossguard.files import write
+from crossguard.files import WriteError, write
 from crossguard.goals import Goal
 from crossguard.shapes import Images, Seeds
 
@@ -52,6 +53,9 @@ class Once(Attack):
         return self._once("texts", "\n".join(texts).encode(), craft)[1]
 
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
+        if self.spends(budget)[0] is None:
+            return images
+
         def craft() -> tuple[dict[str, Tensor], list[str]]:
             return {"images": self.attack.perturb(victim, images, goal, budget, seeds)}, []
 
@@ -60,9 +64,11 @@ class Once(Attack):
     def match(
         self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
     ) -> tuple[Images, list[str]]:
+        apart = self.spends(budget)[0] is None  # images that stay come back as they are, for the task to see that
+
         def craft() -> tuple[dict[str, Tensor], list[str]]:
             made, words = self.attack.match(victim, images, texts, budget, seeds)
-            return {"images": made}, words
+            return {} if apart else {"images": made}, words
 
         return self._images(craft, victim.encode.queries, images, seeds)
 
@@ -77,7 +83,7 @@ class Once(Attack):
         if queries is not None:
             queries.forwards.copy_(tensors["forwards"])
             queries.gradients.copy_(tensors["gradients"])
-        return tensors["images"].to(clean.device), texts
+        return tensors["images"].to(clean.device) if "images" in tensors else clean, texts
 
     def _once(self, kind: str, what: bytes, craft: _Craft) -> tuple[dict[str, Tensor], list[str]]:
         path = self.folder / f"{kind}-{hashlib.sha256(what).hexdigest()[:16]}.safetensors"
@@ -85,10 +91,11 @@ class Once(Attack):
             with safe_open(path, "pt") as file:
                 texts = json.loads(file.metadata()["texts"])
                 return {name: file.get_tensor(name) for name in file.keys()}, texts  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError):  # not there yet, or broken
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there yet, or broken
             tensors, texts = craft()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write(path, save(tensors, {"texts": json.dumps(texts)}))
+        with suppress(WriteError):  # what does not fit on the disk is made again
+            write(path, save(tensors, {"texts": json.dumps(texts)}))
         return tensors, texts
 
 

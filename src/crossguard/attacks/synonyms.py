@@ -10,7 +10,7 @@ import string
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -119,6 +119,7 @@ class CharacterEdits(CandidateSource):
         del top, threshold  # edits have no scores
         english = word_list(self.no_new_words) if self.no_new_words else frozenset[str]()
 
+        @cache  # hundreds of edits for each word, and the same words in many strings
         def edited(word: str) -> tuple[Candidate, ...]:
             if not attackable(word, compat):
                 return ()
@@ -166,6 +167,10 @@ class AnyOf(CandidateSource):
     @property
     def edits_characters(self) -> bool:
         return any(source.edits_characters for source in self.sources)
+
+    def doubts(self, texts: Sequence[str]) -> list[str]:
+        found = [source.doubts(texts) for source in self.sources]
+        return [doubt for doubts in found for doubt in doubts] if all(found) else []  # one that has none is enough
 
     def propose(
         self, texts: Sequence[str], top: int = 10, threshold: float = 0.3, compat: bool = False

@@ -52,7 +52,8 @@ def _files(folder: Path) -> list[Path]:
     """The files of a checkpoint that its answers depend on."""
     parts = ("config.json", "vocab", "merges", "tokenizer", "added_tokens", "special_tokens", "preproc", "processor")
     kinds = (".safetensors", ".model")
-    return sorted(file for file in folder.glob("*") if file.name.startswith(parts) or file.suffix in kinds)
+    found = (file for file in folder.glob("*") if file.name.startswith(parts) or file.suffix in kinds)
+    return sorted(file for file in found if file.is_file())
 
 
 @lru_cache(maxsize=64)
