@@ -271,7 +271,7 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
 
 def _averages(attack: Attack | None) -> bool:
     """Whether an attack averages over noise."""
-    return any(True for _ in within(attack, EOT)) or any(part.version == "rand" for part in within(attack, AutoAttack))
+    return any(within(attack, EOT)) or any(part.version == "rand" for part in within(attack, AutoAttack))
 
 
 def _doubled(attack: Any) -> Any:

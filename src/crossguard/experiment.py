@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Cell:
     def key(self) -> str:
         return key(self.question)
 
-    @property
+    @cached_property
     def craft(self) -> str:
         """The same for cells that share what is crafted on a surrogate; else like no other."""
         from crossguard.evaluate import craft_key
@@ -209,11 +210,8 @@ class Experiment:
                 busy: list[Cell] = []
                 for cell in waiting:
                     lock = FileLock(out / ".locks" / cell.key)
-                    try:
-                        if any(cell.craft == other.craft for other in busy):  # another process is crafting it
-                            raise Timeout(lock.lock_file)
-                        lock.acquire(timeout=0)
-                    except Timeout:
+                    crafting = any(cell.craft == other.craft for other in busy)  # another process
+                    if crafting or not _acquired(lock):
                         busy.append(cell)
                         continue
                     crafts = out / ".crafts" / cell.craft
@@ -268,6 +266,15 @@ class Experiment:
         """What the table needs to print labels: label -> word, as reports spell it."""
         axes = {kind: {label: words.show(word) for label, word in axis.items()} for kind, axis in self.grid.items()}
         return {"source": self.source, "labels": axes, "cells": [cell.key for cell in cells]}
+
+
+def _acquired(lock: FileLock) -> bool:
+    """Takes the lock, unless another process has it; whether it did."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def _answer(out: Path, cell: Cell, log: logging.Logger) -> Report | None:

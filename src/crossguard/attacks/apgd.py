@@ -64,6 +64,10 @@ class APGD(ImageAttack):
                 f"APGD(rho={self.rho}) is no fraction of steps; give one between 0 and 1, such as 0.75"
             )
 
+    @property
+    def needs_classes(self) -> bool:
+        return self.loss is not None
+
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
         if self.large_eps and not isinstance(budget, L1):
             raise CrossguardError(

@@ -236,13 +236,20 @@ class Found:
         return better
 
 
+_BUDGETS: dict[tuple[str, ...], str] = {("image",): "'Linf(8/255)'", ("text",): "'Words(1)'"}  # what to try
+
+
 class Attack(ABC):
     """How an adversary searches. Where classes have prompts, a task calls `rewrite` once for all its texts and
     `perturb` for every batch of images; where images have captions, `match` for every batch of both. What an attack
     does not touch comes back as it was. `on` says which parts of a budget it spends."""
 
     on: ClassVar[tuple[str, ...]] = ()
-    needs_classes: ClassVar[bool] = False  # its images must be of classes, not of captions
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether its images must be of classes, not of captions."""
+        return False
 
     def rewrite(
         self,
@@ -272,13 +279,12 @@ class Attack(ABC):
         """The parts of the budget this attack uses; raises where one that it needs is missing."""
         image = budget.image if "image" in self.on else None
         text = budget.text if "text" in self.on else None
+        hint = _BUDGETS.get(self.on, "'Both(Linf(8/255), Words(1))'")
         if "image" in self.on and image is None:
-            hint = "'Linf(8/255)'" if self.on == ("image",) else "'Both(Linf(8/255), Words(1))'"
             raise CrossguardError(
                 f"{spelled(self)} changes pixels, but {spelled(budget)} allows no change of pixels; try {hint}"
             )
         if "text" in self.on and text is None:
-            hint = "'Words(1)'" if self.on == ("text",) else "'Both(Linf(8/255), Words(1))'"
             raise CrossguardError(
                 f"{spelled(self)} changes texts, but {spelled(budget)} allows no change of texts; try {hint}"
             )

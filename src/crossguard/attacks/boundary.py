@@ -95,7 +95,9 @@ class BoundaryAttack(ImageAttack):
     plain step along the gradient competes with them, and the image of the largest margin is returned.
     """
 
-    needs_classes = True
+    @property
+    def needs_classes(self) -> bool:
+        return True
 
     def nearest(
         self,

@@ -62,6 +62,10 @@ class PGD(ImageAttack):
         if self.stop and not self.best:
             raise CrossguardError("PGD(best=False) returns the last iterate, so nothing may stop early; add stop=False")
 
+    @property
+    def needs_classes(self) -> bool:
+        return self.loss is not None
+
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
         if self.loss is not None:
             goal = goal.climbing(self.loss)

@@ -65,7 +65,9 @@ class EachTarget(ImageAttack):
         targets: how many classes; AutoAttack takes 9.
     """
 
-    needs_classes = True
+    @property
+    def needs_classes(self) -> bool:
+        return True
 
     attack: ImageAttack = field(default_factory=PGD)
     targets: int = 9
@@ -126,7 +128,9 @@ class OwnAnswer(ImageAttack):
     the defense reads the label off the perturbation (label leakage, Kurakin et al. 2017).
     """
 
-    needs_classes = True
+    @property
+    def needs_classes(self) -> bool:
+        return True
 
     attack: ImageAttack = field(default_factory=PGD)
 

@@ -27,7 +27,9 @@ class AutoAttack(ImageAttack):
     attacks alone; beaten images leave within a run, which the reference code doesn't do.
     """
 
-    needs_classes = True
+    @property
+    def needs_classes(self) -> bool:
+        return True
 
     version: str = "standard"
 
@@ -67,7 +69,9 @@ class RobustCLIP(ImageAttack):
     It has no black-box attack, so it can't notice masked gradients; use AutoAttack for a number to quote.
     """
 
-    needs_classes = True
+    @property
+    def needs_classes(self) -> bool:
+        return True
 
     steps: int = 100
     targets: int = 9

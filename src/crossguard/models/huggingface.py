@@ -102,12 +102,9 @@ class TransformersEncoder(DualEncoder):
             return self.packing(ids, mask)
         if len(texts) <= _STRINGS or self.padded or not bool(mask[:, 0].all()):  # some are padded on the left
             return self._text(ids, mask)
-        lengths = mask.sum(1)
-        order = lengths.argsort(stable=True)  # like lengths waste no padding
-        found = [
-            self._text(ids[rows, : int(lengths[rows].max())], mask[rows, : int(lengths[rows].max())])
-            for rows in order.split(_STRINGS)
-        ]
+        lengths, order = mask.sum(1).sort(stable=True)  # like lengths waste no padding
+        batches = zip(order.split(_STRINGS), lengths.split(_STRINGS), strict=True)
+        found = [self._text(ids[rows, : held[-1]], mask[rows, : held[-1]]) for rows, held in batches]
         return torch.cat(found)[order.argsort()]
 
     def _text(self, ids: Tensor, mask: Tensor) -> Embeddings:

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossguard.attacks.apgd import APGD
 from crossguard.attacks.base import Attack, ImageVictim, MatchVictim, Queries, spelled
 from crossguard.attacks.candidates import doubts
-from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Budget, TextBudget
 from crossguard.data import Batch, Dataset, Pairs
 from crossguard.errors import CrossguardError
@@ -113,12 +111,10 @@ class Retrieval(Task):
 def _check_attack(attack: Attack) -> None:
     """Refuses, before anything is embedded, an attack with a part that needs classes."""
     for part in within(attack, Attack):
-        chosen = isinstance(part, PGD | APGD) and part.loss is not None
-        if part.needs_classes or chosen:
-            what = "climbs a loss of logits" if chosen else "attacks a classification"
+        if part.needs_classes:
             raise CrossguardError(
-                f"{spelled(part)} {what}, and Retrieval has no classes; give PGD(), APGD(), Square() or a joint attack "
-                "of these"
+                f"{spelled(part)} attacks a classification, and Retrieval has no classes; give PGD(), APGD(), Square() "
+                "or a joint attack of these"
             )
         for name in ("collisions", "protect"):
             choice = getattr(part, name, None)
