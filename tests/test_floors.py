@@ -13,7 +13,7 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, listed in enumerate(
         (
-            "shapes words errors seeds files hub",
+            "shapes words errors seeds files hub processes device",
             "budgets goals gallery data report",
             "models attacks datasets",
             "defenses tasks",

@@ -99,6 +99,24 @@ def within(word: object, kind: type[T]) -> Iterator[T]:
         yield from within(part, kind)
 
 
+class Reads:
+    """A word that reads files: a checkpoint, a data set, a list of synonyms."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Says what the files hold now: another text when they have changed, an empty one where there are none."""
+        return ""
+
+
+def contents(word: object) -> str:
+    """What the files behind a word hold, in one short text: a word of the same text whose files have changed has
+    another. Looks at every word inside (the base of a wrapper, the language model of an attack, the data of a `Fit`).
+    """
+    found = [(type(part).__name__, part.fingerprint) for part in within(word, Reads)]
+    told = sorted({f"{name}:{fingerprint}" for name, fingerprint in found if fingerprint})
+    return " ".join(told)
+
+
 def is_word(kind: object) -> bool:
     """Whether this is a class of words: a concrete frozen dataclass all of whose fields have a text."""
     if not _is_plain(kind):

@@ -1,0 +1,91 @@
+"""The processes that `torchrun` started: who this one is, what all of them know, and how the failure of one ends all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from crossguard.errors import CrossguardError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """A group of processes that do one piece of work together: this one is number `rank` of `world`.
+
+    All of them must call `gather`, `tell` and `together` in the same order, as with every collective operation.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that speaks, writes and reads for all."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """The part of the items that is this process's: every `world`-th of them."""
+        return list(items[self.rank :: self.world])
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in their order; every process gets the list."""
+        if self.world == 1:
+            return [value]
+        import torch
+
+        parts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(parts, value)
+        return parts
+
+    def tell(self, value: T) -> T:
+        """The value of the first process, on every process."""
+        if self.world == 1:
+            return value
+        import torch
+
+        told: list[Any] = [value]
+        torch.distributed.broadcast_object_list(told, src=0)
+        return told[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, each process works on its own; at the end they meet. What went wrong on one is raised on all, so that
+        none waits for one that is gone.
+
+        Nothing inside may wait for the others.
+
+        Raises:
+            CrossguardError: another process failed; it says which and why.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        sentences = self.gather(None if failure is None else f"{failure}" or type(failure).__name__)
+        if failure is not None:
+            raise failure
+        for rank, sentence in enumerate(sentences):
+            if sentence is not None:
+                raise CrossguardError(f"process {rank} of {self.world} failed: {sentence}")
+
+
+ALONE = Processes()
+
+
+def joined() -> Processes:
+    """The processes that `torchrun` started, joined into a group if they are not yet; `ALONE` where it started none."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        return ALONE
+    import torch
+    from accelerate import PartialState
+
+    # They meet at the end of long work, and whose part takes longer comes later.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
