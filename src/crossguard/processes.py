@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started: who this one is, what all of them know, and how the failure of one ends all."""
+"""The processes that `torchrun` started: which one this is, what all of them know, how the failure of one ends all."""
 
 from __future__ import annotations
 
