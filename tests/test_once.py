@@ -112,7 +112,7 @@ def test_a_disk_without_room_for_what_was_crafted_stops_nothing(
     def full(*_: object) -> None:
         raise WriteError("no space left on device")
 
-    monkeypatch.setattr(once, "write", full)
+    monkeypatch.setattr(once, "save_tensors", full)
     assert len(grid(*CASES[0], MODELS).run(tmp_path)) == 9
     assert searches == 9 * [4, 4, 2]
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import crossguard
-from crossguard import words
+from crossguard import PGD, EachTarget, Square, Worst, words
 from crossguard.budgets import Both, Linf, Words
 from crossguard.errors import CrossguardError
 from crossguard.words import REQUIRED, WordError, build, fields, find, is_word, names, show
@@ -409,3 +409,18 @@ def test_importing_the_package_and_reading_reports_is_light():
     assert not heavy & set(first) and "numpy" not in first and "rich" not in first
     assert not heavy & set(second)
     assert is_function  # though a module has the same name
+
+
+def test_mapped_changes_words_wherever_they_are() -> None:
+    inner = PGD(steps=3)
+    word = Worst((inner, EachTarget(PGD(steps=4)), Square()))
+
+    def longer(part: Any) -> Any:
+        return dataclasses.replace(part, steps=10 * part.steps) if isinstance(part, PGD) else part
+
+    assert words.mapped(word, longer) == Worst((PGD(steps=30), EachTarget(PGD(steps=40)), Square()))
+    assert words.mapped(word, lambda part: part) is word
+    seen: list[str] = []
+    words.mapped(Worst((inner, Square())), lambda part: seen.append(type(part).__name__) or part)
+    assert seen.index("PGD") < seen.index("Square") < seen.index("Worst")
+    assert words.mapped((inner, 3, None), lambda part: Square()) == (Square(), 3, None)

@@ -543,25 +543,16 @@ def _at_least(option: str, value: int | None, least: int) -> None:
 
 def _skipping(option: str, word: Any) -> Any:
     """The word with `skip_broken` set wherever something in it has that field."""
-    changed = _with_skip_broken(word)
+    from crossguard.words import mapped
+
+    def skip(part: Any) -> Any:
+        has = any(field.name == "skip_broken" for field in dataclasses.fields(part))
+        return dataclasses.replace(part, skip_broken=True) if has else part
+
+    changed = mapped(word, skip)
     if changed is word:
         raise CrossguardError(f"--skip-broken: nothing in {option} reads files that could be broken")
     return changed
-
-
-def _with_skip_broken(word: Any) -> Any:
-    if isinstance(word, tuple):
-        items = tuple(_with_skip_broken(item) for item in word)
-        return items if any(new is not old for new, old in zip(items, word, strict=True)) else word
-    if not dataclasses.is_dataclass(word) or isinstance(word, type):
-        return word
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(word):
-        held = getattr(word, field.name)
-        new = True if field.name == "skip_broken" else _with_skip_broken(held)
-        if field.init and (new is not held or field.name == "skip_broken"):
-            changes[field.name] = new
-    return dataclasses.replace(word, **changes) if changes else word
 
 
 def _say(sentence: str) -> None:

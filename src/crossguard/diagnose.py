@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ from crossguard.models.wrapper import Unrolled, Wrapper, layers
 from crossguard.report import Report
 from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
-from crossguard.words import within
+from crossguard.words import mapped, within
 
 _QUERIES = 1000  # of the query attack that looks for masked gradients
 _LARGE = 100.0  # times the budget, under which nothing should stand
@@ -206,7 +206,7 @@ def _large_budget(case: _Case) -> str | None:
 
 def _more_steps(case: _Case) -> str | None:
     """An attack that has converged gains nothing by going on."""
-    longer = _doubled(case.attack)
+    longer = mapped(case.attack, _doubled)
     if case.pixels is None or longer == case.attack:
         return None
     now, then = sum(case.now), sum(case.standing(longer, case.budget, case.surrogate))
@@ -274,16 +274,11 @@ def _averages(attack: Attack | None) -> bool:
     return any(within(attack, EOT)) or any(part.version == "rand" for part in within(attack, AutoAttack))
 
 
-def _doubled(attack: Any) -> Any:
-    """The same attack with twice the steps, wherever it or an attack inside it has a number of steps."""
-    if isinstance(attack, tuple):
-        return tuple(_doubled(part) for part in attack)
-    if not isinstance(attack, Attack) or not is_dataclass(attack):
-        return attack
-    changes = {field.name: _doubled(getattr(attack, field.name)) for field in fields(attack)}
-    if isinstance(changes.get("steps"), int):
-        changes["steps"] *= 2
-    return replace(attack, **changes)
+def _doubled(part: Any) -> Any:
+    """The attack with twice its steps, where it has a number of steps."""
+    if isinstance(part, Attack) and is_dataclass(part) and isinstance(steps := getattr(part, "steps", None), int):
+        return replace(part, steps=2 * steps)  # type: ignore[call-arg]
+    return part
 
 
 @contextmanager

@@ -99,6 +99,23 @@ def within(word: object, kind: type[T]) -> Iterator[T]:
         yield from within(part, kind)
 
 
+def mapped(word: Any, change: Callable[[Any], Any]) -> Any:
+    """The word after `change` has been asked about each word inside it, the parts before the whole.
+
+    Args:
+        change: returns what takes the place of a word; the word itself, if it stays.
+    """
+    if isinstance(word, tuple):
+        items = tuple(mapped(item, change) for item in word)
+        return items if any(new is not old for new, old in zip(items, word, strict=True)) else word
+    if not dataclasses.is_dataclass(word) or isinstance(word, type):
+        return word
+    held = {field.name: getattr(word, field.name) for field in dataclasses.fields(word) if field.init}
+    parts = {name: mapped(part, change) for name, part in held.items()}
+    changes = {name: part for name, part in parts.items() if part is not held[name]}
+    return change(dataclasses.replace(word, **changes) if changes else word)
+
+
 class Reads:
     """A word that reads files: a checkpoint, a data set, a list of synonyms."""
 

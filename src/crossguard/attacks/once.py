@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from crossguard.attacks.base import Attack, MatchVictim, PairVictim, Queries, TextVictim
 from crossguard.budgets import Budget, PixelBudget, TextBudget
-from crossguard.files import WriteError, write
+from crossguard.files import WriteError, save_tensors
 from crossguard.goals import Goal
 from crossguard.shapes import Images, Seeds
 
@@ -95,7 +94,7 @@ class Once(Attack):
             tensors, texts = craft()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with suppress(WriteError):  # what does not fit on the disk is made again
-            write(path, save(tensors, {"texts": json.dumps(texts)}))
+            save_tensors(path, tensors, {"texts": json.dumps(texts)})
         return tensors, texts
 
 

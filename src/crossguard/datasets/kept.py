@@ -155,10 +155,8 @@ def keep(folder: Path, form: str, indices: Sequence[int], images: Images) -> lis
             _save_png(folder / name, rounded(image))
             places.append({"file": name, "row": 0, "index": index})
         return places
-    from safetensors.torch import save
-
     name = f"images-{indices[0]:06d}.safetensors"
-    files.write(folder / name, save({"images": images.detach().cpu().contiguous()}))
+    files.save_tensors(folder / name, {"images": images.detach().cpu().contiguous()})
     return [{"file": name, "row": row, "index": index} for row, index in enumerate(indices)]
 
 

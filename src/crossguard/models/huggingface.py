@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crossguard.errors import CrossguardError
-from crossguard.files import reason
+from crossguard.files import reason, share
 from crossguard.hub import ask_hub
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, check_finite
 from crossguard.models.packing import PrefixPacking
@@ -141,6 +141,8 @@ class TransformersEncoder(DualEncoder):
             self.model.save_pretrained(folder, safe_serialization=True)
             self.tokenizer.save_pretrained(folder)
             self.processor.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            share(path)
 
 
 def _load(path: str) -> DualEncoder:
