@@ -206,7 +206,7 @@ def _large_budget(case: _Case) -> str | None:
 
 def _more_steps(case: _Case) -> str | None:
     """An attack that has converged gains nothing by going on."""
-    longer = mapped(case.attack, _doubled)
+    longer = _doubled(case.attack)
     if case.pixels is None or longer == case.attack:
         return None
     now, then = sum(case.now), sum(case.standing(longer, case.budget, case.surrogate))
@@ -274,11 +274,15 @@ def _averages(attack: Attack | None) -> bool:
     return any(within(attack, EOT)) or any(part.version == "rand" for part in within(attack, AutoAttack))
 
 
-def _doubled(part: Any) -> Any:
-    """The attack with twice its steps, where it has a number of steps."""
-    if isinstance(part, Attack) and is_dataclass(part) and isinstance(steps := getattr(part, "steps", None), int):
-        return replace(part, steps=2 * steps)  # type: ignore[call-arg]
-    return part
+def _doubled(attack: Attack | None) -> Attack | None:
+    """The same attack with twice the steps, wherever it or an attack inside it has a number of steps."""
+
+    def double(part: Any) -> Any:
+        if isinstance(part, Attack) and is_dataclass(part) and isinstance(steps := getattr(part, "steps", None), int):
+            return replace(part, steps=2 * steps)  # type: ignore[call-arg]
+        return part
+
+    return mapped(attack, double)
 
 
 @contextmanager
