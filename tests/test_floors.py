@@ -13,8 +13,8 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, listed in enumerate(
         (
-            "shapes words errors seeds files hub processes device",
-            "budgets goals gallery data report",
+            "shapes words errors seeds files hub checkpoints processes device",
+            "budgets goals gallery data opening report",
             "models attacks datasets",
             "defenses tasks",
             "diagnose testing",

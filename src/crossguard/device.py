@@ -1,10 +1,29 @@
-"""Where networks live and in which precision they compute."""
+"""Where networks live and in which precision they compute: chosen once for the process, and said in every report."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+
+from crossguard.errors import CrossguardError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A device, the precision of the weights on it, and whether float32 may be shortened to TF32."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    tf32: bool = False
+
+
+_chosen: Choice | None = None
 
 
 def best() -> torch.device:
@@ -12,3 +31,106 @@ def best() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def chosen() -> Choice:
+    """What `choose` was told last; without it, float32 on the best device there is."""
+    return _chosen or Choice(best())
+
+
+def choose(device: str | None = None, dtype: str = "float32", tf32: bool = False) -> Choice:
+    """From now on networks are opened on this device and in this precision.
+
+    Args:
+        device: such as 'cpu', 'cuda' or 'cuda:1'; the best there is, if not given. Under `torchrun` each process has a
+            GPU of its own, and 'cuda' is that one.
+        dtype: of the weights and of the work of the towers: 'float32' or 'bfloat16'. Embeddings and logits are float32
+            in both. Float16 is not offered, since the gradients of attacks underflow in it.
+        tf32: let a GPU shorten the numbers that it multiplies to 10 bits behind the point, which is faster.
+
+    Raises:
+        CrossguardError: there is no such device here, or no such precision.
+    """
+    global _chosen
+    if dtype not in DTYPES:
+        raise CrossguardError(f"networks cannot compute in {dtype!r}; give one of {', '.join(DTYPES)}")
+    _chosen = Choice(best() if device is None else _found(device), DTYPES[dtype], tf32)
+    if _chosen.device.type == "cuda":
+        torch.cuda.set_device(_chosen.device)  # what names no device of its own is made there too
+    return _chosen
+
+
+@contextmanager
+def choosing(device: str | None = None, dtype: str = "float32", tf32: bool = False) -> Iterator[Choice]:
+    """Inside, networks are opened as with `choose`; afterwards as before."""
+    global _chosen
+    before = _chosen
+    try:
+        yield choose(device, dtype, tf32)
+    finally:
+        _chosen = before
+
+
+def precision() -> str:
+    """How the numbers depart from plain float32, which changes answers a little and so is part of a question; an empty
+    text where they do not."""
+    choice = chosen()
+    if choice.dtype != torch.float32:
+        return str(choice.dtype).removeprefix("torch.")
+    return "float32 with TF32" if choice.tf32 and choice.device.type == "cuda" else ""
+
+
+def describe() -> str:
+    """The device and the precision in words, for a report."""
+    choice = chosen()
+    name = choice.device.type
+    if choice.device.type == "cuda":
+        name = f"cuda: {torch.cuda.get_device_name(choice.device)}, {'with' if choice.tf32 else 'without'} TF32"
+    return name if choice.dtype == torch.float32 else f"{name}, {precision()}"
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Inside, products and convolutions of float32 are computed in float32, unless TF32 was chosen.
+
+    By default torch lets cuDNN shorten the numbers of a convolution to TF32, so that patch embeddings and convolutional
+    towers would know 10 bits of each pixel, in the attack and in the judge.
+    """
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if chosen().tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = chosen().tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def memory(device: torch.device) -> int:
+    """The bytes of memory that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _found(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CrossguardError(f"there is no device {name!r}; give 'cpu', 'cuda' or 'cuda:1'") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise CrossguardError(f"the device {name!r} cannot be used here; give 'cpu'{_gpus()}")
+    if device.index is None:
+        return best()
+    if device.index >= torch.cuda.device_count():
+        raise CrossguardError(f"there is no device {name!r}; give 'cpu'{_gpus()}")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise CrossguardError(f"{name!r} would put all processes on one GPU; give 'cuda', so that each has its own")
+    return device
+
+
+def _gpus() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return "".join(f", 'cuda:{number}'" for number in range(count))

@@ -20,12 +20,14 @@ from crossguard.budgets import Budget, PixelBudget
 from crossguard.data import spread
 from crossguard.datasets.kept import FORMATS, Kept, begin, finish
 from crossguard.datasets.kept import keep as store
+from crossguard.device import describe, precision
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, check_writable, reason, write
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.huggingface import HuggingFace
 from crossguard.models.wrapper import Unrolled, Wrapper, layers
+from crossguard.opening import evaluating
 from crossguard.report import Outcomes, Ranks, Report, key, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
@@ -64,6 +66,8 @@ def question(
         pixels, words = attack.spends(budget)
         budget = budget if pixels is not None and words is not None else pixels or words
     weights = {"weights": " ".join(_fingerprints(model)), "surrogate weights": " ".join(_fingerprints(surrogate))}
+    # What is there in few questions only, so that the others keep their names.
+    told = weights | {"precision": precision()}
     return {
         "task": show(task),
         "model": show(model),
@@ -73,7 +77,7 @@ def question(
         "knowledge": _knowledge(model, attack, surrogate),
         "limit": str(limit),
         "seed": str(seed),
-    } | {name: value for name, value in weights.items() if value}
+    } | {name: value for name, value in told.items() if value}
 
 
 def craft_key(asked: Mapping[str, str]) -> str:
@@ -82,6 +86,7 @@ def craft_key(asked: Mapping[str, str]) -> str:
     return key({name: part for name, part in asked.items() if name not in ("model", "weights", "knowledge")})
 
 
+@evaluating()
 def evaluate(
     task: Task,
     model: VisionLanguageModel,
@@ -184,8 +189,7 @@ def evaluate(
             notes += _rounding(found, outcomes, trial, trial.pixels)
         if rank == 0:
             finish(Path(keep), asked, found, trial.prompts)
-    device = "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    report = Report(asked, outcomes, tuple(notes), versions(device), time.monotonic() - began)
+    report = Report(asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began)
     if doubt and attack is not None:
         found_doubts: list[Any] = [None]
         if rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from crossguard.errors import CrossguardError
 
@@ -32,3 +33,15 @@ def cached(path: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return all(isinstance(try_to_load_from_cache(path, name), str) for name in ("config.json", "model.safetensors"))
+
+
+def revision(path: str) -> str:
+    """The revision of this model that the local cache of the hub has, shortened; empty where it has none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:  # a path of this machine, and nothing is there
+        return ""
+    return Path(found).parent.name[:12] if isinstance(found, str) else ""

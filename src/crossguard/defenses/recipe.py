@@ -28,13 +28,15 @@ from torch import Tensor, nn
 
 from crossguard.attacks.base import ImageAttack, ImageVictim, TextAttack
 from crossguard.budgets import Budget
+from crossguard.checkpoints import check_finite
 from crossguard.data import Dataset
 from crossguard.defenses.optimizers import Adam, Optimizer
 from crossguard.defenses.terms import ADVERSARIAL, CLEAN, OverClasses, Term, Views
+from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
 from crossguard.files import check_writable, write
 from crossguard.goals import Untargeted
-from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, check_finite, frozen
+from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, frozen
 from crossguard.models.huggingface import HuggingFace
 from crossguard.seeds import derive, keys, uniform
 from crossguard.shapes import Embeddings, Images, Labels, Seeds, TextEmbeddings
@@ -171,7 +173,7 @@ class Recipe(ABC):
         folder = Path(out)
         question = {"recipe": show(self), "model": show(model), "data": show(data)}
         # A `Fit` may be asked for its network in the middle of an evaluation, where gradients are off.
-        with _owned(folder), torch.enable_grad():
+        with _owned(folder), torch.enable_grad(), exact():
             if _finished(folder, question):
                 return HuggingFace(str(folder))
             return _Run(self, model, data, folder, question).train()
@@ -201,7 +203,7 @@ class _Run:
 
         self.recipe, self.model, self.data, self.folder, self.question = recipe, model, data, folder, question
         # Precision is not accelerate's business here: it keeps one setting for the whole process, and runs differ.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        self.accelerator = Accelerator(cpu=chosen().device.type == "cpu", mixed_precision="no")
         self.indices, self.shown = _few_shot(data, recipe, 0), 0
         if len(self.indices) < 2:
             raise CrossguardError(

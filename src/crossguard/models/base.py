@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossguard.data import Prompts
+from crossguard.device import Choice, chosen
 from crossguard.errors import CrossguardError
+from crossguard.opening import Opened, Opens, opened, opening
 from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings
 
 _TEXTS_AT_ONCE = 1024  # bounds the memory of encoding thousands of prompts
@@ -46,9 +48,8 @@ class Preprocess:
             short = min(height, width)
             images = self._resized(images, int(self.resize * height / short), int(self.resize * width / short))
             images = _center_crop(images, self.height, self.width)
-        mean = torch.tensor(self.mean, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-        return (images - mean) / std
+        mean, std = (constant(values, images.device, images.dtype) for values in (self.mean, self.std))
+        return (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
     def _resized(self, images: Images, height: int, width: int) -> Resized:
         if images.shape[-2:] == (height, width):
@@ -56,6 +57,14 @@ class Preprocess:
         for size in ((images.shape[-2], width), (height, width)):  # as Pillow: rows first, each pass clipped
             images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True).clamp(0.0, 1.0)
         return images
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The numbers as a tensor on the device, where they lie once and for all: sending them anew in each forward would
+    make the device wait."""
+    with torch.inference_mode(False):  # what is made in that mode could not be used outside of it
+        return torch.tensor(values, device=device, dtype=dtype)
 
 
 class DualEncoder(nn.Module):
@@ -92,8 +101,17 @@ class DualEncoder(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes a checkpoint in the family's own format, readable without this package."""
 
+    def cast(self, dtype: torch.dtype) -> DualEncoder:
+        """The same network with towers of this precision; scale and bias stay in float32, since a rounded scale would
+        change every logit."""
+        head = [(parameter, parameter.data) for parameter in self.towers()["head"].values()]
+        self.to(dtype)
+        for parameter, exact in head:
+            parameter.data = exact
+        return self
+
     def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
-        """Scaled cosines of every image with every text, plus the bias, in float32."""
+        """Scaled cosines of every image with every text, plus the bias, in float32 also where autocast is on."""
         return cosine(images, texts) * self.scale.float() + self.bias.float()
 
     def forward(self, images: Images, texts: Sequence[str] | None) -> tuple[Embeddings, TextEmbeddings | None]:
@@ -134,18 +152,23 @@ class VisionLanguageModel(ABC):
 
     def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
         """Images to one logit per class. The prompts are encoded here, once: unit embeddings averaged over
-        templates."""
-        classes = self.class_embeddings(prompts)
+        templates. The networks are opened here as well, and no file is looked at when images come."""
+        with opening() as held:
+            classes = self.class_embeddings(prompts)
         # Classes of the same prompts get the same column, equal to the bit: computed apart they would differ by
         # rounding, and the answer would depend on the batch.
         place = {texts: row for row, texts in reversed(list(enumerate(prompts.texts)))}
         same = [place[texts] for texts in prompts.texts]
         distinct = sorted(place.values())
         columns = torch.tensor([distinct.index(row) for row in same], device=classes.device)
-        if len(distinct) == len(same):
-            return lambda images: self.logits(self.encode_image(images), classes)
-        kept = classes[distinct]
-        return lambda images: self.logits(self.encode_image(images), kept)[:, columns]
+        kept = classes if len(distinct) == len(same) else classes[distinct]
+
+        def answer(images: Images) -> Logits:
+            with held.inside():
+                logits = self.logits(self.encode_image(images), kept)
+            return logits if len(distinct) == len(same) else logits[:, columns]
+
+        return answer
 
     def class_embeddings(self, prompts: Prompts) -> Embeddings:
         """One embedding per class: the mean over templates of unit text embeddings, without gradient."""
@@ -154,47 +177,53 @@ class VisionLanguageModel(ABC):
             return texts.view(len(prompts.names), -1, texts.shape[1]).mean(1)
 
 
-class Checkpoint(VisionLanguageModel):
-    """A model with a network of its own, loaded on first use. Equal words share one network, frozen and in evaluation
-    mode; `load` makes a fresh one for whoever wants to train it."""
+class Checkpoint(VisionLanguageModel, Opens):
+    """A model with a network of its own. Equal words share one network, frozen and in evaluation mode; `load` makes a
+    fresh one for whoever wants to train it.
+
+    The files behind a word are looked at when the network is opened: once inside `opening()`, as in an evaluation or a
+    classifier, and outside at each question.
+    """
 
     @abstractmethod
     def load(self) -> DualEncoder:
-        """A new network, on the CPU, trainable, in evaluation mode."""
+        """A new network, on the CPU, in float32, trainable, in evaluation mode."""
 
-    def stamp(self) -> object:
-        """Changes when what `load` would read has changed, so that a rewritten checkpoint is read again."""
-        return None
+    def open(self) -> DualEncoder:
+        """The shared network of this word as its files are now: frozen, in evaluation mode, on the device and in the
+        precision of `device.chosen()`."""
+        with Opened().inside():
+            return self.network
 
     @property
     def network(self) -> DualEncoder:
-        """The shared network of this word: frozen, in evaluation mode, on the best device there is."""
-        return _shared(self, self.stamp())
+        """The shared network of this word; inside `opening()` always the very same."""
+        with opening() as held:
+            return held.network(self, self._loaded, lambda network: network)
+
+    def _loaded(self, choice: Choice) -> DualEncoder:
+        network = self.load().requires_grad_(False).eval()
+        return (network if choice.dtype == torch.float32 else network.cast(choice.dtype)).to(choice.device)
 
     @property
     def device(self) -> torch.device:
-        return self.network.scale.device
+        held = opened()
+        return (chosen() if held is None else held.choice).device
 
     def encode_image(self, images: Images) -> Embeddings:
-        return self.network.encode_image(images.to(self.device))
+        with opening():
+            return self.network.encode_image(images.to(self.device)).float()
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         network = self.network
         chunks = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
-        return torch.cat([network.encode_text(chunk) for chunk in chunks])
+        return torch.cat([network.encode_text(chunk) for chunk in chunks]).float()
 
     def cut(self, texts: Sequence[str]) -> int:
         return self.network.cut(texts)
 
     def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         return self.network.logits(images, texts)
-
-
-@lru_cache(maxsize=8)
-def _shared(word: Checkpoint, stamp: object) -> DualEncoder:
-    del stamp  # only part of the key
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return word.load().requires_grad_(False).eval().to(device)
 
 
 @contextmanager
@@ -212,15 +241,10 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def cosine(images: Embeddings, texts: TextEmbeddings) -> Logits:
-    """The cosine of every image with every text, in float32."""
-    return F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
-
-
-def check_finite(network: nn.Module, source: str) -> None:
-    """Raises when a weight is NaN or infinite: such a model would look perfectly robust."""
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CrossguardError(f"the weights in {source} are damaged: {name!r} holds NaN or infinite values")
+    """The cosine of every image with every text, in float32 also where autocast is on: in bfloat16 a thousand logits
+    would have some 150 values, and many classes would tie."""
+    with torch.autocast(images.device.type, enabled=False):
+        return F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
 
 
 def _center_crop(images: Images, height: int, width: int) -> Resized:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from crossguard.checkpoints import content
 from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.models.huggingface import HuggingFace
@@ -21,3 +22,6 @@ class Tiny(Checkpoint):
         if not WEIGHTS.is_dir():
             raise CrossguardError(f"the shipped weights are missing from {WEIGHTS}; reinstall the package")
         return HuggingFace(str(WEIGHTS)).load()
+
+    def content(self) -> str:
+        return content(str(WEIGHTS))

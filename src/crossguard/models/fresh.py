@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from crossguard.checkpoints import located, parts
 from crossguard.errors import CrossguardError
+from crossguard.files import digest
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.models.huggingface import TransformersEncoder
 
@@ -68,11 +70,18 @@ class Fresh(Checkpoint):
         if self.text_width % 32:
             raise CrossguardError(f"Fresh(text_width={self.text_width}) is not possible; give a multiple of 32")
 
+    @property
+    def _folder(self) -> Path:
+        return VOCABULARY if self.tokenizer == "embedded" else Path(located(self.tokenizer))
+
+    def content(self) -> str:
+        return digest(file for file in parts(self._folder) if file.suffix != ".safetensors")  # its words alone are read
+
     def load(self) -> DualEncoder:
         import transformers
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        folder = VOCABULARY if self.tokenizer == "embedded" else Path(self.tokenizer)
+        folder = self._folder
         if not folder.is_dir():
             raise CrossguardError(f"there is no tokenizer folder {str(folder)!r}")
         try:

@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from crossguard.checkpoints import check_finite, check_tokenizer, check_weights, content, located, quiet
 from crossguard.errors import CrossguardError
-from crossguard.files import reason, share
+from crossguard.files import share
 from crossguard.hub import ask_hub
-from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, check_finite
+from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant
 from crossguard.models.packing import PrefixPacking
 from crossguard.models.tokens import Tokens
 from crossguard.shapes import Embeddings, Images
@@ -36,39 +34,10 @@ class HuggingFace(Checkpoint):
     path: str
 
     def load(self) -> DualEncoder:
-        return _load(self.path)
+        return _load(located(self.path))
 
-    @property
-    def fingerprint(self) -> str:
-        """The hash of a local checkpoint (weights, configuration, tokenizer, image processor), so that an answer about
-        another is not taken for one about this; empty for a hub id."""
-        return _fingerprint(self.path, self.stamp())
-
-    def stamp(self) -> object:
-        return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in _files(Path(self.path)))
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that its answers depend on."""
-    parts = ("config.json", "vocab", "merges", "tokenizer", "added_tokens", "special_tokens", "preproc", "processor")
-    kinds = (".safetensors", ".model")
-    found = (file for file in folder.glob("*") if file.name.startswith(parts) or file.suffix in kinds)
-    return sorted(file for file in found if file.is_file())
-
-
-@lru_cache(maxsize=64)
-def _fingerprint(path: str, stamp: object) -> str:
-    del stamp  # only part of the key
-    digest = hashlib.sha256()
-    found = _files(Path(path)) if any(Path(path).glob("*.safetensors")) else []
-    for file in found:
-        try:
-            with file.open("rb") as opened:
-                while block := opened.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise CrossguardError(f"{file} cannot be read: {reason(error)}") from error
-    return digest.hexdigest()[:12] if found else ""
+    def content(self) -> str:
+        return content(self.path)
 
 
 class TransformersEncoder(DualEncoder):
@@ -93,7 +62,7 @@ class TransformersEncoder(DualEncoder):
         self.packing = PrefixPacking(model) if PrefixPacking.knows(model) else None
 
     def encode_image(self, images: Images) -> Embeddings:
-        pixels = self.preprocess(images)
+        pixels = self.preprocess(images).to(self.dtype)
         return _features(self.model.get_image_features(pixel_values=pixels))
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
@@ -109,14 +78,14 @@ class TransformersEncoder(DualEncoder):
 
     def _text(self, ids: Tensor, mask: Tensor) -> Embeddings:
         # SigLIP was trained on texts padded to its full context, without a mask; the others mask their padding.
-        device = self.scale.device
+        device = self.model.logit_scale.device
         seen = {} if self.padded else {"attention_mask": mask.to(device)}
         return _features(self.model.get_text_features(input_ids=ids.to(device), **seen))
 
     def cut(self, texts: Sequence[str]) -> int:
         if not texts:
             return 0
-        with _quiet():
+        with quiet():
             whole = self.tokenizer(list(texts), truncation=False)["input_ids"]
         return sum(len(tokens) > self.length for tokens in whole)
 
@@ -126,8 +95,13 @@ class TransformersEncoder(DualEncoder):
 
     @property
     def bias(self) -> Tensor:
-        bias = getattr(self.model, "logit_bias", None)
-        return torch.zeros((), device=self.model.logit_scale.device) if bias is None else bias
+        bias, scale = getattr(self.model, "logit_bias", None), self.model.logit_scale
+        return constant((0.0,), scale.device, scale.dtype)[0] if bias is None else bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the towers."""
+        return self.model.dtype
 
     def towers(self) -> dict[str, dict[str, nn.Parameter]]:
         towers: dict[str, dict[str, nn.Parameter]] = {"image": {}, "text": {}, "head": {}}
@@ -137,7 +111,7 @@ class TransformersEncoder(DualEncoder):
         return towers
 
     def save(self, folder: Path) -> None:
-        with _quiet():
+        with quiet():
             self.model.save_pretrained(folder, safe_serialization=True)
             self.tokenizer.save_pretrained(folder)
             self.processor.save_pretrained(folder)
@@ -148,7 +122,7 @@ class TransformersEncoder(DualEncoder):
 def _load(path: str) -> DualEncoder:
     _check_source(path)
     try:
-        with _quiet():
+        with quiet():
             try:
                 return _read(path, local=True)
             except OSError:
@@ -188,30 +162,13 @@ def _read(path: str, local: bool) -> DualEncoder:
         )
     check_finite(model, path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where files are missing
-        raise CrossguardError(f"{path} holds no tokenizer; add its files, such as tokenizer.json")
+    check_tokenizer(tokenizer, path)
     processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=local)
     encoder = TransformersEncoder(model, tokenizer, processor).eval()
     with torch.no_grad():
         encoder.encode_text(["a photo"])  # a tokenizer of another model often breaks only when it is used
     _check_preprocess(encoder.preprocess, processor, path)
     return encoder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, `transformers` prints neither warnings nor progress bars."""
-    import transformers
-
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 
 def _check_source(path: str) -> None:
@@ -226,19 +183,8 @@ def _check_source(path: str) -> None:
     if here.is_dir():
         if not (here / "config.json").is_file():
             raise CrossguardError(f"{path} has no config.json, so it is no transformers checkpoint")
-        if not any(here.glob("*.safetensors")):
-            pickles = sorted(file.name for file in here.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
-            found = f"only {pickles[0]}, a pickle file, which is never read" if pickles else "no weights"
-            raise CrossguardError(f"{path} holds {found}; convert or download the weights as model.safetensors")
-        for file in here.glob("*.safetensors"):
-            with file.open("rb") as opened:
-                start = opened.read(4)
-            if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-                raise CrossguardError(
-                    f"{file} is a pickle file under another name, which is never read; convert or download the weights "
-                    "as model.safetensors"
-                )
-    elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
+        check_weights(here)
+    elif path.startswith(("/", "./", "../")) or path.count("/") > 1:
         raise CrossguardError(f"there is no folder {path!r}; give the folder of a checkpoint or a hub id")
 
 

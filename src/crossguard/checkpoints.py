@@ -1,0 +1,95 @@
+"""Folders and hub ids in the format of `transformers`: what dual encoders and language models are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crossguard.errors import CrossguardError
+from crossguard.files import digest
+from crossguard.hub import revision
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl")
+_PARTS = ("config.json", "vocab", "merges", "tokenizer", "added_tokens", "special_tokens", "preproc", "processor")
+_KINDS = (".safetensors", ".model")
+
+
+def located(path: str) -> str:
+    """The path with the user's home folder in place of a `~` at its start; hub ids stay as they are."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def parts(folder: Path) -> list[Path]:
+    """The files of a checkpoint that its answers depend on."""
+    found = (
+        file
+        for file in folder.glob("*")
+        if file.name.startswith(_PARTS) or file.suffix in _KINDS or file.name.endswith(".safetensors.index.json")
+    )
+    return sorted(file for file in found if file.is_file())
+
+
+def content(path: str) -> str:
+    """What a checkpoint holds, in a short text: the hash of a folder's weights, configuration, tokenizer and image
+    processor, or the revision of a hub id; empty where nothing is there yet."""
+    folder = Path(located(path))
+    if folder.is_dir():
+        return digest(parts(folder)) if any(folder.glob("*.safetensors")) else ""
+    return revision(path)
+
+
+def check_weights(folder: Path) -> None:
+    """Raises unless the folder has weights in safetensors that may be tried: pickles could run code, and a pointer of
+    git-lfs stands for a file that was never fetched."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+        what = f"only {pickles[0]}, a pickle file, which is never read" if pickles else "no weights"
+        raise CrossguardError(f"{folder} holds {what}; convert or download the weights as model.safetensors")
+    for file in found:
+        with file.open("rb") as opened:
+            start = opened.read(24)
+        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+            raise CrossguardError(
+                f"{file} is a pickle file under another name, which is never read; convert or download the weights "
+                "as model.safetensors"
+            )
+        if start.startswith(b"version https://git-lfs"):
+            raise CrossguardError(
+                f"{file} is a pointer of git-lfs and not the weights; fetch them with 'git lfs pull', or download the "
+                "checkpoint with 'hf download'"
+            )
+
+
+def check_finite(network: nn.Module, source: str) -> None:
+    """Raises when a weight is NaN or infinite: such a model would look perfectly robust."""
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CrossguardError(f"the weights in {source} are damaged: {name!r} holds NaN or infinite values")
+
+
+def check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Raises for the empty tokenizer that `transformers` makes where its files are missing."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise CrossguardError(f"{source} holds no tokenizer; add its files, such as tokenizer.json")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, `transformers` prints neither warnings nor progress bars: what matters of them is raised."""
+    import transformers
+
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
