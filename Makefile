@@ -1,30 +1,44 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -r s --durations=25 --durations-min=1
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test test-all checks lint types pytest setup clean
 
 # Hardens the shipped model with three recipes and measures all four under every attack.
 demo: setup
 	$(BIN)/crossguard run experiments/demo.toml
 
+# Linters, types and tests, each on its own, so that two cores are busy to the end.
 test: $(VENV)/.ready-dev
+	$(MAKE) --no-print-directory --jobs=3 lint types pytest
+
+# The same, and the long runs of what the quick tests check too.
+test-all: test
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready-dev
 	$(BIN)/basedpyright
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+pytest: $(VENV)/.ready-dev
+	$(PYTEST)
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
+	$(BIN)/python -m compileall -q src
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) -e '.[dev]'
-	-$(PIP) --no-deps torchattacks==3.5.1  # asks for torchvision, which has no CPU build; its tests skip without it
+	-$(PIP) --no-deps torchattacks==3.5.1  # asks for torchvision, which has no CPU build; without it its tests skip
 	touch $@
 
 clean:
