@@ -23,17 +23,19 @@ from torch import Tensor
 
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Both, Linf, Words
-from crossguard.defenses import recipe as recipe_module
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
 from crossguard.defenses.fit import Fit
 from crossguard.defenses.optimizers import SGD, Adam, AdamW
 from crossguard.defenses.recipe import Augment, Recipe
+from crossguard.defenses.run import Run
+from crossguard.defenses.step import Inputs
 from crossguard.defenses.terms import InBatch, OverClasses, Views, in_batch
 from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace, TransformersEncoder
 from crossguard.models.wrapper import BitDepth
+from crossguard.processes import ALONE
 from fixtures import Blots, changed, equal, floats, pictures, save_tokenizer, small, tensors
 
 ENVIRONMENT = os.environ | {
@@ -63,10 +65,9 @@ def refused(attempt: Callable[[], object]) -> str:
     return str(raised.value)
 
 
-def started(recipe: Recipe, base: Fresh, folder: Path, data: Blots | None = None) -> Any:
+def started(recipe: Recipe, base: Fresh, folder: Path, data: Blots | None = None) -> Run:
     """A run that has not taken a step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return recipe_module._Run(recipe, base, data or Blots(), folder, {"recipe": "", "model": "", "data": ""})
+    return Run(recipe, base, data or Blots(), folder, {"recipe": "", "model": "", "data": ""}, ALONE)
 
 
 def gradients(network: torch.nn.Module) -> dict[str, Tensor]:
@@ -157,119 +158,99 @@ def test_tecoa_trains_the_image_tower_only(base: Fresh, tmp_path: Path) -> None:
 
 def test_captions_need_captions_and_are_in_the_batch(base: Fresh, tmp_path: Path) -> None:
     run = started(Contrastive(steps=1, batch=8), base, tmp_path)
-    first, second = run._batch(0, False), run._batch(1, False)
-    for index, own in zip(_order(run, 0), first.own.tolist(), strict=True):
+    first, second = run.feed.batch(0), run.feed.batch(1)
+    for index, own in zip(run.feed.chosen(0), first.own.tolist(), strict=True):
         assert first.texts[own] in Blots().captions(index)
     assert first.texts != second.texts and len(set(first.texts)) == len(first.texts)
-
-
-def _order(run: Any, step: int) -> list[int]:
-    """The samples of a step, found by their pixels."""
-    found = []
-    for image in run._batch(step, False).images:
-        found += [i for i in range(len(run.data)) if torch.equal(floats(run.data.image(i)[None])[0], image)]
-    return found
 
 
 # --- The gradient of a step ---
 
 
-def loss_of(network: TransformersEncoder, recipe: MMCoA, images: Tensor, bad: Tensor, batch: Any, texts: Any) -> Tensor:
+def loss_of(network: TransformersEncoder, recipe: MMCoA, inputs: Inputs) -> Tensor:
     """MMCoA's loss with the batch written out: every image with its own copy of its text."""
-    own = batch.own.tolist()
-    clean_texts = network.encode_text([batch.texts[i] for i in own])
-    bad_texts = network.encode_text([texts[i] for i in own])
-    target = torch.arange(len(own))
+    own = inputs.batch.own.tolist()
     total = torch.zeros(())
-    for weight, image, text in ((recipe.alpha, bad, clean_texts), (recipe.beta, images, bad_texts)):
-        encoded = network.encode_image(image)
-        logits = network.scale * F.normalize(encoded, dim=1) @ F.normalize(text, dim=1).T
+    for weight, image, text in ((recipe.alpha, "adversarial", "clean"), (recipe.beta, "clean", "adversarial")):
+        texts = network.encode_text([inputs.texts[text][i] for i in own])
+        encoded = network.encode_image(inputs.images[image])
+        logits = network.scale * F.normalize(encoded, dim=1) @ F.normalize(texts, dim=1).T
+        target = torch.arange(len(own))
         total = total + weight * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
     return total
 
 
+PROMPTS = [f"a photo of a {name}" for name in Blots().names]
+
+
 @pytest.mark.parametrize("leaks", [False, True])
-def test_a_step_of_mmcoa_is_the_loss_at_its_adversarial_inputs(
-    base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaks: bool
-) -> None:
-    """Attacks leave nothing in the gradient, unless asked for: then exactly the sum of the losses along the way."""
+def test_a_step_of_mmcoa_is_the_loss_at_its_adversarial_inputs(base: Fresh, tmp_path: Path, leaks: bool) -> None:
+    """The attack's gradients are no part of it, unless asked for: then exactly the sum of the losses along the way."""
     recipe = replace(MMCOA, accumulate_attack_gradients=leaks)
     run = started(recipe, base, tmp_path)
-    before = copy.deepcopy(run.network)
-    kept: dict[str, Any] = {}
-
-    def keep(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*arguments: Any) -> Any:
-            earlier = gradients(run.network)
-            kept[name] = function(*arguments)
-            assert earlier.keys() == gradients(run.network).keys()
-            assert not earlier or equal(earlier, gradients(run.network))
-            return kept[name]
-
-        return called
-
-    for name in ("_batch", "_attacked_images", "_attacked_texts"):
-        monkeypatch.setattr(run, name, keep(name, getattr(run, name)))
-    values = run._step(run.network, 0)
-    batch, (bad, path), texts = kept["_batch"], kept["_attacked_images"], kept["_attacked_texts"]
-    assert len(texts) == len(batch.texts) and all(new != old for new, old in zip(texts, batch.texts, strict=True))
-    size = (bad - batch.images).abs().flatten(1).amax(1)
+    before: Any = copy.deepcopy(run.learner.network)
+    inputs = run.learner.views(0)
+    assert not gradients(run.learner.network)
+    clean, bad = inputs.images["clean"], inputs.images["adversarial"]
+    assert torch.equal(clean, floats(torch.stack([Blots().image(index) for index in run.feed.chosen(0)])))
+    assert inputs.texts["clean"] == [PROMPTS[c] for c in sorted(set(Blots().labels()[run.feed.chosen(0)].tolist()))]
+    assert all(new != old for old, new in zip(*inputs.texts.values(), strict=True))
+    size = (bad - clean).abs().flatten(1).amax(1)
     assert float(size.min()) > 0.03 and float(size.max()) <= 16 / 255 + 1e-6
-    loss = loss_of(before, recipe, batch.images, bad, batch, texts)
-    assert values["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    values = run.learner.take(0)
+    loss = loss_of(before, recipe, inputs)
+    assert values["loss"] == pytest.approx(float(loss.detach()), abs=1e-5) and values["texts changed"] == 1.0
     loss.backward()
     if leaks:
-        assert len(path) == STRONG.steps
-        prompts = [f"a photo of a {name}" for name in Blots().names]
-        label = torch.tensor([Blots().names.index(batch.texts[i].removeprefix("a photo of a ")) for i in batch.own])
-        for images in path:
-            logits = before.logits(before.encode_image(images), before.encode_text(prompts))
-            F.cross_entropy(logits, label).backward()
-    assert close(gradients(run.network), gradients(before))
-    moved = {name: p.detach() for name, p in run.network.named_parameters()}
+        assert len(inputs.path) == STRONG.steps
+        for images in inputs.path:
+            logits = before.logits(before.encode_image(images), before.encode_text(PROMPTS))
+            F.cross_entropy(logits, Blots().labels()[run.feed.chosen(0)]).backward()
+    assert close(gradients(run.learner.network), gradients(before))
+    moved = {name: p.detach() for name, p in run.learner.network.named_parameters()}
     expected = {name: p.detach() - 0.1 * p.grad for name, p in before.named_parameters() if p.grad is not None}
     assert close(moved, expected)
 
 
 def test_a_step_of_tecoa_is_cross_entropy_over_all_classes(base: Fresh, tmp_path: Path) -> None:
     run = started(replace(TECOA, clamp_scale=False), base, tmp_path)
-    before = copy.deepcopy(run.network)
-    batch = run._batch(0, True)
-    bad, _ = run._attacked_images(batch)
-    values = run._step(run.network, 0)
-    prompts = [f"a photo of a {name}" for name in Blots().names]
-    assert torch.equal(batch.label, Blots().labels()[_order(run, 0)])
-    texts = before.encode_text(prompts).detach()
+    before: Any = copy.deepcopy(run.learner.network)
+    inputs = run.learner.views(0)
+    batch, bad = inputs.batch, inputs.images["adversarial"]
+    values = run.learner.take(0)
+    assert "texts changed" not in values and batch.texts == PROMPTS
+    assert torch.equal(batch.label, Blots().labels()[run.feed.chosen(0)])
+    texts = before.encode_text(PROMPTS).detach()
     expected = STRONG(
         lambda images: before.logits(before.encode_image(images), texts),
         batch.images, Untargeted(batch.label), Linf(16 / 255), batch.seeds,
     )  # fmt: skip
     assert torch.equal(bad, expected)
-    loss = F.cross_entropy(before.logits(before.encode_image(bad), before.encode_text(prompts)), batch.label)
-    clean = F.cross_entropy(before.logits(before.encode_image(batch.images), before.encode_text(prompts)), batch.label)
+    loss = F.cross_entropy(before.logits(before.encode_image(bad), before.encode_text(PROMPTS)), batch.label)
+    clean = F.cross_entropy(before.logits(before.encode_image(batch.images), before.encode_text(PROMPTS)), batch.label)
     assert values["loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
     assert float(loss.detach()) > float(clean.detach()) + 1e-3
     loss.backward()
-    assert close(gradients(run.network), gradients(before))
+    assert close(gradients(run.learner.network), gradients(before))
 
 
 def test_learning_rates_follow_warmup_and_cosine(base: Fresh, tmp_path: Path) -> None:
     run = started(replace(TECOA, steps=10, warmup=4, cosine=True), base, tmp_path)
-    rates = [run._rate(step) / 0.1 for step in range(10)]
+    rates = [run.learner.rate(step) / 0.1 for step in range(10)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[7] == pytest.approx(0.5) and rates[4:] == sorted(rates[4:], reverse=True)
-    assert started(replace(TECOA, steps=10, cosine=False), base, tmp_path)._rate(9) == 0.1
+    assert started(replace(TECOA, steps=10, cosine=False), base, tmp_path).learner.rate(9) == 0.1
 
 
 def test_the_scale_is_clamped_and_the_gradient_clipped(base: Fresh, tmp_path: Path) -> None:
     run = started(FTStandard(steps=1, batch=8, clamp_scale=True, optimizer=SGD(lr=1e-9)), base, tmp_path)
     with torch.no_grad():
-        run.network.model.logit_scale.fill_(5.0)
-    run._step(run.network, 0)
-    assert float(run.network.scale.detach()) == pytest.approx(100.0, rel=1e-4)
+        run.learner.network.model.logit_scale.fill_(5.0)
+    run.learner.take(0)
+    assert float(run.learner.network.scale.detach()) == pytest.approx(100.0, rel=1e-4)
     run = started(FTStandard(steps=1, batch=8, clip=0.01, optimizer=SGD(lr=0.1)), base, tmp_path)
-    run._step(run.network, 0)
-    norm = torch.cat([gradient.flatten() for gradient in gradients(run.network).values()]).norm()
+    run.learner.take(0)
+    norm = torch.cat([gradient.flatten() for gradient in gradients(run.learner.network).values()]).norm()
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -290,16 +271,14 @@ def test_optimizers_are_torch_s(base: Fresh) -> None:
 def test_few_shots_are_the_same_whatever_the_order(base: Fresh, tmp_path: Path) -> None:
     data = Blots()
     shuffled = Blots(order=tuple(torch.randperm(24, generator=torch.Generator().manual_seed(5)).tolist()))
-    recipe = FTStandard(shots=3, batch=4, epochs=2.0)
+    recipe = FTStandard(shots=3, batch=9, epochs=2.0)
     one, other = started(recipe, base, tmp_path, data), started(recipe, base, tmp_path, shuffled)
-    ids = {data.id(index) for index in one.indices}
-    assert len(one.indices) == len(ids) == 9 and ids == {shuffled.id(index) for index in other.indices}
-    assert torch.bincount(data.labels()[one.indices]).tolist() == [3, 3, 3]
-    assert one.total == 4  # 9 // 4 a pass
-    for step in range(4):
-        assert set(_order(one, step)) <= set(one.indices)
-    assert _order(one, 0) + _order(one, 1) != _order(one, 2) + _order(one, 3)
-    assert ids != {data.id(i) for i in started(replace(recipe, seed=1), base, tmp_path, data).indices}
+    chosen = [one.feed.chosen(epoch) for epoch in range(2)]
+    ids = {data.id(index) for index in chosen[0]}
+    assert len(chosen[0]) == len(ids) == 9 and ids == {shuffled.id(index) for index in other.feed.chosen(0)}
+    assert torch.bincount(data.labels()[chosen[0]]).tolist() == [3, 3, 3]
+    assert one.total == 2 and sorted(chosen[0]) == sorted(chosen[1]) and chosen[0] != chosen[1]
+    assert ids != {data.id(i) for i in started(replace(recipe, seed=1), base, tmp_path, data).feed.chosen(0)}
     assert "fewer than 20 images; lower shots" in refused(
         lambda: replace(recipe, shots=20).fit(base, data, tmp_path / "x")
     )
@@ -308,11 +287,11 @@ def test_few_shots_are_the_same_whatever_the_order(base: Fresh, tmp_path: Path) 
 def test_fresh_shots_are_others_in_every_epoch_and_start_over(base: Fresh, tmp_path: Path) -> None:
     recipe = FTStandard(shots=2, batch=6, epochs=3.0, fresh_shots=True)
     run = started(recipe, base, tmp_path, Blots())  # 10, 9 and 5 images of the classes
-    epochs = [sorted(_order(run, step)) for step in range(3)]
+    epochs = [sorted(run.feed.chosen(step)) for step in range(3)]
     assert all(torch.bincount(Blots().labels()[epoch]).tolist() == [2, 2, 2] for epoch in epochs)
     assert not set(epochs[0]) & set(epochs[1]) and len(set(epochs[0]) & set(epochs[2])) == 1
     late = started(recipe, base, tmp_path, Blots())
-    assert sorted(_order(late, 2)) == epochs[2], "a continued run sees what it would have seen"
+    assert sorted(late.feed.chosen(2)) == epochs[2], "a continued run sees what it would have seen"
     assert "such as shots=16" in refused(lambda: FTStandard(fresh_shots=True))
 
 
@@ -320,7 +299,7 @@ def test_an_epoch_sees_every_image_once(base: Fresh, tmp_path: Path) -> None:
     run = started(FTStandard(batch=8, epochs=2.0), base, tmp_path)
     assert run.total == 6
     for epoch in range(2):
-        seen = [index for step in range(3) for index in _order(run, 3 * epoch + step)]
+        seen = [index for step in range(3) for index in run.feed.chosen(3 * epoch + step)]
         assert sorted(seen) == list(range(24))
 
 
@@ -419,7 +398,7 @@ image = fixtures.Blots.image
 fixtures.Blots.image = lambda self, index: (time.sleep(0.005), image(self, index))[1]
 test_recipe.LONG.fit(fixtures.small(sys.argv[2]), fixtures.Blots(), sys.argv[3])
 """
-LONG = replace(MMCOA, steps=12, save_every=1, optimizer=AdamW(lr=1e-2), augment=Augment(shift=2), cosine=True)
+LONG = replace(MMCOA, steps=12, save_every=0, optimizer=AdamW(lr=1e-2), augment=Augment(shift=2), cosine=True)
 
 
 def test_a_killed_run_ends_in_the_same_weights(base: Fresh, tmp_path: Path) -> None:
@@ -510,7 +489,7 @@ def test_mistakes_are_one_sentence(base: Fresh, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists(), "a refused training leaves nothing"
     for wrong in (
         {"steps": 0}, {"epochs": 0.0}, {"epochs": 1e300}, {"seed": -1}, {"batch": 1}, {"towers": ()}, {"last": 0},
-        {"towers": ("legs",)}, {"shots": 0}, {"save_every": 0},
+        {"towers": ("legs",)}, {"shots": 0}, {"save_every": -1},
     ):  # fmt: skip
         refused(lambda wrong=wrong: FTStandard(**wrong))
     assert "allows no change of pixels" in refused(lambda: TeCoA(budget=Words(1)))

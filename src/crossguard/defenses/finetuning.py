@@ -34,8 +34,8 @@ class FTStandard(Recipe):
     """Clean fine-tuning of both towers, the baseline of MMCoA's tables.
 
     A reconstruction: the paper gives no loss and the released branch does not compute one (it feeds image features to
-        the cross-entropy). Here it is the cross-entropy over all class prompts, or with `in_batch=True` the symmetric
-        loss of MMCoA.
+    the cross-entropy). Here it is the cross-entropy over all class prompts, or with `in_batch=True` the symmetric loss
+    of MMCoA.
     """
 
     in_batch: bool = False
@@ -47,12 +47,12 @@ class FTStandard(Recipe):
 @dataclass(frozen=True, kw_only=True)
 class TeCoA(Recipe):
     """Text-guided contrastive adversarial training (Mao et al. 2023): the image tower learns to match adversarial
-    images with the clean prompts of all classes, against a PGD that climbs the same cross-entropy. The text tower
-    stays.
+    images with the clean prompts of all classes, against a PGD that climbs the same cross-entropy. The text tower stays
+    as it is.
 
     Settings of the released code: SGD with momentum, warm-up 1000 and cosine decay, 2 steps of eps at 1/255 in its
-        example. The copy of it in MMCoA's tables shares MMCoA's settings; there, use `optimizer=Adam()` and MMCoA's
-        attack.
+    example. They are made for ImageNet: in a training of fewer than 1,000 steps, give a shorter warm-up. The copy of it
+    in MMCoA's tables shares MMCoA's settings; there, use `optimizer=Adam()` and MMCoA's attack.
     """
 
     optimizer: Optimizer = SGD()
@@ -76,14 +76,17 @@ class TeCoA(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class MMCoA(Recipe):
-    """Multimodal contrastive adversarial training (Zhou et al. 2024, arXiv 2404.19287): adversarial images are
-    matched with clean texts, clean images with adversarial texts, by the symmetric in-batch loss, weighted `alpha`
-    and `beta`; both towers learn.
+    """Multimodal contrastive adversarial training (Zhou et al. 2024, arXiv 2404.19287): adversarial images are matched
+    with clean texts, clean images with adversarial texts, by the symmetric in-batch loss, weighted `alpha` and `beta`;
+    both towers learn.
 
     From the paper: weights 0.5 and 0.5, Adam betas (0.9, 0.98), PGD, one substituted word of ten candidates. From the
-        released code, because the paper's equations are lost or silent: the symmetric in-batch form (a sum of both
-        directions), eps 1/255 with 10 steps of 1/255, learning rate 1e-6, plain Adam. Where code and paper differ,
-        the paper is the default.
+    released code, because the paper's equations are lost or silent: the symmetric in-batch form (a sum of both
+    directions), eps 1/255 with 10 steps of 1/255, learning rate 1e-6, plain Adam. Where code and paper differ, the
+    paper is the default.
+
+    The language model of the default attack knows the words of the generated scenes only; for other data give
+    `text_attack=Substitute(source=MaskedLM(path))`.
 
     Args:
         alpha: weight of the adversarial images.
@@ -91,8 +94,7 @@ class MMCoA(Recipe):
         one_way: the class-level loss of TeCoA instead of the symmetric in-batch one, which the paper's wording also
             allows.
         accumulate_attack_gradients: add the parameter gradients of every attack step to the update, as the released
-            code does
-            by accident (it clears gradients before the attack only). They outweigh the loss about 10 to 2.
+            code does by accident (it clears gradients before the attack only). They outweigh the loss about 10 to 2.
     """
 
     optimizer: Optimizer = Adam()

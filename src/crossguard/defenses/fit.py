@@ -10,22 +10,29 @@ from pathlib import Path
 from crossguard.data import Dataset
 from crossguard.defenses.recipe import Recipe
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel
-from crossguard.words import show
+from crossguard.words import contents, show
 
 
 @dataclass(frozen=True)
 class Fit(Checkpoint):
     """The model that `recipe` makes of `model` on `data`. Trained on first use into a folder of its own under
-    `runs/fits` (or under the environment variable CROSSGUARD_FITS), named by the hash of the three words."""
+    `runs/fits` (or under the environment variable CROSSGUARD_FITS), named by the hash of the three words and of what
+    the files behind them hold: when the base is trained again or an image changes, this is another model."""
 
     recipe: Recipe
     model: VisionLanguageModel
     data: Dataset
 
     @property
+    def fingerprint(self) -> str:
+        """The hash of the words and of what the files behind them hold: the same before the training and after it."""
+        held = contents((self.recipe, self.model, self.data))
+        return hashlib.sha256("\n".join([show(self), *filter(None, [held])]).encode()).hexdigest()[:12]
+
+    @property
     def folder(self) -> Path:
-        digest = hashlib.sha256(show(self).encode()).hexdigest()[:12]
-        return Path(os.environ.get("CROSSGUARD_FITS", "runs/fits")) / f"{type(self.recipe).__name__}-{digest}"
+        return Path(os.environ.get("CROSSGUARD_FITS", "runs/fits")) / f"{type(self.recipe).__name__}-{self.fingerprint}"
 
     def load(self) -> DualEncoder:
-        return self.recipe.fit(self.model, self.data, self.folder).load()
+        """Under `torchrun` each process trains on its own, and waits where another one trains the same."""
+        return self.recipe.fit(self.model, self.data, self.folder, processes=False).load()

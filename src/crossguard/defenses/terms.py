@@ -82,9 +82,8 @@ def in_batch(logits: Logits, own: Labels) -> Tensor:
     """Symmetric in-batch cross-entropy from logits of n images with k distinct texts, where image i owns text `own[i]`.
 
     Image to text: -s_i,own + log sum_k n_k exp(s_ik), with n_k copies of text k in the batch (0 drops a text that
-        nobody owns).
-    Text to image: each copy of a text has its own image as target, so summed over copies -s_i,own + log sum_j
-        exp(s_j,own(i)).
+    nobody owns). Text to image: each copy of a text has its own image as target, so summed over copies
+    -s_i,own + log sum_j exp(s_j,own(i)).
     """
     counts = torch.bincount(own, minlength=logits.shape[1]).to(logits.dtype)
     matched = logits.gather(1, own[:, None])[:, 0]

@@ -1,0 +1,209 @@
+"""What a step trains on: which samples make its batch, their pixels and their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crossguard.data import Dataset
+from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.terms import OverClasses
+from crossguard.errors import CrossguardError
+from crossguard.processes import Processes
+from crossguard.seeds import derive, keys
+from crossguard.shapes import Images, Labels, Seeds
+from crossguard.words import show
+
+_LOOKED_AT = 1000  # captions that are looked at before the first step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The share of one step's batch that this process has. `texts` are distinct and the same on every process.
+
+    Args:
+        images: pixels in [0, 1].
+        own: for each image of this process, its row in `texts`.
+        all_own: the same for the images of all processes, in their order.
+        texts: the distinct texts of the step.
+        rivals: for each text the words that would make it the text of another class.
+        classes: the texts that the image attack tells the right one from.
+        label: for each image of this process, its row in `classes`.
+        seeds: the noise of each image.
+    """
+
+    images: Images
+    own: Labels
+    all_own: Tensor
+    texts: list[str]
+    rivals: list[frozenset[str]]
+    classes: list[str]
+    label: Labels
+    seeds: Seeds
+
+
+class Feed:
+    """The batches of a training, each a function of (seed, step) alone. While a step is taken, a thread reads the
+    images of the next one.
+
+    Raises:
+        CrossguardError: the data cannot be trained on by this recipe; it says what would do.
+    """
+
+    def __init__(self, recipe: Recipe, data: Dataset, group: Processes, device: torch.device) -> None:
+        self.recipe, self.data, self.group, self.device = recipe, data, group, device
+        self.labels = data.labels()
+        _check_labels(recipe, data, self.labels)
+        self._ranked = None if recipe.shots is None else _ranked(recipe, data, self.labels)
+        self._orders: dict[int, list[int]] = {}
+        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1, "crossguard-feed")
+        count = len(self._samples(0))
+        if count < 2:
+            raise CrossguardError(f"{show(data, short=True)} has {count} training images; at least 2 are needed")
+        self.size = min(recipe.batch, count)
+        if self.size % group.world:
+            raise CrossguardError(f"a batch of {self.size} cannot be shared by {group.world} processes")
+        self.per_epoch = count // self.size
+        self.total = recipe.steps or max(1, round(recipe.epochs * self.per_epoch))
+        self.prompts = None if recipe.captions else data.prompts()
+        self._rivals = [] if self.prompts is None else self.prompts.rivals()
+        self._over_classes = any(isinstance(term, OverClasses) for term in recipe.terms())
+
+    def close(self) -> None:
+        """Ends the thread; what it has read ahead is dropped."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def strings(self) -> list[str]:
+        """The texts that the training will read: all class prompts, or the captions of some random samples."""
+        if self.prompts is not None:
+            return list(dict.fromkeys(self.prompts.flat))
+        some = self._order(0)[:_LOOKED_AT]
+        return list(dict.fromkeys(text for index in some for text in self.data.captions(index)))
+
+    @property
+    def classes(self) -> list[str]:
+        """The first prompt of each class; none where captions are trained on."""
+        return [] if self.prompts is None else [texts[0] for texts in self.prompts.texts]
+
+    def chosen(self, step: int) -> list[int]:
+        """The samples of the batch, over all processes."""
+        epoch, place = divmod(step, self.per_epoch)
+        return self._order(epoch)[place * self.size : (place + 1) * self.size]
+
+    def batch(self, step: int) -> Batch:
+        chosen = self.chosen(step)
+        mine = self._share(chosen)
+        ahead, self._ahead = self._ahead, None
+        pixels = ahead[1].result() if ahead is not None and ahead[0] == step else self._pixels(mine)
+        if step + 1 < self.total:
+            self._ahead = step + 1, self._thread.submit(self._pixels, self._share(self.chosen(step + 1)))
+        texts, own, rivals, classes, label = self._texts(step, chosen)
+        seeds = keys((self.data.id(index) for index in mine), self.recipe.seed, step)
+        images = pixels.to(self.device)
+        if images.dtype == torch.uint8:
+            images = images.to(torch.float32).div_(255.0)
+        if self.recipe.augment is not None:
+            images = self.recipe.augment(images, seeds)
+        first = self.group.rank * len(mine)
+        here = slice(first, first + len(mine))
+        return Batch(images, own[here].to(self.device), own, texts, rivals, classes, label[here].to(self.device), seeds)
+
+    def _share(self, chosen: list[int]) -> list[int]:
+        """This process's part of a batch; the parts follow each other, as the gathered embeddings do."""
+        share = len(chosen) // self.group.world
+        return chosen[share * self.group.rank : share * (self.group.rank + 1)]
+
+    def _samples(self, epoch: int) -> list[int]:
+        """The samples of an epoch: all, or `shots` of each class, with `fresh_shots` the next ones in each epoch."""
+        if self._ranked is None:
+            return list(range(len(self.data)))
+        shots = self.recipe.shots or 0
+        first = epoch * shots if self.recipe.fresh_shots else 0
+        return sorted(ranked[(first + shot) % len(ranked)] for ranked in self._ranked for shot in range(shots))
+
+    def _order(self, epoch: int) -> list[int]:
+        """The samples of an epoch, shuffled."""
+        if epoch not in self._orders:
+            samples = self._samples(epoch)
+            generator = torch.Generator().manual_seed(derive(self.recipe.seed, "order", epoch))
+            order = torch.randperm(len(samples), generator=generator).tolist()
+            self._orders = {known: rows for known, rows in self._orders.items() if known == epoch - 1}
+            self._orders[epoch] = [samples[place] for place in order]
+        return self._orders[epoch]
+
+    def _pixels(self, indices: Sequence[int]) -> Tensor:
+        """The images as they are stored, in one tensor."""
+        pictures = [self.data.image(index) for index in indices]
+        if len({picture.shape for picture in pictures}) > 1:
+            raise CrossguardError(
+                f"the images of {show(self.data, short=True)} have different sizes; "
+                "give the dataset a size, such as size=224"
+            )
+        return torch.stack(pictures)
+
+    def _texts(
+        self, step: int, chosen: Sequence[int]
+    ) -> tuple[list[str], Labels, list[frozenset[str]], list[str], Labels]:
+        """The distinct texts of the step, which of them each sample owns, their rivals, and what the image attack
+        tells the right one from, with each sample's place there."""
+        if self.prompts is None:
+            captions = [self._caption(step, index) for index in chosen]
+            texts = list(dict.fromkeys(captions))
+            place = {text: row for row, text in enumerate(texts)}
+            own = torch.tensor([place[caption] for caption in captions])
+            return texts, own, [frozenset()] * len(texts), texts, own
+        templates = len(self.prompts.texts[0])
+        template = derive(self.recipe.seed, step, "template") % templates
+        classes = [texts[template] for texts in self.prompts.texts]
+        rivals = self._rivals[template::templates]
+        label = self.labels[list(chosen)]
+        if self._over_classes:
+            return classes, label, rivals, classes, label
+        present, own = torch.unique(label, return_inverse=True)
+        kept = present.tolist()
+        return [classes[c] for c in kept], own, [rivals[c] for c in kept], classes, label
+
+    def _caption(self, step: int, index: int) -> str:
+        options = self.data.captions(index)
+        if not options:
+            raise CrossguardError(f"sample {self.data.id(index)!r} has no caption, and captions=True needs one each")
+        return options[derive(self.recipe.seed, step, "caption", self.data.id(index)) % len(options)]
+
+
+def _check_labels(recipe: Recipe, data: Dataset, labels: Labels) -> None:
+    """A label outside the classes would be an index from the end of their list: another class, in silence."""
+    name, source = type(recipe).__name__, show(data, short=True)
+    wrong = (labels < 0) | (labels >= len(data.names))
+    if not bool(wrong.any()) or (recipe.captions and recipe.shots is None):
+        return
+    if recipe.captions:
+        raise CrossguardError(
+            f"{name}(shots={recipe.shots}) takes so many images of each class, but {int(wrong.sum())} of the "
+            f"{len(data)} samples of {source} have none; leave shots out, or train on less with Subset"
+        )
+    if bool(wrong.all()):
+        raise CrossguardError(
+            f"{source} has captions and no classes, and {name} matches images with class prompts; give it captions=True"
+        )
+    label = int(labels[wrong][0])
+    raise CrossguardError(
+        f"{int(wrong.sum())} of the {len(data)} samples of {source} have a label that is no class (such as {label}; "
+        f"there are {len(data.names)} classes); leave them out, or give captions=True if all samples have captions"
+    )
+
+
+def _ranked(recipe: Recipe, data: Dataset, labels: Labels) -> list[list[int]]:
+    """The samples of each class in a random order that does not depend on the order of the data."""
+    assert recipe.shots is not None
+    classes: dict[int, list[tuple[int, int]]] = {}
+    for index, label in enumerate(labels.tolist()):
+        classes.setdefault(label, []).append((derive(recipe.seed, "shots", data.id(index)), index))
+    short = [label for label, members in classes.items() if len(members) < recipe.shots]
+    if short:
+        raise CrossguardError(f"class {data.names[short[0]]!r} has fewer than {recipe.shots} images; lower shots")
+    return [[index for _, index in sorted(members)] for members in classes.values()]

@@ -1,0 +1,519 @@
+"""What happens around the steps of a training: its folder, its doubts, saving and resuming, the log, the result.
+
+All randomness is a function of (seed, step, sample), nothing is drawn from a global generator, so a run that is killed
+and started again ends in the same weights, and so does the same run on several processes, up to the order of sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from crossguard.attacks.candidates import doubts
+from crossguard.checkpoints import check_finite
+from crossguard.data import Dataset
+from crossguard.defenses.feed import Feed
+from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.step import Learner
+from crossguard.device import chosen, exact
+from crossguard.errors import CrossguardError
+from crossguard.files import WriteError, check_writable, reason, write, writing
+from crossguard.models.base import Checkpoint
+from crossguard.models.huggingface import HuggingFace
+from crossguard.processes import Processes
+from crossguard.words import contents, show
+
+_STATE, _RECORD = "training.safetensors", "crossguard.json"
+_ALIKE = 64  # captions that are compared with each other before the first step
+_SHARE_OF_SAVING = 20  # a save may take one part in so many of the time
+
+
+def train(recipe: Recipe, model: Checkpoint, data: Dataset, folder: Path, group: Processes) -> Checkpoint:
+    """The checkpoint of this training in the folder: found finished, gone on with, or trained from the start."""
+    # A `Fit` may be asked for in the middle of an evaluation, where gradients are off.
+    with ExitStack() as held, torch.inference_mode(False), torch.enable_grad(), exact():
+        question, finished = {}, False
+        with group.together():
+            if group.first:  # the others wait here, for it holds the lock
+                held.enter_context(_owned(folder))
+                question = asked(recipe, model, data)
+                finished = _finished(folder, question)
+        question, finished = group.tell((question, finished))
+        if not finished:
+            with group.together():
+                run = Run(recipe, model, data, folder, question, group)
+            run.train()
+    return HuggingFace(str(folder))
+
+
+def asked(recipe: Recipe, model: Checkpoint, data: Dataset) -> dict[str, str]:
+    """What decides the result: the words, and what the files behind them hold."""
+    held = contents((recipe, model, data))
+    return {"recipe": show(recipe), "model": show(model), "data": show(data)} | ({"contents": held} if held else {})
+
+
+class Run:
+    """One training run; everything that changes while it trains is here."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Checkpoint,
+        data: Dataset,
+        folder: Path,
+        question: dict[str, str],
+        group: Processes,
+    ) -> None:
+        self.recipe, self.model, self.data, self.folder = recipe, model, data, folder
+        self.question, self.group = question, group
+        device = chosen().device
+        self.feed = Feed(recipe, data, group, device)
+        self.learner = Learner(recipe, model.load().to(device), self.feed, group)
+        self.notes = self._doubts() if group.first else []
+        self.seconds = 0.0
+
+    @property
+    def total(self) -> int:
+        """Steps in all."""
+        return self.feed.total
+
+    def train(self) -> None:
+        group, main = self.group, self.group.first
+        with group.together():
+            start = self._restore()
+            log = _logger(self.folder) if main else logging.getLogger("crossguard.silent")
+        self.learner.join()
+        log.info(
+            "%d steps, %s: %s",
+            self.total,
+            f"continuing at step {start}" if start else "from the start",
+            self.question,
+        )
+        for note in self.notes:
+            self._note(log, note)
+        with (
+            closing(self.feed),
+            _held_back() as signals,
+            _progress(main, self.total, start) as shown,
+            _board(self.folder, main, start) as board,
+        ):
+            taken = self._steps(start, signals, log, shown, board)
+        if taken < self.total:
+            if main:
+                self._note(log, f"stopped after step {taken} of {self.total}; the same training goes on from there")
+            _let_go(signals)
+            raise KeyboardInterrupt
+        with group.together():
+            if main:
+                self._finish(log)
+        _let_go(signals)
+
+    def _steps(self, start: int, signals: list[int], log: logging.Logger, shown: Any, board: Any) -> int:
+        """Takes the steps from `start` on, and saves in between; the number of those taken in all. Where a signal has
+        arrived at one process, all save and stop."""
+        group, main = self.group, self.group.first
+        began = saved = time.monotonic()
+        before, cost = self.seconds, 0.0
+        for step in range(start, self.total):
+            now = time.monotonic()
+            self.seconds = before + now - began
+            due = now - saved >= max(self.recipe.save_every, _SHARE_OF_SAVING * cost)
+            wishes = group.gather((bool(signals), due))
+            stopped = any(wish for wish, _ in wishes)
+            if step > start and (stopped or wishes[0][1]):  # the first one's watch counts
+                with group.together():
+                    if main:
+                        self._save(step)
+                saved = time.monotonic()
+                cost = saved - now
+            if stopped:
+                return step
+            values = self.learner.take(step)
+            if not main:
+                continue
+            if step == start and values.get("texts changed") == 0.0:
+                self.notes.append(
+                    f"the text attack changed none of the texts of step {step + 1}, so they may train as if nobody "
+                    "attacked them; see 'texts changed' in the log"
+                )
+                self._note(log, self.notes[-1])
+            for name, value in values.items():
+                board.add_scalar(name, value, step + 1)
+            shown(step + 1, values)
+            if (step + 1) % 20 == 0 or step + 1 == self.total:
+                text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+                log.info("step %d/%d: %s", step + 1, self.total, text)
+        self.seconds = before + time.monotonic() - began
+        return self.total
+
+    def _note(self, log: logging.Logger, note: str) -> None:
+        log.warning("%s", note)
+        _say(note)
+
+    def _doubts(self) -> list[str]:
+        """What is to be feared of the result, each a sentence with its remedy.
+
+        Raises:
+            CrossguardError: nothing can be learned.
+        """
+        recipe, network = self.recipe, self.learner.network
+        strings, prompts = self.feed.strings(), self.feed.prompts
+        kind, some = ("captions", strings[:_ALIKE]) if prompts is None else ("class prompts", self.feed.classes)
+        if len(set(some)) > 1:
+            with torch.no_grad():
+                embeddings = F.normalize(network.encode_text(some).float(), dim=1)
+            if float((embeddings - embeddings[0]).abs().max()) < 1e-6:
+                raise CrossguardError(
+                    f"{show(self.model, short=True)} has one embedding for all {kind}, such as {some[0]!r} and "
+                    f"{some[-1]!r}: it does not read them; give a base whose tokenizer knows their words"
+                )
+        notes = []
+        if recipe.warmup >= self.total:
+            reached = recipe.optimizer.lr * self.total / recipe.warmup
+            notes.append(
+                f"the warm-up of {recipe.warmup} steps is no shorter than the training of {self.total}: the learning "
+                f"rate rises to {reached:g} of {recipe.optimizer.lr:g} at the last step and never stays or falls; "
+                f"give a shorter one, such as warmup={max(1, self.total // 10)}, or more steps"
+            )
+        if cut := network.cut(strings):
+            notes.append(
+                f"{cut} of {len(strings)} {kind} ({cut / len(strings):.0%}) are longer than "
+                f"{show(self.model, short=True)} reads, and their ends are not seen; give shorter ones, or a base "
+                "whose tokenizer knows their words, such as Fresh(tokenizer=...)"
+            )
+        attack = recipe.adversary()[1]
+        return notes if attack is None else [*notes, *doubts(attack, strings)]
+
+    # State on disk
+
+    def _save(self, step: int) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {f"model.{name}": tensor for name, tensor in self.learner.network.state_dict().items()}
+        for number, state in self.learner.optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{number}.{name}"] = value
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        shared = set[int]()
+        for name, tensor in tensors.items():  # safetensors writes no memory twice
+            if tensor.data_ptr() in shared:
+                tensors[name] = tensor.clone()
+            shared.add(tensor.data_ptr())
+        meta = {
+            "step": str(step),
+            "seconds": str(self.seconds),
+            "question": json.dumps(self.question, sort_keys=True),
+            "notes": json.dumps(self.notes),
+        }
+        with writing(self.folder / _STATE) as path:
+            save_file(tensors, path, meta)
+
+    def _restore(self) -> int:
+        """Goes back to where the folder's run last saved; the number of steps that were taken."""
+        path = self.folder / _STATE
+        if not path.exists():
+            return 0
+        meta, tensors = _read_state(path, self.feed.device)
+        try:
+            question, step, seconds = json.loads(meta["question"]), int(meta["step"]), float(meta["seconds"])
+            noted = json.loads(meta.get("notes", "[]"))
+        except (KeyError, ValueError) as error:
+            raise _damaged(path, error) from error
+        if question != self.question:
+            raise CrossguardError(_other_run(self.folder))
+        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        try:
+            self.learner.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CrossguardError(f"{path} is not of this model; delete it to start the training again") from error
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, part = name.split(".", 2)
+                state.setdefault(int(number), {})[part] = tensor
+        groups = self.learner.optimizer.state_dict()["param_groups"]
+        self.learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.seconds = seconds
+        self.notes = list(dict.fromkeys([*self.notes, *noted]))
+        return step
+
+    def _finish(self, log: logging.Logger) -> None:
+        network = self.learner.network
+        check_finite(network, "the trained model")
+        network.save(self.folder)
+        write(self.folder / "README.md", _card(self))
+        record = {
+            **self.question,
+            "steps": self.total,
+            "seconds": round(self.seconds, 1),
+            "processes": self.group.world,
+            "notes": self.notes,
+            "versions": _versions(),
+        }
+        # Written last: this file says that everything else is there.
+        write(self.folder / _RECORD, json.dumps(record, indent=1))
+        (self.folder / _STATE).unlink(missing_ok=True)
+        log.info("finished after %.1f seconds", self.seconds)
+
+
+def _finished(folder: Path, question: dict[str, str]) -> bool:
+    """Whether the folder holds this training, finished. A run of the same words on other files is put aside.
+
+    Raises:
+        CrossguardError: it holds something else.
+    """
+    before, finished = _run_in(folder)
+    if before is None:
+        if any(folder.glob("*.safetensors")) and not (folder / "log.txt").exists():
+            raise CrossguardError(
+                f"{folder} holds a model that was not trained there; give another folder, so that it is not lost"
+            )
+        return False
+    if any(before.get(name) != question[name] for name in ("recipe", "model", "data")):
+        raise CrossguardError(_other_run(folder))
+    old, new = before.get("contents", ""), question.get("contents", "")
+    if old == new:
+        return finished
+    names = sorted({part.partition(":")[0] for part in set(old.split()) ^ set(new.split())})
+    aside = _put_aside(folder, before)
+    _say(
+        f"what {' and '.join(names)} reads has changed since the training in {folder}; that one is now in {aside}, and "
+        "training starts anew"
+    )
+    return False
+
+
+def _run_in(folder: Path) -> tuple[dict[str, str] | None, bool]:
+    """The question of the run that the folder holds, and whether it is finished."""
+    path = folder / _RECORD
+    if path.exists():
+        try:
+            record = json.loads(path.read_text())
+            return {name: record[name] for name in ("recipe", "model", "data")} | (
+                {"contents": record["contents"]} if "contents" in record else {}
+            ), True
+        except (ValueError, KeyError, TypeError) as error:
+            raise CrossguardError(f"{path} is damaged; delete the folder to train again") from error
+    path = folder / _STATE
+    if not path.exists():
+        return None, False
+    try:
+        return dict(json.loads(_read_meta(path)["question"])), False
+    except (KeyError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _put_aside(folder: Path, question: dict[str, str]) -> Path:
+    """Moves what is in the folder, but for its lock, into a new one beside it."""
+    digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
+    whole = folder.resolve()
+    aside = whole.with_name(f"{whole.name}.old-{digest}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = whole.with_name(f"{whole.name}.old-{digest}-{number}")
+    try:
+        aside.mkdir()
+        for path in sorted(whole.iterdir()):
+            if path.name != ".lock":
+                path.rename(aside / path.name)
+    except OSError as error:
+        raise WriteError(f"{folder} holds a run on other files, and cannot be moved aside: {reason(error)}") from error
+    return folder.with_name(aside.name) if folder.name else aside
+
+
+def _read_meta(path: Path) -> dict[str, str]:
+    return _read_state(path, None)[0]
+
+
+def _read_state(path: Path, device: torch.device | None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The notes and, for a device, the tensors of a safetensors file."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device=str(device or "cpu")) as file:
+            names = [] if device is None else file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except Exception as error:  # safetensors has one error for every kind of damage
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CrossguardError:
+    return CrossguardError(f"{path} is damaged ({error}); delete it to start the training again")
+
+
+def _other_run(folder: Path) -> str:
+    return f"{folder} holds a run of another recipe, model or data; give another folder or delete this one"
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """One training run a folder at a time; a second one waits."""
+    made = not folder.exists()
+    check_writable(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _say(f"waiting for another process that trains in {folder}")
+        lock.acquire()
+    try:
+        yield
+    except CrossguardError:
+        if made and {path.name for path in folder.iterdir()} <= {".lock", "log.txt"}:  # refused before the first step
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _held_back() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM wait in this list until the step at hand is over; a second one takes its usual way at once."""
+    arrived: list[int] = []
+    usual: dict[int, Any] = {}
+
+    def arrive(number: int, frame: object) -> None:
+        del frame
+        arrived.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():  # no other may
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                usual[number] = signal.signal(number, arrive)
+    try:
+        yield arrived
+    finally:
+        restore()
+
+
+def _let_go(signals: list[int]) -> None:
+    """What was held back takes its usual way now."""
+    for number in signals[:1]:
+        signal.raise_signal(number)
+
+
+def _say(note: str) -> None:
+    """Tells whoever started the training."""
+    print(f"crossguard: {note}", file=sys.stderr)
+
+
+def _logger(folder: Path) -> logging.Logger:
+    log = logging.getLogger(f"crossguard.training.{folder.resolve()}")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(folder / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    return log
+
+
+@contextmanager
+def _board(folder: Path, main: bool, start: int) -> Iterator[Any]:
+    """A TensorBoard writer, where this process is the one that writes."""
+    if not main:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None) as board:
+        yield board
+
+
+@contextmanager
+def _progress(main: bool, total: int, start: int) -> Iterator[Any]:
+    """A progress bar on the terminal with loss, accuracy and time left; silent where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (main and console.is_terminal),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("training", total=total, completed=start, values="")
+
+        def shown(step: int, values: dict[str, float]) -> None:
+            text = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if name != "learning rate")
+            bar.update(task, completed=step, values=text)
+
+        yield shown
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    from crossguard import __version__
+
+    return {
+        "crossguard": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _card(run: Run) -> str:
+    notes = "".join(f"* {note}\n" for note in run.notes) or "Nothing was noted.\n"
+    return f"""---
+library_name: transformers
+tags: [clip, adversarial-robustness, crossguard]
+---
+
+# {type(run.recipe).__name__} of {show(run.model, short=True)}
+
+A dual encoder trained with [Crossguard](https://pypi.org/project/crossguard/). `transformers.AutoModel` loads it
+without Crossguard.
+
+| | |
+|---|---|
+| recipe | `{run.question["recipe"]}` |
+| base | `{run.question["model"]}` |
+| data | `{run.question["data"]}` |
+| files read | {run.question.get("contents", "none")} |
+| steps | {run.total} of {run.feed.size} images |
+| seconds | {run.seconds:.0f} |
+
+## What is to be known of the training
+
+{notes}
+## What it is worth
+
+A robust accuracy of this model means nothing without its attack, budget and number of images; measure it with
+
+```
+crossguard eval --model "HuggingFace('{run.folder}')" --task ... --attack ... --budget ...
+```
+"""
