@@ -26,7 +26,8 @@ from crossguard.budgets import Both, Linf, Words
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
 from crossguard.defenses.fit import Fit
 from crossguard.defenses.optimizers import SGD, Adam, AdamW
-from crossguard.defenses.recipe import Augment, Recipe
+from crossguard.defenses.plan import Augment
+from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
 from crossguard.defenses.step import Inputs
 from crossguard.defenses.terms import InBatch, OverClasses, Views, in_batch

@@ -90,7 +90,7 @@ from .defenses.optimizers import SGD as SGD
 from .defenses.optimizers import Adam as Adam
 from .defenses.optimizers import AdamW as AdamW
 from .defenses.optimizers import Optimizer as Optimizer
-from .defenses.recipe import Augment as Augment
+from .defenses.plan import Augment as Augment
 from .defenses.recipe import Recipe as Recipe
 from .diagnose import diagnose as diagnose
 from .errors import CrossguardError as CrossguardError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crossguard.data import Dataset
-from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.plan import Plan
 from crossguard.defenses.terms import OverClasses
 from crossguard.errors import CrossguardError
 from crossguard.processes import Processes
@@ -54,7 +54,7 @@ class Feed:
         CrossguardError: the data cannot be trained on by this recipe; it says what would do.
     """
 
-    def __init__(self, recipe: Recipe, data: Dataset, group: Processes, device: torch.device) -> None:
+    def __init__(self, recipe: Plan, data: Dataset, group: Processes, device: torch.device) -> None:
         self.recipe, self.data, self.group, self.device = recipe, data, group, device
         self.labels = data.labels()
         _check_labels(recipe, data, self.labels)
@@ -175,7 +175,7 @@ class Feed:
         return options[derive(self.recipe.seed, step, "caption", self.data.id(index)) % len(options)]
 
 
-def _check_labels(recipe: Recipe, data: Dataset, labels: Labels) -> None:
+def _check_labels(recipe: Plan, data: Dataset, labels: Labels) -> None:
     """A label outside the classes would be an index from the end of their list: another class, in silence."""
     name, source = type(recipe).__name__, show(data, short=True)
     wrong = (labels < 0) | (labels >= len(data.names))
@@ -197,7 +197,7 @@ def _check_labels(recipe: Recipe, data: Dataset, labels: Labels) -> None:
     )
 
 
-def _ranked(recipe: Recipe, data: Dataset, labels: Labels) -> list[list[int]]:
+def _ranked(recipe: Plan, data: Dataset, labels: Labels) -> list[list[int]]:
     """The samples of each class in a random order that does not depend on the order of the data."""
     assert recipe.shots is not None
     classes: dict[int, list[tuple[int, int]]] = {}

@@ -23,8 +23,7 @@ class Fit(Checkpoint):
     model: VisionLanguageModel
     data: Dataset
 
-    @property
-    def fingerprint(self) -> str:
+    def content(self) -> str:
         """The hash of the words and of what the files behind them hold: the same before the training and after it."""
         held = contents((self.recipe, self.model, self.data))
         return hashlib.sha256("\n".join([show(self), *filter(None, [held])]).encode()).hexdigest()[:12]

@@ -28,7 +28,7 @@ from crossguard.attacks.candidates import doubts
 from crossguard.checkpoints import check_finite
 from crossguard.data import Dataset
 from crossguard.defenses.feed import Feed
-from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.plan import Plan
 from crossguard.defenses.step import Learner
 from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
@@ -43,7 +43,7 @@ _ALIKE = 64  # captions that are compared with each other before the first step
 _SHARE_OF_SAVING = 20  # a save may take one part in so many of the time
 
 
-def train(recipe: Recipe, model: Checkpoint, data: Dataset, folder: Path, group: Processes) -> Checkpoint:
+def train(recipe: Plan, model: Checkpoint, data: Dataset, folder: Path, group: Processes) -> Checkpoint:
     """The checkpoint of this training in the folder: found finished, gone on with, or trained from the start."""
     # A `Fit` may be asked for in the middle of an evaluation, where gradients are off.
     with ExitStack() as held, torch.inference_mode(False), torch.enable_grad(), exact():
@@ -61,7 +61,7 @@ def train(recipe: Recipe, model: Checkpoint, data: Dataset, folder: Path, group:
     return HuggingFace(str(folder))
 
 
-def asked(recipe: Recipe, model: Checkpoint, data: Dataset) -> dict[str, str]:
+def asked(recipe: Plan, model: Checkpoint, data: Dataset) -> dict[str, str]:
     """What decides the result: the words, and what the files behind them hold."""
     held = contents((recipe, model, data))
     return {"recipe": show(recipe), "model": show(model), "data": show(data)} | ({"contents": held} if held else {})
@@ -72,7 +72,7 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Plan,
         model: Checkpoint,
         data: Dataset,
         folder: Path,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crossguard.attacks.base import ImageVictim
 from crossguard.defenses.feed import Batch, Feed
-from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.plan import Plan
 from crossguard.defenses.terms import ADVERSARIAL, CLEAN, Views
 from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
@@ -43,7 +43,7 @@ class Learner:
     """A network while it trains, and what moves it. Under several processes each has its part of the images and all
     have the same texts; loss and gradient are those of one process with the whole batch."""
 
-    def __init__(self, recipe: Recipe, network: DualEncoder, feed: Feed, group: Processes) -> None:
+    def __init__(self, recipe: Plan, network: DualEncoder, feed: Feed, group: Processes) -> None:
         self.recipe, self.network, self.feed, self.group = recipe, network, feed, group
         self.trained = _select(network, recipe)
         self.optimizer = recipe.optimizer.over(self.trained)
@@ -228,7 +228,7 @@ class Learner:
         )
 
 
-def _select(network: DualEncoder, recipe: Recipe) -> list[nn.Parameter]:
+def _select(network: DualEncoder, recipe: Plan) -> list[nn.Parameter]:
     """Freezes all but what the recipe trains and returns the rest."""
     network.requires_grad_(False).eval()
     chosen: list[nn.Parameter] = []
