@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import re
 import shlex
 import sys
-from abc import ABC
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,12 +159,13 @@ def attack_command(
     first: Annotated[int, typer.Option("--show", help="How many samples to print at the end.")] = 3,
 ) -> None:
     """Keep what an attack makes, with the report, in a folder, and print its first samples."""
-    from crossguard.look import REPORT
-
     _at_least("--show", first, 0)
     if attack.strip() == "None":
         raise CrossguardError("--attack None makes nothing; name an attack, or ask without one by 'crossguard eval'")
     words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
+    _check_names({f"--{kind}": text for kind, text in words.items()})
+    from crossguard.look import REPORT
+
     reports = [keep / REPORT] if out is None else [keep / REPORT, out]
     if _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken):
         if first:
@@ -210,6 +209,7 @@ def _ask(
 ) -> bool:
     """Answers one question, writes the report to every one of `reports` and prints it; False in a process that has
     nothing to say."""
+    _check_names({f"--{kind}": text for kind, text in words.items()})
     _at_least("--limit", limit, 1)
     _at_least("--batch", batch, 1)
     _at_least("--seed", seed, 0)
@@ -256,6 +256,7 @@ def train(
     """Train a model, or go on with a run that was stopped; prints the word that reads the result."""
     from crossguard.words import show
 
+    _check_names({"--recipe": recipe, "--model": model, "--data": data})
     chosen_recipe = _read("--recipe", "Recipe", recipe)
     chosen_model = _read("--model", "model", model)
     chosen_data = _read("--data", "Dataset", data)
@@ -314,13 +315,16 @@ def transfer(
     _at_least("--limit", limit, 1)
     _at_least("--batch", batch, 1)
     _at_least("--seed", seed, 0)
-    models: dict[str, Any] = {}
+    labelled: dict[str, str] = {}
     for text in model:
         named = re.fullmatch(r"\s*([^()=]+?)\s*=(.*)", text, re.DOTALL)
         label, word = named.groups() if named else (text, text)
-        if label in models:
+        if label in labelled:
             raise CrossguardError(f"--model: {label!r} is given twice; give each model a label of its own")
-        models[label] = _read("--model", "model", word)
+        labelled[label] = word
+        _check_names({"--model": word})
+    _check_names({"--task": task, "--attack": attack, "--budget": budget})
+    models = {label: _read("--model", "model", word) for label, word in labelled.items()}
     if len(models) < 2:
         raise CrossguardError("--model: a transfer needs two models or more; repeat the option")
     crafted = _read("--attack", "attack", attack)
@@ -458,23 +462,18 @@ def _print_table(folder: Path, form: str | None, worst: bool, crossed: bool = Fa
 
 
 def _print_vocabulary() -> None:
-    import crossguard
-    from crossguard.words import WordError, find, is_word, names
+    from crossguard import signatures
 
     groups: dict[str, list[tuple[str, str]]] = {}
-    for name in names():
+    for name in signatures.names():
         try:
-            value = getattr(crossguard, name)
-        except (ImportError, AttributeError) as error:
+            found = signatures.find(name)
+        except CrossguardError as error:
             groups.setdefault("cannot be loaded", []).append((name, str(error)))
-            continue
-        try:
-            if is_word(value):
-                groups.setdefault(_kind(value), []).append((name, _first_sentence(find(name))))
-        except WordError as error:
-            groups.setdefault("cannot be loaded", []).append((name, str(error)))
+        else:
+            groups.setdefault(found.kind, []).append((name, found.summary))
     width = max(len(name) for listed in groups.values() for name, _ in listed)
-    for kind, listed in groups.items():
+    for kind, listed in sorted(groups.items(), key=lambda group: group[0] == "cannot be loaded"):
         typer.echo(f"{kind}")
         for name, line in listed:
             typer.echo(f"  {name:<{width}}  {line}")
@@ -483,40 +482,33 @@ def _print_vocabulary() -> None:
 
 
 def _print_word(name: str) -> None:
-    from crossguard.words import REQUIRED, fields, find, show, type_text
+    from crossguard import signatures
 
-    kind = find(name)
-    listed = fields(kind)
-    typer.echo(f"{name} ({_kind(kind)})")
+    found = signatures.find(name)
+    typer.echo(f"{name} ({found.kind})")
     typer.echo()
-    for field in listed:
-        default = "" if field.default is REQUIRED else f" = {show(field.default, short=True)}"
-        typer.echo(f"  {field.name}: {type_text(field.type)}{default}")
-    if not listed:
+    for one in found.parameters:
+        typer.echo(f"  {one.name}: {one.type}{'' if one.default is None else f' = {one.default}'}")
+    if not found.parameters:
         typer.echo("  no fields")
     typer.echo()
-    typer.echo(inspect.cleandoc(kind.__doc__ or ""))
-    for base in kind.__mro__[1:]:  # what inherited fields mean stands with the class that brought them
-        _, found, options = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nArgs:\n")
-        if found and dataclasses.is_dataclass(base):
-            typer.echo(f"\nArgs of every {base.__name__}:\n{options}")
-
-
-def _kind(word: type) -> str:
-    """What sort of thing a word is, in plain words: the most general class of this package above it."""
-    roots = [one for one in word.__mro__ if ABC in one.__bases__]
-    name = roots[0].__name__ if roots else "other"
-    if name == "VisionLanguageModel":
-        return "model"
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-
-
-def _first_sentence(kind: type) -> str:
-    paragraph = " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
-    return re.split(r"(?<! al)\.\s+(?=[A-Z`(])", paragraph)[0].rstrip(".")
+    typer.echo(found.doc)
+    for base, options in found.inherited:  # what inherited fields mean stands with the class that brought them
+        typer.echo(f"\nArgs of every {base}:\n{options}")
 
 
 # Checking
+
+
+def _check_names(texts: Mapping[str, str]) -> None:
+    """Refuses a misspelt name in the word of any option before the words of the others load what they name."""
+    from crossguard import signatures
+
+    for option, text in texts.items():
+        try:
+            signatures.check(text)
+        except CrossguardError as error:
+            raise CrossguardError(f"{option}: {error}") from error
 
 
 def _read(option: str, kind: str, text: str) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from crossguard import files, words
+from crossguard import files, signatures, words
 from crossguard.errors import CrossguardError
 from crossguard.report import Report, ReportError, key
 
@@ -145,6 +145,7 @@ class Experiment:
         for name in ("task", "model"):
             if name not in content:
                 raise CrossguardError(f"{path}: the key {name!r} is missing; give it a list of words")
+        _check_names(path, content)
         settings = {
             name: _number(path, name, content[name], least) for name, least in _SETTINGS.items() if name in content
         }
@@ -291,6 +292,20 @@ def _answer(out: Path, cell: Cell, log: logging.Logger) -> Report | None:
         log.warning("%s answers another question; it is asked again", path)
         return None
     return report
+
+
+def _check_names(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuses a misspelt name in any word of the file before anything is loaded; other mistakes are found later."""
+    let = content.get("let", {})
+    named = list(let) if isinstance(let, dict) else []
+    for kind in ("let", *_KINDS):
+        value = content.get(kind, ())
+        for text in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                try:
+                    signatures.check(text, named)
+                except CrossguardError as error:
+                    raise CrossguardError(f"{path}: {kind}: {error}") from error
 
 
 def _let(path: Path, value: object) -> dict[str, Any]:

@@ -18,9 +18,10 @@ import types
 import typing
 import warnings
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from crossguard.errors import CrossguardError
 
@@ -47,6 +48,16 @@ class Field(NamedTuple):
 REQUIRED = dataclasses.MISSING
 
 
+class Takes(Protocol):
+    """What a call must know of a field."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def positional(self) -> bool: ...
+
+
 def build(text: str, known: Mapping[str, Any] | None = None) -> Any:
     """The object that a text names: `build("PGD(steps=100)")`. A name alone is called: `PGD` means `PGD()`.
 
@@ -57,18 +68,13 @@ def build(text: str, known: Mapping[str, Any] | None = None) -> Any:
     Args:
         known: objects by a name of their own, which the text may use in addition (the `let` of an experiment file).
     """
-    if not isinstance(text, str):
-        raise WordError(f"a word is a text such as 'PGD(steps=10)', and {_quote(text)} was given")
-    if not text.strip():
-        raise WordError("the word is empty; give one such as 'PGD(steps=10)'")
-    if len(text) > LONGEST:
-        raise WordError(f"the word {_quote(text)} has {len(text)} characters, and {LONGEST} are the most")
-    return _Reader(text, known or {}).read(_parse(text), 0)
+    return _Reader(text, known or {}).read(parse(text), 0)
 
 
 def show(word: object, *, short: bool = False) -> str:
     """The text of a word: every field spelled out (for reports and hashes), or `short`, with the fields that
-    are not at their default (for people). `build(show(word)) == word`.
+    are not at their default (for people), and a number that is all that the word holds: `Words(1)`.
+    `build(show(word)) == word`.
 
     A float is written as `k/255` where that is exact and shorter than its decimals.
     """
@@ -148,11 +154,17 @@ def names() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*crossguard.VOCABULARY, *crossguard.plugins()]))
 
 
+def is_name(name: str) -> bool:
+    """Whether the vocabulary or an installed plugin has this name."""
+    crossguard = importlib.import_module("crossguard")
+    return name in crossguard.VOCABULARY or name in crossguard.plugins()
+
+
 def find(name: str) -> type:
     """The class of words with this name; loads the module that it lives in."""
     crossguard = importlib.import_module("crossguard")
-    if name not in names():
-        raise WordError(f"unknown name {name!r}{nearest(name, names())}")
+    if not is_name(name):
+        raise unknown(name)
     try:
         found = getattr(crossguard, name)
     except ImportError as error:
@@ -160,7 +172,7 @@ def find(name: str) -> type:
     except AttributeError as error:
         raise WordError(f"{name} cannot be found in the package that should have it: {_line(error)}") from error
     if not is_word(found):
-        raise WordError(f"{name!r} cannot be used in a word; 'crossguard words' lists the names that can")
+        raise no_word(name)
     return found
 
 
@@ -185,14 +197,23 @@ def type_text(annotation: Any) -> str:
 # Reading
 
 
-def _parse(text: str) -> ast.expr:
+def parse(text: str) -> ast.expr:
+    """The syntax tree of a text that may be a word; raises `WordError` where it is none at first sight."""
+    if not isinstance(text, str):
+        raise WordError(f"a word is a text such as 'PGD(steps=10)', and {_quote(text)} was given")
+    if not text.strip():
+        raise WordError("the word is empty; give one such as 'PGD(steps=10)'")
+    if len(text) > LONGEST:
+        raise WordError(f"the word {_quote(text)} has {len(text)} characters, and {LONGEST} are the most")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         reason = error.msg if "digits" not in error.msg else "a number in it is too large"
-        raise WordError(f"{_quote(text)} is not a word: {reason}") from None
+        if "codec can't decode" in error.msg:
+            reason = r"a backslash in a string begins a special character; write r'C:\data' or 'C:/data'"
+        raise WordError(f"{_quote(text)} is not a word: {_path(text) or reason}") from None
     except UnicodeError:
         raise WordError(f"{_quote(text)} is not a word: it holds characters that are not valid text") from None
     except ValueError as error:
@@ -219,6 +240,8 @@ class _Reader:
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
                 number = self.number(operand, depth)
                 return self.literal(-number if isinstance(sign, ast.USub) else number)
+            case ast.BinOp() if near := _path(self.source(node)):
+                raise WordError(f"{_quote(self.source(node))} is not a word: {near}")
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return self.calculate(type(op), self.number(left, depth), self.number(right, depth))
             case ast.Name(id=name) if name in self.known:
@@ -254,35 +277,58 @@ class _Reader:
             raise WordError(f"{_quote(self.text)} is not a word: a number in it is too large") from None
 
     def call(self, name: str, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
-        kind = self.find(name)
+        if not is_name(name):
+            raise unknown(name, self.known)
+        kind = find(name)
         takes = fields(kind)
-        given: dict[str, Any] = {}
-        positional = [field for field in takes if field.positional]
-        if len(args) > len(positional):
-            most = f"at most {len(positional)} ({', '.join(f.name for f in positional)})" if positional else "none"
-            raise WordError(
-                f"{name} was given {len(args)} value{'s' * (len(args) > 1)} without a name and takes {most}"
-            )
-        for field, node in zip(positional, args, strict=False):
-            given[field.name] = self.read(node, depth + 1)
-        for keyword in keywords:
-            if keyword.arg is None:
-                raise WordError(f"'**' cannot be used in a word; write the fields of {name} out")
-            if keyword.arg not in {field.name for field in takes}:
-                raise WordError(_no_field(name, keyword.arg, takes))
-            if keyword.arg in given:
-                raise WordError(f"{name} was given {keyword.arg!r} twice")
-            given[keyword.arg] = self.read(keyword.value, depth + 1)
-        return _make(kind, takes, given)
-
-    def find(self, name: str) -> type:
-        if name not in names():
-            near = nearest(name, (*names(), *self.known))
-            raise WordError(f"unknown name {name!r}" + (near or f" (a string needs quotes: '{name}')"))
-        return find(name)
+        nodes = arguments(name, takes, args, keywords)
+        return _make(kind, takes, {field: self.read(node, depth + 1) for field, node in nodes.items()})
 
     def source(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.text.strip(), node) or self.text
+
+
+def arguments(
+    name: str, takes: Sequence[Takes], args: Sequence[ast.expr], keywords: Sequence[ast.keyword]
+) -> dict[str, ast.expr]:
+    """What a call gives to each field; raises `WordError` where it does not fit the fields that the word takes."""
+    given: dict[str, ast.expr] = {}
+    positional = [field.name for field in takes if field.positional]
+    if len(args) > len(positional):
+        most = f"at most {len(positional)} ({', '.join(positional)})" if positional else "none"
+        raise WordError(f"{name} was given {len(args)} value{'s' * (len(args) > 1)} without a name and takes {most}")
+    given |= zip(positional, args, strict=False)
+    for keyword in keywords:
+        if keyword.arg is None:
+            raise WordError(f"'**' cannot be used in a word; write the fields of {name} out")
+        if keyword.arg not in {field.name for field in takes}:
+            raise WordError(_no_field(name, keyword.arg, takes))
+        if keyword.arg in given:
+            raise WordError(f"{name} was given {keyword.arg!r} twice")
+        given[keyword.arg] = keyword.value
+    return given
+
+
+def unknown(name: str, known: Iterable[str] = ()) -> WordError:
+    """What is wrong with a name that is none of the vocabulary, nor of what else is known."""
+    hint = _path(name)
+    if not hint:
+        hint = nearest(name, (*names(), *known)).removeprefix("; ") or f"a string needs quotes: '{name}'"
+    return WordError(f"unknown name {name!r}; {hint}")
+
+
+def no_word(name: str) -> WordError:
+    """What is wrong with a name of the vocabulary that is no word, but a function or an abstract class."""
+    return WordError(f"{name!r} cannot be used in a word; 'crossguard words' lists the names that can")
+
+
+def _path(text: str) -> str:
+    """The advice to put a text in quotes, where it is a file or a folder; nothing, where it is none."""
+    try:
+        there = Path(text.strip()).exists()
+    except (OSError, ValueError):
+        return ""
+    return f"a path needs quotes, as in HuggingFace('{text.strip()}')" if there else ""
 
 
 _OPERATORS: dict[type, Callable[[float, float], float]] = {
@@ -296,8 +342,7 @@ _OPERATORS: dict[type, Callable[[float, float], float]] = {
 def _make(kind: type, takes: tuple[Field, ...], given: dict[str, Any]) -> Any:
     missing = [field.name for field in takes if field.default is REQUIRED and field.name not in given]
     if missing:
-        order = ", ".join(_argument_text(field) for field in takes)
-        raise WordError(f"{kind.__name__} needs {', '.join(missing)}: {kind.__name__}({order})")
+        raise needs(kind.__name__, missing, [_argument_text(field) for field in takes])
     fitting = {field.name: _fitted(kind, field, given[field.name]) for field in takes if field.name in given}
     try:
         return kind(**fitting)
@@ -312,8 +357,18 @@ def _fitted(kind: type, field: Field, value: Any) -> Any:
         return _fit(value, field.type, True)
     except _Misfit:
         pass
-    shown = _quote(_show(value, True, 0) if not isinstance(value, str) else value, mark=isinstance(value, str))
-    raise WordError(f"{kind.__name__}: {field.name} must be {_expected(field.type)}, and {shown} was given")
+    raise WordError(f"{kind.__name__}: {field.name} must be {_expected(field.type)}, and {told(value)} was given")
+
+
+def told(value: object) -> str:
+    """What was given, in one short line for an error message."""
+    if isinstance(value, type):
+        called = " without its brackets" if is_word(value) else ""
+        return f"the class {value.__name__}{called}"
+    try:
+        return _quote(value) if isinstance(value, str) else _quote(_show(value, True, 0), mark=False)
+    except WordError:
+        return _quote(" ".join(repr(value).split()), mark=False)
 
 
 # Types
@@ -454,7 +509,7 @@ def _show(value: object, short: bool, depth: int) -> str:
     if isinstance(value, int):
         return repr(_check_number(int(value)))
     if isinstance(value, float):
-        return _show_float(float(value))
+        return show_float(float(value))
     if isinstance(value, tuple):
         inside = [_show(item, short, depth + 1) for item in value]
         return f"({inside[0]},)" if len(inside) == 1 else f"({', '.join(inside)})"
@@ -465,18 +520,19 @@ def _show(value: object, short: bool, depth: int) -> str:
             f"tuples and words"
         )
     _check_own_name(kind)
-    arguments = []
-    for field in fields(kind):
+    parts, takes = [], fields(kind)
+    for field in takes:
         held = _fitted(kind, field, getattr(value, field.name))
-        if short and field.default is not REQUIRED and held == field.default:
+        size = len(takes) == 1 and field.type in (int, float)
+        if short and not size and field.default is not REQUIRED and held == field.default:
             continue
         text = _show(held, short, depth + 1)
-        bare = short and field.default is REQUIRED and field.positional
-        arguments.append(text if bare else f"{field.name}={text}")
-    return f"{kind.__name__}({', '.join(arguments)})"
+        bare = short and (size or field.default is REQUIRED) and field.positional
+        parts.append(text if bare else f"{field.name}={text}")
+    return f"{kind.__name__}({', '.join(parts)})"
 
 
-def _show_float(value: float) -> str:
+def show_float(value: float) -> str:
     plain = repr(_check_number(value + 0.0))  # -0.0 equals 0.0 and must have the same text
     if abs(value) <= 255:
         levels = round(value * 510) / 2
@@ -513,7 +569,12 @@ def _check_number(value: Any) -> Any:
     return value
 
 
-def _no_field(name: str, wrong: str, takes: tuple[Field, ...]) -> str:
+def needs(name: str, missing: Sequence[str], takes: Sequence[str]) -> WordError:
+    """What is wrong with a word that lacks some of its fields."""
+    return WordError(f"{name} needs {', '.join(missing)}: {name}({', '.join(takes)})")
+
+
+def _no_field(name: str, wrong: str, takes: Sequence[Takes]) -> str:
     if not takes:
         return f"{name} has no field {wrong!r}; it has none at all"
     listed = [field.name for field in takes]
@@ -527,7 +588,8 @@ def _argument_text(field: Field) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'PGD'?`, or nothing."""
     by_lower = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower()[:100], by_lower, n=1, cutoff=0.6)
+    near = [part for part in name.lower().split("_") if part in by_lower]  # step_size: step
+    near = near or difflib.get_close_matches(name.lower()[:100], by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 

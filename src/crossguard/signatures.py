@@ -1,0 +1,401 @@
+"""The signatures of words, read from their source: names, fields, defaults and docstrings without loading torch.
+
+The command line lists the vocabulary with them, and refuses a misspelt word before anything heavy is loaded. What the
+source does not say plainly is asked of the class itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import operator
+import re
+import string
+from abc import ABC
+from collections.abc import Collection
+from functools import cache
+from inspect import cleandoc
+from pathlib import Path
+from typing import NamedTuple
+
+import crossguard
+from crossguard import words
+
+_ROOT = Path(__file__).parent
+_PLAIN = ("int", "float", "str", "bool", "tuple", "object", "Any")
+_NUMBERS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+class Parameter(NamedTuple):
+    """A field of a word as it is printed."""
+
+    name: str
+    type: str
+    default: str | None  # None: it has to be given
+    positional: bool
+
+    @property
+    def text(self) -> str:
+        return self.name if self.default is None else f"{self.name}={self.default}"
+
+
+class Signature(NamedTuple):
+    """What there is to read about a word.
+
+    Args:
+        kind: what sort of thing it is, in plain words: the most general class of this package above it.
+        inherited: the classes that brought fields along, each with what it says of them.
+    """
+
+    name: str
+    kind: str
+    doc: str
+    parameters: tuple[Parameter, ...]
+    inherited: tuple[tuple[str, str], ...]
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the docstring."""
+        paragraph = " ".join(self.doc.split("\n\n")[0].split())
+        return re.split(r"(?<! al)\.\s+(?=[A-Z`(])", paragraph)[0].rstrip(".")
+
+
+def find(name: str) -> Signature:
+    """The signature of the word with this name.
+
+    Raises:
+        WordError: the name is unknown, or that of something else.
+    """
+    if name in crossguard.VOCABULARY:
+        try:
+            found = _class(*_exports()[name])
+            if found is None or not found.word:
+                raise words.no_word(name)
+            return found.signature
+        except _UnclearError:
+            pass
+    return of(words.find(name))
+
+
+def names() -> list[str]:
+    """The names of all words, in the order of the stub, then those of installed plugins."""
+    own = [name for name in _exports() if _may_be_word(name)]
+    return [*own, *(name for name in words.names() if name not in crossguard.VOCABULARY)]
+
+
+def of(kind: type) -> Signature:
+    """The signature of a class of words that is loaded."""
+    parameters = []
+    for field in words.fields(kind):
+        default = None if field.default is words.REQUIRED else words.show(field.default, short=True)
+        parameters.append(Parameter(field.name, words.type_text(field.type), default, field.positional))
+    above = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)]
+    docs = [(base.__name__, base.__dict__.get("__doc__")) for base in above]
+    roots = [base.__name__ for base in kind.__mro__ if ABC in base.__bases__]
+    return _made(kind.__name__, roots, kind.__doc__, parameters, docs)
+
+
+def check(text: str, known: Collection[str] = ()) -> None:
+    """Raises what `words.build` raises for a name or a field that does not exist, and loads nothing to see it."""
+    _check(words.parse(text), known, 0)
+
+
+def _check(node: ast.AST, known: Collection[str], depth: int) -> None:
+    if depth > words.DEEPEST:
+        return  # `build` says so
+    name = node.id if isinstance(node, ast.Name) else None
+    args: list[ast.expr] = []
+    keywords: list[ast.keyword] = []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        name, args, keywords = node.func.id, node.args, node.keywords
+    if name is None:
+        for child in ast.iter_child_nodes(node):
+            _check(child, known, depth + 1)
+    elif name not in known or args or keywords:
+        if not words.is_name(name):
+            raise words.unknown(name, known)
+        signature = find(name)
+        given = words.arguments(name, signature.parameters, args, keywords)
+        for child in given.values():
+            _check(child, known, depth + 1)
+        missing = [one.name for one in signature.parameters if one.default is None and one.name not in given]
+        if missing:
+            raise words.needs(name, missing, [one.text for one in signature.parameters])
+
+
+def _made(
+    name: str,
+    roots: list[str],
+    doc: str | None,
+    parameters: list[Parameter],
+    bases: list[tuple[str, str | None]],
+) -> Signature:
+    kind = "model" if roots[:1] == ["VisionLanguageModel"] else roots[0] if roots else "other"
+    inherited = [(base, cleandoc(text or "").partition("\nArgs:\n")[2]) for base, text in bases]
+    return Signature(
+        name,
+        re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower(),
+        cleandoc(doc or ""),
+        tuple(parameters),
+        tuple((base, text) for base, text in inherited if text),
+    )
+
+
+# The source
+
+
+class _UnclearError(Exception):
+    """The source does not say it in a way that is read here."""
+
+
+@cache
+def _exports() -> dict[str, tuple[str, str]]:
+    """Where each public name lives: module and name, in the order of the stub."""
+    return _Module("__init__.pyi").imports
+
+
+def _may_be_word(name: str) -> bool:
+    found = _class(*_exports()[name])
+    return found is not None and found.word
+
+
+class _Module:
+    """The classes, the constants and the imports of one source file of the package."""
+
+    def __init__(self, file: str) -> None:
+        self.classes: dict[str, ast.ClassDef] = {}
+        self.constants: dict[str, ast.expr] = {}
+        self.imports: dict[str, tuple[str, str]] = {}
+        body = ast.parse((_ROOT / file).read_bytes()).body
+        for node in body:
+            match node:
+                case ast.ClassDef(name=name):
+                    self.classes[name] = node
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    self.constants[name] = value
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                    self.constants[name] = value
+                case ast.ImportFrom(module="string", names=names):
+                    self.constants |= {alias.name: ast.Constant(getattr(string, alias.name)) for alias in names}
+                case ast.ImportFrom(module=str(module), names=names, level=level):
+                    home = module if level else module.removeprefix("crossguard.")
+                    if level or home != module:
+                        self.imports |= {alias.asname or alias.name: (home, alias.name) for alias in names}
+                case ast.If(body=inside):  # what type checkers alone import
+                    body.extend(inside)
+                case _:
+                    pass
+
+
+@cache
+def _module(name: str) -> _Module:
+    return _Module(f"{name.replace('.', '/')}.py")
+
+
+@cache
+def _class(module: str, name: str) -> _Class | None:
+    """The class of this name as a module sees it; None, if it is something else."""
+    there = _module(module)
+    if name in there.classes:
+        return _Class(module, there.classes[name])
+    return _class(*there.imports[name]) if name in there.imports else None
+
+
+class _Class:
+    """A class as its source describes it."""
+
+    def __init__(self, module: str, node: ast.ClassDef) -> None:
+        self.module = module
+        self.node = node
+        self.doc = ast.get_docstring(node)
+        bases = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
+        self.bases = [base.id for base in bases if isinstance(base, ast.Name)]
+        above = [_class(module, base) for base in self.bases]
+        self.line = [self]  # itself, then what is above it
+        for base in above:
+            self.line += [one for one in (base.line if base else []) if one not in self.line]
+
+        made = [one for one in node.decorator_list if isinstance(one, ast.Call) and _is(one.func, "dataclass")]
+        options = {option.arg: _literal(option.value) for call in made for option in call.keywords}
+        self.frozen = options.get("frozen") is True  # a frozen dataclass
+        self.positional = options.get("kw_only") is not True
+
+    @property
+    def abstract(self) -> bool:
+        """Whether something is left for a subclass to define."""
+        left: set[str] = set()
+        for one in reversed(self.line):
+            for node in one.node.body:
+                if isinstance(node, ast.FunctionDef):
+                    left.discard(node.name)
+                    if any(_is(decorator, "abstractmethod") for decorator in node.decorator_list):
+                        left.add(node.name)
+                elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+                    left.discard(node.target.id)
+                elif isinstance(node, ast.Assign):
+                    left -= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        return bool(left)
+
+    @property
+    def word(self) -> bool:
+        return self.frozen and not self.abstract and all(_writable(one.module, note) for one, note, _ in self.fields)
+
+    @property
+    def fields(self) -> list[tuple[_Class, ast.expr, ast.AnnAssign]]:
+        """The fields with their types, each from the class that says it last, in the order of the arguments."""
+        found: dict[str, tuple[_Class, ast.expr, ast.AnnAssign]] = {}
+        for one in reversed(self.line):
+            for node in one.node.body if one.frozen else []:
+                match node:
+                    case ast.AnnAssign(target=ast.Name(id=name), annotation=note) if not _is(note, "ClassVar"):
+                        found[name] = (one, note, node)
+                    case _:
+                        pass
+        return list(found.values())
+
+    @property
+    def signature(self) -> Signature:
+        roots = [one.node.name for one in self.line if "ABC" in one.bases]
+        docs = [(one.node.name, one.doc) for one in self.line[1:] if one.frozen]
+        return _made(self.node.name, roots, self.doc, self.parameters, docs)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        listed = []
+        for one, note, node in self.fields:
+            assert isinstance(node.target, ast.Name)
+            kind, default = _type(one.module, note), None
+            match node.value:
+                case None:
+                    pass
+                case ast.Call(func=ast.Name(id="field"), args=[], keywords=[ast.keyword(arg="default", value=value)]):
+                    default = _text(one.module, value, note)
+                case ast.Call(func=ast.Name(id="field"), args=[], keywords=[ast.keyword(arg=arg, value=value)]):
+                    if arg != "default_factory":
+                        raise _UnclearError
+                    made = value.body if isinstance(value, ast.Lambda) else ast.Call(func=value, args=[], keywords=[])
+                    default = _text(one.module, made, note)
+                case value:
+                    default = _text(one.module, value, note)
+            listed.append(Parameter(node.target.id, kind, default, one.positional))
+        return listed
+
+
+def _is(node: ast.expr, name: str) -> bool:
+    """Whether this is the name, called or indexed or neither."""
+    if isinstance(node, ast.Call | ast.Subscript):
+        return _is(node.func if isinstance(node, ast.Call) else node.value, name)
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _literal(node: ast.expr) -> object:
+    return node.value if isinstance(node, ast.Constant) else None
+
+
+def _constant(module: str, name: str) -> tuple[str, ast.expr] | None:
+    """The module and the value behind a name; None, if it is no constant of the package."""
+    there = _module(module)
+    if name in there.constants:
+        return module, there.constants[name]
+    return _constant(*there.imports[name]) if name in there.imports else None
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    """What stands in the brackets of a type."""
+    assert isinstance(node, ast.Subscript)
+    return node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+
+
+def _writable(module: str, note: ast.expr) -> bool:
+    """Whether values of this type can be written as text, as `words.is_word` wants."""
+    match note:
+        case ast.Constant():
+            return True
+        case ast.BinOp(left=left, right=right):
+            return _writable(module, left) and _writable(module, right)
+        case ast.Subscript(value=ast.Name(id="Literal")):
+            return True
+        case ast.Subscript(value=ast.Name(id="Annotated")):
+            return _writable(module, _parts(note)[0])
+        case ast.Subscript(value=ast.Name(id="tuple")):
+            return all(_writable(module, part) for part in _parts(note))
+        case ast.Name(id=name) if name in _PLAIN:
+            return True
+        case ast.Name(id=name):
+            if found := _class(module, name):
+                return any("ABC" in one.bases for one in found.line) or found.word
+            alias = _constant(module, name)
+            return alias is not None and _writable(*alias)
+    return False
+
+
+def _type(module: str, note: ast.expr) -> str:
+    """A type as `words.type_text` writes it."""
+    match note:
+        case ast.Constant(value=value):
+            return "..." if value is ... else str(value)
+        case ast.BinOp(left=left, right=right):
+            return f"{_type(module, left)} | {_type(module, right)}"
+        case ast.Subscript(value=ast.Name(id="Literal")):
+            return " | ".join(repr(_literal(part)) for part in _parts(note))
+        case ast.Subscript(value=ast.Name(id="Annotated")):
+            return _type(module, _parts(note)[0])
+        case ast.Subscript(value=ast.Name(id="tuple")):
+            return f"tuple[{', '.join(_type(module, part) for part in _parts(note))}]"
+        case ast.Name(id=name) if name in _PLAIN or _class(module, name):
+            return name
+        case ast.Name(id=name) if alias := _constant(module, name):
+            return _type(*alias)
+    raise _UnclearError
+
+
+def _text(module: str, node: ast.expr, note: ast.expr) -> str:
+    """A default as `words.show` writes it in short; a whole number where a float is wanted becomes one."""
+    match node:
+        case ast.Tuple(elts=items):
+            inside = [_text(module, item, note) for item in items]
+            return f"({inside[0]},)" if len(inside) == 1 else f"({', '.join(inside)})"
+        case ast.Constant(value=str() | bool() | None as value):
+            return repr(value)
+        case ast.Attribute(value=ast.Name(id="string"), attr=attr):
+            return repr(getattr(string, attr))
+        case ast.BinOp(left=left, op=ast.Add(), right=right) if _is(note, "str"):
+            return repr("".join(ast.literal_eval(_text(module, side, note)) for side in (left, right)))
+        case ast.Name(id=name) if found := _constant(module, name):
+            return _text(*found, note)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if found := _class(module, name):
+            return _call(module, found, args, keywords)
+    number = _number(module, node)
+    kinds = {one.id for one in ast.walk(note) if isinstance(one, ast.Name)}
+    return words.show(float(number) if "float" in kinds and "int" not in kinds else number)
+
+
+def _call(module: str, found: _Class, args: list[ast.expr], keywords: list[ast.keyword]) -> str:
+    takes = found.signature.parameters
+    notes = {parameter.name: note for parameter, (_, note, _) in zip(takes, found.fields, strict=True)}
+    given = words.arguments(found.node.name, takes, args, keywords)
+    parts = []
+    for parameter in takes:
+        size = len(takes) == 1 and parameter.type in ("int", "float")
+        text = parameter.default
+        if parameter.name in given:
+            text = _text(module, given[parameter.name], notes[parameter.name])
+        if text is None:
+            raise _UnclearError
+        if size or text != parameter.default:
+            bare = size or parameter.default is None
+            parts.append(text if bare else f"{parameter.name}={text}")
+    return f"{found.node.name}({', '.join(parts)})"
+
+
+def _number(module: str, node: ast.expr) -> int | float:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_number(module, operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _NUMBERS:
+            return _NUMBERS[type(op)](_number(module, left), _number(module, right))
+        case ast.Name(id=name) if found := _constant(module, name):
+            return _number(*found)
+    raise _UnclearError
