@@ -56,7 +56,7 @@ def test_usage(arguments: tuple[str, ...], words: str) -> None:
         ({"limit": str(2**70)}, "and at most"),
         ({"task": "ZeroShot(Concat((Scenes(),), size=1000000))"}, "an image size of 1000000 pixels is not possible"),
         ({"task": "ZeroShot(Scenes('relation'))"}, "the class list is empty"),
-        ({"attack": "PGD(steps=1)", "budget": "Words(1)"}, "PGD(steps=1) changes pixels, but Words() allows no"),
+        ({"attack": "PGD(steps=1)", "budget": "Words(1)"}, "PGD(steps=1) changes pixels, but Words(1) allows no"),
         ({"attack": "Substitute()", "budget": "Characters(2)"}, "Substitute() replaces whole words"),
     ],
 )
@@ -103,7 +103,7 @@ def test_training_that_cannot_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot be written to" in trained(tmp_path / "file" / "out")
     assert "BitDepth(Tiny()) has no network of its own" in trained(tmp_path / "a", model="BitDepth(Tiny())")
-    assert "the class list is empty" in trained(tmp_path / "b", data="Scenes('relation', 'train', count=16)")
+    assert "has captions and no classes" in trained(tmp_path / "b", data="Scenes('relation', 'train', count=16)")
 
 
 def test_the_half_files_of_a_training(tmp_path: Path) -> None:

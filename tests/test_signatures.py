@@ -45,13 +45,13 @@ def test_a_signature_in_full():
 
 def test_what_fields_inherit_stands_with_the_class_that_brought_them():
     found = find("TeCoA")
-    assert [name for name, _ in found.inherited] == ["Recipe"] and "batch" in found.inherited[0][1]
+    assert len(found.inherited) == 1 and "\n    batch: " in "\n" + found.inherited[0][1]
     assert not any(one.positional for one in found.parameters)
 
 
 def test_a_word_of_a_plugin_is_asked_itself(monkeypatch: pytest.MonkeyPatch):
     @dataclasses.dataclass(frozen=True)
-    class Foreign:
+    class Alien:
         """Says where it is from. And more."""
 
         size: int = 1
@@ -59,16 +59,16 @@ def test_a_word_of_a_plugin_is_asked_itself(monkeypatch: pytest.MonkeyPatch):
 
     class Point:
         def load(self) -> type:
-            return Foreign
+            return Alien
 
-    monkeypatch.setattr(crossguard, "plugins", lambda: {"Foreign": Point()})
-    assert find("Foreign").parameters == (Parameter("size", "int", "1", True), Parameter("name", "str", "'a'", True))
-    assert find("Foreign").summary == "Says where it is from"
-    assert signatures.names()[-1] == "Foreign"
-    check("Foreign(2)")
+    monkeypatch.setattr(crossguard, "plugins", lambda: {"Alien": Point()})
+    assert find("Alien").parameters == (Parameter("size", "int", "1", True), Parameter("name", "str", "'a'", True))
+    assert find("Alien").summary == "Says where it is from"
+    assert signatures.names()[-1] == "Alien"
+    check("Alien(2)")
     with pytest.raises(CrossguardError, match="no field 'sise'; did you mean 'size'"):
-        check("Foreign(sise=2)")
-    monkeypatch.delattr(crossguard, "Foreign")
+        check("Alien(sise=2)")
+    vars(crossguard).pop("Alien")
 
 
 WRONG = [
@@ -137,7 +137,7 @@ def test_listing_words_and_refusing_misspelt_ones_is_light(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     light, after, codes = json.loads(done.stdout.splitlines()[-1])
     assert codes == [0, 0, 0, 2, 2, 2, 2, 2, 2], done.stderr
-    for near in ("AutoAttack", "steps", "Linf", "Scenes", "at most", "Square"):
+    for near in ("AutoAttack", "steps", "Linf", "Scenes", "takes none", "Square"):
         assert near in done.stderr
     assert not (HEAVY | {"numpy", "rich", "typer"}) & set(light)
     assert not HEAVY & set(after)

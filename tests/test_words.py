@@ -261,11 +261,18 @@ def test_a_path_without_quotes_is_told_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_does_not_fit_is_shown_whatever_it_is():
+    @dataclasses.dataclass(frozen=True)
+    class Foreign:
+        path: str
+        templates: tuple[str, ...] = ()
+        budget: Words = Words()
+
     for word, said in (
-        (ZeroShot(Scenes(), templates=["a {}"]), r"ZeroShot: templates must be .*, and \['a {}'\] was given"),
-        (HuggingFace(Path("runs/clip")), r"HuggingFace: path must be a string in quotes, and PosixPath\('runs/clip'\)"),
-        (Both(Linf(0.5), Words), "words must be a TextBudget, and the class Words without its brackets was given"),
-    ):  # pyright: ignore[reportArgumentType]
+        (Foreign("a", ["a {}"]), r"Foreign: templates must be a tuple of str, and \['a {}'\] was given"),  # pyright: ignore[reportArgumentType]
+        (Foreign(Path("a/b")), r"Foreign: path must be a string in quotes, and PosixPath\('a/b'\) was given"),  # pyright: ignore[reportArgumentType]
+        (Foreign("a", budget=Words), "budget must be a Words, and the class Words without its brackets was given"),  # pyright: ignore[reportArgumentType]
+        (Foreign("a", budget=object()), "budget must be a Words, and <object object at"),  # pyright: ignore[reportArgumentType]
+    ):
         with pytest.raises(WordError, match=said):
             show(word)
 
@@ -334,7 +341,7 @@ def test_installed_packages_add_words(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(crossguard, "plugins", lambda: {"Foreign": Point()})
     assert "Foreign" in names()
     assert build("Foreign(2)") == Foreign(2)
-    monkeypatch.delattr(crossguard, "Foreign")
+    vars(crossguard).pop("Foreign")
     with pytest.raises(WordError, match="did you mean 'Foreign'"):
         build("Foreing")
 

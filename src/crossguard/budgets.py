@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from crossguard.errors import CrossguardError
@@ -67,8 +68,7 @@ class PixelBudget(Budget):
         (Croce and Hein 2020, section 2.1) is made of. Where the box does not hold such a step, the step goes to the
         corner of the box that comes nearest.
 
-        Only the direction of the gradient and the ratio of rise to gradient matter, so the scale of the logits does
-            not.
+        Only the direction of the gradient and the ratio of rise to gradient matter: the scale of the logits does not.
         """
         climb = gradient * per_image(rise.sign())
         steepest = climb.abs().flatten(1).amax(1).clamp_min(1e-30)
@@ -147,8 +147,7 @@ class Linf(PixelBudget):
 
 @dataclass(frozen=True)
 class L2(PixelBudget):
-    """The perturbation as a whole may have a Euclidean norm of at most `eps`, over all pixels and channels of [0,
-    1]."""
+    """The perturbation as a whole, all pixels and channels of [0, 1], may have a Euclidean norm of at most `eps`."""
 
     eps: float
 
@@ -331,17 +330,7 @@ class Characters(TextBudget):
         return self.count
 
     def size(self, text: str, clean: str) -> int:
-        # What both begin and end with costs nothing, and is most of them.
-        start = _same(text, clean)
-        text, clean = text[start:][::-1], clean[start:][::-1]
-        start = _same(text, clean)
-        text, clean = text[start:], clean[start:]
-        row = list(range(len(clean) + 1))
-        for i, new in enumerate(text, 1):
-            diagonal, row[0] = row[0], i
-            for j, old in enumerate(clean, 1):
-                diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (new != old))
-        return row[-1]
+        return Levenshtein.distance(text, clean)
 
 
 @dataclass(frozen=True)
@@ -371,12 +360,6 @@ def _check_eps(budget: Linf | L2 | L1, most: float, why: str, usual: str = "8/25
 def _check_count(budget: Words | Characters) -> None:
     if budget.count < 0:
         raise CrossguardError(f"{type(budget).__name__}(count={budget.count}) is not a budget: give 0 or more")
-
-
-def _same(text: str, other: str) -> int:
-    """How many characters both begin with."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((place for place, (new, old) in pairs if new != old), min(len(text), len(other)))
 
 
 def per_image(values: Tensor) -> Tensor:

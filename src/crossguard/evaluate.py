@@ -31,7 +31,7 @@ from crossguard.opening import evaluating
 from crossguard.report import Outcomes, Ranks, Report, key, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
-from crossguard.words import show, within
+from crossguard.words import quoted, show, within
 
 _FORMAT = 2  # of the lines in a file of outcomes so far; those of another are not read
 
@@ -49,11 +49,11 @@ def question(
     spends."""
     for value, kind, name in ((task, Task, "task"), (model, VisionLanguageModel, "model")):
         if not isinstance(value, kind):
-            raise CrossguardError(f"{value!r} is no {name}")
+            raise CrossguardError(f"{quoted(value)} is no {name}")
     if attack is not None and not isinstance(attack, Attack):
-        raise CrossguardError(f"{attack!r} is no attack")
+        raise CrossguardError(f"{quoted(attack)} is no attack")
     if surrogate is not None and not isinstance(surrogate, VisionLanguageModel):
-        raise CrossguardError(f"{surrogate!r} is no model to craft on")
+        raise CrossguardError(f"{quoted(surrogate)} is no model to craft on")
     if limit is not None and limit < 1:
         raise CrossguardError(f"a limit of {limit} samples is not possible; give 1 or more")
     if attack is None:

@@ -54,6 +54,11 @@ class Signature(NamedTuple):
     inherited: tuple[tuple[str, str], ...]
 
     @property
+    def takes(self) -> dict[str, bool]:
+        """The fields, and whether they may be given without their name."""
+        return {one.name: one.positional for one in self.parameters}
+
+    @property
     def summary(self) -> str:
         """The first sentence of the docstring."""
         paragraph = " ".join(self.doc.split("\n\n")[0].split())
@@ -115,7 +120,7 @@ def _check(node: ast.AST, known: Collection[str], depth: int) -> None:
         if not words.is_name(name):
             raise words.unknown(name, known)
         signature = find(name)
-        given = words.arguments(name, signature.parameters, args, keywords)
+        given = words.arguments(name, signature.takes, args, keywords)
         for child in given.values():
             _check(child, known, depth + 1)
         missing = [one.name for one in signature.parameters if one.default is None and one.name not in given]
@@ -373,7 +378,7 @@ def _text(module: str, node: ast.expr, note: ast.expr) -> str:
 def _call(module: str, found: _Class, args: list[ast.expr], keywords: list[ast.keyword]) -> str:
     takes = found.signature.parameters
     notes = {parameter.name: note for parameter, (_, note, _) in zip(takes, found.fields, strict=True)}
-    given = words.arguments(found.node.name, takes, args, keywords)
+    given = words.arguments(found.node.name, found.signature.takes, args, keywords)
     parts = []
     for parameter in takes:
         size = len(takes) == 1 and parameter.type in ("int", "float")

@@ -21,7 +21,7 @@ from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from crossguard.errors import CrossguardError
 
@@ -46,16 +46,6 @@ class Field(NamedTuple):
 
 
 REQUIRED = dataclasses.MISSING
-
-
-class Takes(Protocol):
-    """What a call must know of a field."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def positional(self) -> bool: ...
 
 
 def build(text: str, known: Mapping[str, Any] | None = None) -> Any:
@@ -281,7 +271,7 @@ class _Reader:
             raise unknown(name, self.known)
         kind = find(name)
         takes = fields(kind)
-        nodes = arguments(name, takes, args, keywords)
+        nodes = arguments(name, {field.name: field.positional for field in takes}, args, keywords)
         return _make(kind, takes, {field: self.read(node, depth + 1) for field, node in nodes.items()})
 
     def source(self, node: ast.expr) -> str:
@@ -289,11 +279,15 @@ class _Reader:
 
 
 def arguments(
-    name: str, takes: Sequence[Takes], args: Sequence[ast.expr], keywords: Sequence[ast.keyword]
+    name: str, takes: Mapping[str, bool], args: Sequence[ast.expr], keywords: Sequence[ast.keyword]
 ) -> dict[str, ast.expr]:
-    """What a call gives to each field; raises `WordError` where it does not fit the fields that the word takes."""
+    """What a call gives to each field; raises `WordError` where it does not fit.
+
+    Args:
+        takes: the fields of the word, and whether they may be given without their name.
+    """
     given: dict[str, ast.expr] = {}
-    positional = [field.name for field in takes if field.positional]
+    positional = [field for field, bare in takes.items() if bare]
     if len(args) > len(positional):
         most = f"at most {len(positional)} ({', '.join(positional)})" if positional else "none"
         raise WordError(f"{name} was given {len(args)} value{'s' * (len(args) > 1)} without a name and takes {most}")
@@ -301,8 +295,8 @@ def arguments(
     for keyword in keywords:
         if keyword.arg is None:
             raise WordError(f"'**' cannot be used in a word; write the fields of {name} out")
-        if keyword.arg not in {field.name for field in takes}:
-            raise WordError(_no_field(name, keyword.arg, takes))
+        if keyword.arg not in takes:
+            raise WordError(_no_field(name, keyword.arg, list(takes)))
         if keyword.arg in given:
             raise WordError(f"{name} was given {keyword.arg!r} twice")
         given[keyword.arg] = keyword.value
@@ -357,10 +351,10 @@ def _fitted(kind: type, field: Field, value: Any) -> Any:
         return _fit(value, field.type, True)
     except _Misfit:
         pass
-    raise WordError(f"{kind.__name__}: {field.name} must be {_expected(field.type)}, and {told(value)} was given")
+    raise WordError(f"{kind.__name__}: {field.name} must be {_expected(field.type)}, and {quoted(value)} was given")
 
 
-def told(value: object) -> str:
+def quoted(value: object) -> str:
     """What was given, in one short line for an error message."""
     if isinstance(value, type):
         called = " without its brackets" if is_word(value) else ""
@@ -574,10 +568,9 @@ def needs(name: str, missing: Sequence[str], takes: Sequence[str]) -> WordError:
     return WordError(f"{name} needs {', '.join(missing)}: {name}({', '.join(takes)})")
 
 
-def _no_field(name: str, wrong: str, takes: Sequence[Takes]) -> str:
-    if not takes:
+def _no_field(name: str, wrong: str, listed: Sequence[str]) -> str:
+    if not listed:
         return f"{name} has no field {wrong!r}; it has none at all"
-    listed = [field.name for field in takes]
     return f"{name} has no field {wrong!r}{nearest(wrong, listed)} (fields: {', '.join(listed)})"
 
 
