@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from crossguard.attacks.base import TextAttack, TextVictim
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Both, Linf, Words
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
@@ -29,14 +32,16 @@ from crossguard.defenses.optimizers import SGD, Adam, AdamW
 from crossguard.defenses.plan import Augment
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
-from crossguard.defenses.step import Inputs
+from crossguard.defenses.step import Inputs, Learner
 from crossguard.defenses.terms import InBatch, OverClasses, Views, in_batch
 from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace, TransformersEncoder
 from crossguard.models.wrapper import BitDepth
-from crossguard.processes import ALONE
+from crossguard.processes import ALONE, joined
+from crossguard.shapes import Labels
+from crossguard.words import Reads, contents
 from fixtures import Blots, changed, equal, floats, pictures, save_tokenizer, small, tensors
 
 ENVIRONMENT = os.environ | {
@@ -46,6 +51,9 @@ STRONG = PGD(steps=3, step=0.5, best=False, stop=False)
 BUDGET = Both(Linf(16 / 255), Words(1))
 MMCOA = MMCoA(steps=2, batch=8, optimizer=SGD(lr=0.1), image_attack=STRONG, budget=BUDGET)
 TECOA = TeCoA(steps=2, batch=8, optimizer=SGD(lr=0.1), warmup=0, image_attack=STRONG, budget=Linf(16 / 255))
+
+
+LONG = replace(MMCOA, steps=12, save_every=0, optimizer=AdamW(lr=1e-2), augment=Augment(shift=2), cosine=True)
 
 
 @pytest.fixture(scope="module")
@@ -391,29 +399,10 @@ def test_a_fit_is_a_model_that_trains_when_asked(base: Fresh, tmp_path: Path, mo
 
 # --- Killed and started again ---
 
-KILLED = """
-import sys, time, torch
-torch.set_num_threads(int(sys.argv[1]))
-import fixtures, test_recipe
-image = fixtures.Blots.image
-fixtures.Blots.image = lambda self, index: (time.sleep(0.005), image(self, index))[1]
-test_recipe.LONG.fit(fixtures.small(sys.argv[2]), fixtures.Blots(), sys.argv[3])
-"""
-LONG = replace(MMCOA, steps=12, save_every=0, optimizer=AdamW(lr=1e-2), augment=Augment(shift=2), cosine=True)
 
-
-def test_a_killed_run_ends_in_the_same_weights(base: Fresh, tmp_path: Path) -> None:
+def test_a_killed_run_ends_in_the_same_weights(base: Fresh, tmp_path: Path, two: Path) -> None:
     out = tmp_path / "killed"
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(torch.get_num_threads()), base.tokenizer, str(out)],
-        env=ENVIRONMENT, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (out / "training.safetensors").exists() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    _, said = child.communicate()
-    assert child.returncode == -signal.SIGKILL, said.decode()
+    shutil.copytree(two / "killed", out)
     assert (out / "training.safetensors").exists() and not (out / "crossguard.json").exists()
 
     damaged = tmp_path / "damaged"
@@ -437,44 +426,437 @@ def _stock(base: Fresh, folder: Path) -> Path:
     return folder
 
 
+# --- Stopped by a signal ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_saves_it(
+    base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take, arrived = Learner.take, list[int]()
+
+    def interrupted(self: Learner, step: int) -> dict[str, float]:
+        if step == 2:
+            signal.raise_signal(number)
+        return take(self, step)
+
+    recipe = replace(LONG, steps=4, save_every=1000)
+    before = signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Learner, "take", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                recipe.fit(base, Blots(), tmp_path / "out")
+    finally:
+        signal.signal(number, before)
+    assert arrived == [number], "in the end it takes the way it would have taken"
+    assert "stopped after step 3 of 4; the same training goes on from there" in capsys.readouterr().err
+    recipe.fit(base, Blots(), tmp_path / "out")
+    assert "continuing at step 3" in (tmp_path / "out" / "log.txt").read_text()
+    recipe.fit(base, Blots(), tmp_path / "whole")
+    assert equal(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0, [1, 2, 3]), (25, [3]), (1000, [])])
+def test_a_training_is_saved_by_the_watch(
+    base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, expected: list[int]
+) -> None:
+    """Steps of ten seconds; saving itself takes no time."""
+    now, saved = [0.0], list[int]()
+    take = Learner.take
+
+    def slow(self: Learner, step: int) -> dict[str, float]:
+        now[0] += 10.0
+        return take(self, step)
+
+    monkeypatch.setattr(Learner, "take", slow)
+    monkeypatch.setattr("crossguard.defenses.run.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Run, "save", lambda self, step: saved.append(step))
+    FTStandard(steps=4, batch=4, save_every=seconds).fit(base, Blots(), tmp_path)
+    assert saved == expected
+
+
 # --- Two processes ---
 
-SHARED = """
-import sys, torch
-torch.set_num_threads(1)
-import fixtures, test_recipe
-for name, recipe in test_recipe.ONE_STEP.items():
-    recipe.fit(fixtures.small(sys.argv[1]), fixtures.Blots(), sys.argv[2] + "/" + name)
-"""
+
+@dataclass(frozen=True)
+class Signed(TextAttack):
+    """Says who attacked: ends each text in the number of the process."""
+
+    def search(self, victim: TextVictim, clean: list[str], goal: Any, budget: Any, rivals: Any) -> list[str]:
+        return [f"{text} {os.environ.get('RANK', '0')}" for text in clean]
+
+
+@dataclass(frozen=True)
+class Torn(Blots):
+    """Blots of which the second process can read none."""
+
+    def image(self, index: int) -> Tensor:
+        if os.environ.get("RANK") == "1":
+            raise CrossguardError("the disk is gone")
+        return super().image(index)
+
+
 ONE_STEP: dict[str, Recipe] = {
     "mmcoa": replace(MMCOA, steps=1, optimizer=SGD(lr=1.0, momentum=0.0)),
     "tecoa": replace(TECOA, steps=1, optimizer=SGD(lr=1.0, momentum=0.0)),
     "leaks": replace(MMCOA, steps=1, optimizer=SGD(lr=1.0, momentum=0.0), accumulate_attack_gradients=True),
 }
+# What is trained has equal shapes, so gradients that were averaged by mistake would not be noticed by torch.
+ALONE_EACH: tuple[Recipe, Recipe] = (replace(ONE_STEP["tecoa"], seed=1), replace(ONE_STEP["tecoa"], seed=2))
 
 
-def test_two_processes_take_the_step_of_one(base: Fresh, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SHARED)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
-         base.tokenizer, str(tmp_path / "two")],
-        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=120,
+def one_of_two(tokenizer: str, out: Path, threads: int) -> None:
+    """What each of two processes does; the first ends in a training that goes on until it is killed."""
+    torch.set_num_threads(1)
+    group, base = joined(), small(Path(tokenizer))
+    for name, recipe in ONE_STEP.items():
+        recipe.fit(base, Blots(), out / name)
+    assert ONE_STEP["mmcoa"].fit(base, Blots(), out / "mmcoa") == HuggingFace(str(out / "mmcoa"))
+    said: dict[str, Any] = {}
+    learner = Run(replace(MMCOA, text_attack=Signed()), base, Blots(), out, {}, group).learner
+    said["texts"] = learner.views(0).texts
+    try:
+        FTStandard(steps=1, batch=8).fit(base, Torn(), out / "torn")
+    except CrossguardError as error:
+        said["failure"] = str(error)
+    Fit(ALONE_EACH[group.rank], base, Blots()).load()
+    (out / f"said.{group.rank}").write_text(json.dumps(said))
+    if group.first:
+        torch.set_num_threads(threads)
+        take = Learner.take
+        Learner.take = lambda self, step: (time.sleep(0.1), take(self, step))[1]  # type: ignore[method-assign]
+        LONG.fit(base, Blots(), out / "killed", processes=False)
+
+
+@pytest.fixture(scope="module")
+def two(base: Fresh, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave in a folder, the first of which was killed in a training of its own."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "import sys, test_recipe as t; t.one_of_two(sys.argv[1], t.Path(sys.argv[2]), int(sys.argv[3]))"
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    mine = {"OMP_NUM_THREADS": "1", "CROSSGUARD_FITS": str(out / "fits")}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", code, base.tokenizer, str(out), str(torch.get_num_threads())],
+            env=ENVIRONMENT | world | mine | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        state, deadline = out / "killed" / "training.safetensors", time.monotonic() + 240
+        while not state.exists() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        first.send_signal(signal.SIGKILL)
+        for child, expected in ((first, -signal.SIGKILL), (second, 0)):
+            _, said = child.communicate(timeout=240)
+            assert child.returncode == expected, said.decode()[-3000:]
+    finally:
+        first.kill()
+        second.kill()
+    return out
+
+
+def test_two_processes_take_the_step_of_one(base: Fresh, tmp_path: Path, two: Path) -> None:
     before = weights(base)
     for name, recipe in ONE_STEP.items():
-        one = weights(recipe.fit(base, Blots(), tmp_path / "one" / name))
-        two = weights(HuggingFace(str(tmp_path / "two" / name)))
+        one = weights(recipe.fit(base, Blots(), tmp_path / name))
+        both = weights(HuggingFace(str(two / name)))
         assert max(float((one[k] - before[k]).abs().max()) for k in one if one[k].is_floating_point()) > 1e-2
         for key, tensor in one.items():
-            assert torch.allclose(tensor, two[key], atol=1e-5), f"{name}: {key}"
-        lines = [line for line in (tmp_path / "two" / name / "log.txt").read_text().splitlines() if "step 1/1" in line]
-        own = [line for line in (tmp_path / "one" / name / "log.txt").read_text().splitlines() if "step 1/1" in line]
+            assert torch.allclose(tensor, both[key], atol=1e-5), f"{name}: {key}"
+        lines = [line for line in (two / name / "log.txt").read_text().splitlines() if "step 1/1" in line]
+        own = [line for line in (tmp_path / name / "log.txt").read_text().splitlines() if "step 1/1" in line]
         assert len(lines) == 1 and lines[0].split("step 1/1")[1] == own[0].split("step 1/1")[1]
-        record = json.loads((tmp_path / "two" / name / "crossguard.json").read_text())
-        assert record["processes"] == 2 and len(list((tmp_path / "two" / name).glob("*.safetensors"))) == 1
+        record = json.loads((two / name / "crossguard.json").read_text())
+        assert record["processes"] == 2 and len(list((two / name).glob("*.safetensors"))) == 1
+
+
+def test_each_text_is_attacked_by_one_process_and_all_have_the_result(two: Path) -> None:
+    """This attack ends otherwise on each process, as a tie may."""
+    first, second = (json.loads((two / f"said.{rank}").read_text())["texts"] for rank in range(2))
+    assert first == second and len(first["clean"]) > 1
+    assert first["adversarial"] == [f"{text} {place % 2}" for place, text in enumerate(first["clean"])]
+
+
+def test_a_process_that_fails_ends_all_in_a_sentence(two: Path) -> None:
+    first, second = (json.loads((two / f"said.{rank}").read_text())["failure"] for rank in range(2))
+    assert second == "the disk is gone" and first == "process 1 of 2 failed: the disk is gone"
+
+
+def test_a_fit_under_torchrun_trains_alone(
+    base: Fresh, tmp_path: Path, two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSGUARD_FITS", str(two / "fits"))
+    for number, recipe in enumerate(ALONE_EACH):
+        folder = Fit(recipe, base, Blots()).folder
+        assert json.loads((folder / "crossguard.json").read_text())["processes"] == 1
+        recipe.fit(base, Blots(), tmp_path / str(number))
+        assert close(tensors(folder), tensors(tmp_path / str(number)), 1e-6)
+    assert not close(tensors(tmp_path / "0"), tensors(tmp_path / "1"), 1e-6), "the mistake would show"
+
+
+# --- Files that change behind the words ---
+
+
+@dataclass(frozen=True)
+class Filed(Blots, Reads):
+    """Blots that say what a file holds."""
+
+    path: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        return Path(self.path).read_text()
+
+
+def retrained(base: Fresh, folder: Path, factor: float) -> HuggingFace:
+    """The weights of a base, each times a factor, in a folder."""
+    network: Any = base.load()
+    with torch.no_grad():
+        for parameter in network.model.parameters():
+            parameter.mul_(factor)
+    network.save(folder)
+    return HuggingFace(str(folder))
+
+
+STILL = FTStandard(steps=1, batch=4, optimizer=SGD(lr=1e-9))  # its result is its base
+
+
+def test_a_retrained_base_has_another_child(base: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    STILL.fit(retrained(base, tmp_path / "base", 1.0), Blots(), out)
+    (out / "mine.txt").write_text("a note")
+    old = tensors(out)
+    new = STILL.fit(retrained(base, tmp_path / "base", 0.5), Blots(), out)
+    assert new == HuggingFace(str(out)) and close(tensors(out), tensors(tmp_path / "base"), 1e-6)
+    (aside,) = tmp_path.glob("out.old-*")
+    assert equal(tensors(aside), old) and (aside / "mine.txt").exists() and not (out / "mine.txt").exists()
+    said = capsys.readouterr().err
+    assert f"what HuggingFace reads has changed since the training in {out}" in said and str(aside) in said
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    assert STILL.fit(HuggingFace(str(tmp_path / "base")), Blots(), out) == new
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp, "nothing has changed since"
+    for factor in (1.0, 0.5):  # there and back: what was put aside is never written over
+        STILL.fit(retrained(base, tmp_path / "base", factor), Blots(), out)
+    assert len(list(tmp_path.glob("out.old-*"))) == 3
+
+
+def test_a_training_begun_on_other_data_starts_anew(base: Fresh, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "list").write_text("first")
+    data, out, take = Filed(path=str(tmp_path / "list")), tmp_path / "out", Learner.take
+
+    def failing(self: Learner, step: int) -> dict[str, float]:
+        if step == 2:
+            raise CrossguardError("no power")
+        return take(self, step)
+
+    recipe = FTStandard(steps=3, batch=8, save_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "take", failing)
+        assert refused(lambda: recipe.fit(base, data, out)) == "no power"
+    assert (out / "training.safetensors").exists()
+    (tmp_path / "list").write_text("second")
+    recipe.fit(base, data, out)
+    assert "continuing" not in (out / "log.txt").read_text()
+    (aside,) = tmp_path.glob("out.old-*")
+    assert (aside / "training.safetensors").exists()
+
+
+def test_a_fit_is_named_by_what_its_words_read(base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSSGUARD_FITS", str(tmp_path / "fits"))
+    (tmp_path / "list").write_text("first")
+    word = Fit(STILL, retrained(base, tmp_path / "base", 1.0), Filed(path=str(tmp_path / "list")))
+    first, told = word.folder, contents(word)
+    assert f"Fit:{word.fingerprint}" in told and first.name == f"FTStandard-{word.fingerprint}"
+    image = floats(pictures(2, 16, 16))
+    before = word.encode_image(image)
+    assert (word.folder, contents(word)) == (first, told), "the question is the same before and after the training"
+    retrained(base, tmp_path / "base", 0.5)
+    second = word.folder
+    assert second != first and not torch.allclose(word.encode_image(image), before)
+    (tmp_path / "list").write_text("second")
+    assert word.folder not in (first, second)
+    outer = Fit(STILL, word, Blots())
+    name = outer.folder
+    (tmp_path / "list").write_text("third")
+    assert outer.folder != name, "a Fit of a Fit reads what the inner one reads"
+
+
+def test_a_model_that_was_not_trained_here_is_not_written_over(base: Fresh, tmp_path: Path) -> None:
+    word = retrained(base, tmp_path, 1.0)
+    before = tensors(tmp_path)
+    assert "holds a model that was not trained there" in refused(lambda: STILL.fit(word, Blots(), tmp_path))
+    assert equal(tensors(tmp_path), before)
+
+
+# --- Said before the first step ---
+
+
+def notes(folder: Path, said: str) -> list[str]:
+    """The notes of a finished training, which stand in its record, its card and its log, and were printed."""
+    found = json.loads((folder / "crossguard.json").read_text())["notes"]
+    card, log = (folder / "README.md").read_text(), (folder / "log.txt").read_text()
+    assert all(f"* {note}\n" in card and note in log and f"crossguard: {note}\n" in said for note in found)
+    return found
+
+
+@pytest.mark.parametrize(("warmup", "peak"), [(5, None), (6, "0.1 of 0.1"), (60, "0.01 of 0.1")])
+def test_a_warm_up_that_never_ends_is_said(
+    base: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str], warmup: int, peak: str | None
+) -> None:
+    FTStandard(steps=6, batch=4, warmup=warmup, optimizer=SGD(lr=0.1)).fit(base, Blots(), tmp_path)
+    found = notes(tmp_path, capsys.readouterr().err)
+    assert len(found) == (peak is not None)
+    if peak:
+        assert f"the warm-up of {warmup} steps" in found[0] and f"rises to {peak} at the last step" in found[0]
+        assert "give a shorter one, such as warmup=1, or more steps" in found[0]
+
+
+@dataclass(frozen=True)
+class Named(Blots):
+    """Blots under other names, labels and templates."""
+
+    called: tuple[str, ...] = ("red circle", "green square", "blue star")
+    template: str = "a photo of a {}"
+    without: int = 0  # samples whose label is -1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.called
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return (self.template,)
+
+    def labels(self) -> Labels:
+        labels = super().labels()
+        labels[: self.without] = -1
+        return labels
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return Blots().captions(index)
+
+
+@dataclass(frozen=True)
+class Half(TextAttack):
+    """Changes every second text."""
+
+    def search(self, victim: TextVictim, clean: list[str], goal: Any, budget: Any, rivals: Any) -> list[str]:
+        return [text if place % 2 else f"{text} disc" for place, text in enumerate(clean)]
+
+
+def test_an_attack_without_words_for_the_data_is_said(
+    base: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Named(called=("xylograph red", "zygote green", "quetzal blue"), template="{} zwitterion")
+    recipe = replace(MMCOA, steps=1)
+    recipe.fit(base, data, tmp_path)
+    assert any("does not know" in note for note in notes(tmp_path, capsys.readouterr().err))
+
+
+def test_the_share_of_changed_texts_is_logged(base: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = tuple(f"{one} {two}" for one in ("red", "green") for two in ("circle", "star"))
+    recipe = replace(MMCOA, steps=1, one_way=True, text_attack=Half())  # one-way: all four texts are in each step
+    run = started(recipe, base, tmp_path, Named(called=words))
+    assert run.learner.take(0)["texts changed"] == 0.5
+    assert "texts changed" not in started(TECOA, base, tmp_path).learner.take(0)
+    idle = replace(recipe, text_attack=Still())
+    idle.fit(base, Blots(), tmp_path / "idle")
+    assert "changed none of the texts of step 1" in notes(tmp_path / "idle", capsys.readouterr().err)[0]
+    assert "texts changed 0" in (tmp_path / "idle" / "log.txt").read_text()
+
+
+@dataclass(frozen=True)
+class Still(TextAttack):
+    """Changes nothing."""
+
+    def search(self, victim: TextVictim, clean: list[str], goal: Any, budget: Any, rivals: Any) -> list[str]:
+        return clean
+
+
+def test_texts_that_are_cut_are_said(base: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = Named(called=("red circle", "green square " + "and " * 30, "blue star"))  # the tower reads 32 pieces
+    FTStandard(steps=1, batch=8).fit(base, long, tmp_path)
+    (note,) = notes(tmp_path, capsys.readouterr().err)
+    assert note.startswith("1 of 3 class prompts (33%) are longer than Fresh(") and "tokenizer=" in note
+
+
+def test_a_tokenizer_that_knows_no_word_is_refused(base: Fresh, tmp_path: Path) -> None:
+    blind = Named(called=("hund", "katze", "maus"))  # each becomes [UNK]
+    said = refused(lambda: FTStandard(steps=1, batch=8).fit(base, blind, tmp_path / "x"))
+    assert "has one embedding for all class prompts, such as 'a photo of a hund' and 'a photo of a maus'" in said
+    assert not (tmp_path / "x").exists()
+    FTStandard(steps=1, batch=8).fit(base, replace(blind, called=("hund", "katze", "star")), tmp_path / "y")
+
+
+def test_labels_that_are_no_class_are_refused(base: Fresh, tmp_path: Path) -> None:
+    some, none = Named(without=5), Named(called=(), without=24)
+    for recipe in (FTStandard(steps=1, batch=8), FTStandard(steps=1, batch=8, in_batch=True), TECOA):
+        assert "5 of the 24 samples of" in (said := refused(lambda r=recipe: r.fit(base, some, tmp_path / "x")))
+        assert "no class (such as -1; there are 3 classes)" in said
+        said = refused(lambda r=recipe: r.fit(base, none, tmp_path / "x"))
+        assert "has captions and no classes" in said and "give it captions=True" in said
+    for data, count in ((some, 5), (none, 24)):
+        said = refused(lambda d=data: Contrastive(steps=1, batch=8, shots=2).fit(base, d, tmp_path / "x"))
+        assert "takes so many images of each class" in said and f"{count} of the 24 samples" in said
+        Contrastive(steps=1, batch=8).fit(base, data, tmp_path / str(count))  # captions need no class
+
+
+# --- Reading ahead ---
+
+
+def test_each_image_is_read_once_and_before_its_step(
+    base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, bool]] = []
+    image = Blots.image
+
+    def noted(self: Blots, index: int) -> Tensor:
+        read.append((index, threading.current_thread() is threading.main_thread()))
+        return image(self, index)
+
+    monkeypatch.setattr(Blots, "image", noted)
+    run = started(FTStandard(batch=8, epochs=2.0), base, tmp_path)
+    expected = [index for step in range(6) for index in run.feed.chosen(step)]
+    for step in range(6):
+        run.learner.take(step)
+    run.feed.close()
+    assert [index for index, _ in read] == expected
+    assert [main for _, main in read] == [True] * 8 + [False] * 40, "only the first step waits for its images"
+
+
+def test_an_epoch_is_shuffled_once(base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled, randperm = list[int](), torch.randperm
+
+    def counted(count: int, **options: Any) -> Tensor:
+        shuffled.append(count)
+        return randperm(count, **options)
+
+    monkeypatch.setattr(torch, "randperm", counted)
+    run = started(FTStandard(batch=4, epochs=2.0), base, tmp_path)
+    for step in range(12):
+        run.feed.batch(step)
+    run.feed.close()
+    assert shuffled == [24, 24]
+
+
+def test_frozen_texts_are_in_full_precision_beside_half_precision_images(base: Fresh, tmp_path: Path) -> None:
+    run = started(replace(TECOA, bf16=True), base, tmp_path)
+    network: Any = run.learner.network
+    inputs = run.learner.views(0)
+    with torch.no_grad():
+        texts = network.encode_text(PROMPTS)
+        with torch.autocast("cpu", torch.bfloat16):
+            images, rough = network.encode_image(inputs.images["adversarial"]).float(), network.encode_text(PROMPTS)
+        exact, other = (
+            float(F.cross_entropy(network.logits(images, seen.float()), inputs.batch.label)) for seen in (texts, rough)
+        )
+    assert abs(exact - other) > 1e-5, "the mistake would show"
+    assert run.learner.take(0)["loss"] == pytest.approx(exact, abs=1e-6)
 
 
 # --- Mistakes ---

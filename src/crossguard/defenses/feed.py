@@ -60,7 +60,7 @@ class Feed:
         _check_labels(recipe, data, self.labels)
         self._ranked = None if recipe.shots is None else _ranked(recipe, data, self.labels)
         self._orders: dict[int, list[int]] = {}
-        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._ahead: tuple[int, Future[list[Tensor]]] | None = None
         self._thread = ThreadPoolExecutor(1, "crossguard-feed")
         count = len(self._samples(0))
         if count < 2:
@@ -99,12 +99,12 @@ class Feed:
         chosen = self.chosen(step)
         mine = self._share(chosen)
         ahead, self._ahead = self._ahead, None
-        pixels = ahead[1].result() if ahead is not None and ahead[0] == step else self._pixels(mine)
+        pictures = ahead[1].result() if ahead is not None and ahead[0] == step else self._pictures(mine)
         if step + 1 < self.total:
-            self._ahead = step + 1, self._thread.submit(self._pixels, self._share(self.chosen(step + 1)))
+            self._ahead = step + 1, self._thread.submit(self._pictures, self._share(self.chosen(step + 1)))
         texts, own, rivals, classes, label = self._texts(step, chosen)
         seeds = keys((self.data.id(index) for index in mine), self.recipe.seed, step)
-        images = pixels.to(self.device)
+        images = torch.stack(pictures).to(self.device)
         if images.dtype == torch.uint8:
             images = images.to(torch.float32).div_(255.0)
         if self.recipe.augment is not None:
@@ -136,15 +136,15 @@ class Feed:
             self._orders[epoch] = [samples[place] for place in order]
         return self._orders[epoch]
 
-    def _pixels(self, indices: Sequence[int]) -> Tensor:
-        """The images as they are stored, in one tensor."""
+    def _pictures(self, indices: Sequence[int]) -> list[Tensor]:
+        """The images as they are stored, all of one size."""
         pictures = [self.data.image(index) for index in indices]
         if len({picture.shape for picture in pictures}) > 1:
             raise CrossguardError(
                 f"the images of {show(self.data, short=True)} have different sizes; "
                 "give the dataset a size, such as size=224"
             )
-        return torch.stack(pictures)
+        return pictures
 
     def _texts(
         self, step: int, chosen: Sequence[int]

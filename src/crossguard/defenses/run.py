@@ -138,7 +138,7 @@ class Run:
             if step > start and (stopped or wishes[0][1]):  # the first one's watch counts
                 with group.together():
                     if main:
-                        self._save(step)
+                        self.save(step)
                 saved = time.monotonic()
                 cost = saved - now
             if stopped:
@@ -201,7 +201,8 @@ class Run:
 
     # State on disk
 
-    def _save(self, step: int) -> None:
+    def save(self, step: int) -> None:
+        """Writes what the run needs to go on after that many steps."""
         from safetensors.torch import save_file
 
         tensors = {f"model.{name}": tensor for name, tensor in self.learner.network.state_dict().items()}

@@ -205,13 +205,21 @@ class Learner:
         return self._frozen_texts[known]
 
     def _gathered(self, embeddings: Embeddings) -> Tensor:
-        """The embeddings of all processes, in their order, with gradients to each: so the loss is that of the whole
-        batch."""
-        if self.group.world == 1:
-            return embeddings
-        from torch.distributed.nn.functional import all_gather
+        """The embeddings of all processes, in their order: so the loss is that of the whole batch, on every process.
 
-        return torch.cat(all_gather(embeddings.contiguous()))
+        Each sends the gradient to its own images only. That is multiplied by the number of processes, because the
+        gradients of the parameters will be averaged over them and not summed.
+        """
+        world = self.group.world
+        if world == 1:
+            return embeddings
+        own = embeddings.contiguous()
+        parts = [torch.empty_like(own) for _ in range(world)]
+        torch.distributed.all_gather(parts, own.detach())
+        if own.requires_grad:
+            own.register_hook(lambda gradient: gradient * world)
+        parts[self.group.rank] = own
+        return torch.cat(parts)
 
     def _alive(self, batch: Batch) -> bool:
         """Whether the network still answers the clean batch with finite numbers."""

@@ -111,10 +111,15 @@ class TransformersEncoder(DualEncoder):
         return towers
 
     def save(self, folder: Path) -> None:
-        with quiet():
-            self.model.save_pretrained(folder, safe_serialization=True)
-            self.tokenizer.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+        # In a group of processes transformers writes nothing but on the first; here whoever is asked shall write.
+        self.model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        try:
+            with quiet():
+                self.model.save_pretrained(folder, safe_serialization=True)
+                self.tokenizer.save_pretrained(folder)
+                self.processor.save_pretrained(folder)
+        finally:
+            del self.model.should_save_on_this_rank
         for path in folder.glob("*.safetensors"):
             share(path)
 
