@@ -14,8 +14,10 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from crossguard import reading
 from crossguard.attacks.candidates import Candidate, CandidateSource, Proposals, attackable, core
 from crossguard.errors import CrossguardError
+from crossguard.words import Reads
 
 SHAPES: Final = (
     "{word: [synonyms]}, {word: {part of speech: [synonyms]}}, or {'synonym_pairs': [[word, synonym]]}"  # as JSON
@@ -34,7 +36,7 @@ KINDS: Final = ("space", "insert", "delete", "swap", "keyboard", "lookalike", "h
 
 
 @dataclass(frozen=True)
-class Synonyms(CandidateSource):
+class Synonyms(CandidateSource, Reads):
     """What a list of synonyms says, in the order of the list, with the case of the word it replaces.
 
     A list knows no context: with parts of speech, those of every part in `parts` are proposed, for there is no tagger
@@ -55,10 +57,14 @@ class Synonyms(CandidateSource):
 
     remembered: ClassVar[bool] = False
 
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.path, self.antonyms)
+
     def read(self, texts: Sequence[str], top: int, threshold: float, compat: bool) -> list[Proposals]:
         del threshold  # a list has no scores
-        known = _thesaurus(self.path, "synonym_pairs")
-        opposites = _thesaurus(self.antonyms, "antonym_pairs") if self.antonyms else {}
+        known = _thesaurus(self.path, "synonym_pairs", _dated(self.path))
+        opposites = _thesaurus(self.antonyms, "antonym_pairs", _dated(self.antonyms)) if self.antonyms else {}
 
         def likes(word: str) -> tuple[Candidate, ...]:
             inside = word if compat else core(word)[1]
@@ -74,7 +80,7 @@ class Synonyms(CandidateSource):
 
 
 @dataclass(frozen=True)
-class CharacterEdits(CandidateSource):
+class CharacterEdits(CandidateSource, Reads):
     """The word with one edit of its characters, at every position where the edit is possible.
 
     By default the character bugs of TextBugger (Li et al. 2019, section III-B): a space inside, a letter deleted, two
@@ -107,6 +113,10 @@ class CharacterEdits(CandidateSource):
             )
         if " " in self.alphabet:
             raise CrossguardError("the alphabet of CharacterEdits holds a space; that edit is the kind 'space'")
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.no_new_words)
 
     @property
     def edits_characters(self) -> bool:
@@ -220,8 +230,9 @@ def _neighbors() -> dict[str, str]:
 
 
 @lru_cache(maxsize=8)
-def _thesaurus(path: str, pairs: str) -> dict[str, Any]:
-    """A list of synonyms or antonyms by lower-case word."""
+def _thesaurus(path: str, pairs: str, dated: tuple[int, int]) -> dict[str, Any]:
+    """A list of synonyms or antonyms by lower-case word; read again when its date changes."""
+    del dated
     content = _json(path)
     if isinstance(content, dict) and isinstance(content.get(pairs), list):
         listed: dict[str, list[str]] = {}
@@ -243,9 +254,14 @@ def _thesaurus(path: str, pairs: str) -> dict[str, Any]:
     return {word.lower(): likes for word, likes in content.items()}
 
 
-@lru_cache(maxsize=8)
 def word_list(path: str) -> frozenset[str]:
     """The lower-case words of a file: one a line, or JSON (a list, or the keys of an object)."""
+    return _word_list(path, _dated(path))
+
+
+@lru_cache(maxsize=8)
+def _word_list(path: str, dated: tuple[int, int]) -> frozenset[str]:
+    del dated
     if path.removesuffix(".gz").endswith(".json"):
         content = _json(path)
         if not isinstance(content, dict) and not _strings(content):
@@ -254,7 +270,7 @@ def word_list(path: str) -> frozenset[str]:
             )
         found = frozenset(word.lower() for word in content)
     else:
-        found = frozenset(word.strip().lower() for word in _text(path).splitlines() if word.strip())
+        found = frozenset(word.lower() for word in reading.lines(_text(path)) if word)
     if not found:
         raise CrossguardError(f"the list of words {path!r} is empty")
     return found
@@ -271,12 +287,27 @@ def _json(path: str) -> Any:
         raise CrossguardError(f"{path!r} is not JSON ({problem})") from problem
 
 
-def _text(path: str) -> str:
+def _dated(path: str) -> tuple[int, int]:
+    """The date and the size of a list of words."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise CrossguardError(f"there is no file {path!r}; give the path of a list of words")
+    noted = file.stat()
+    return noted.st_mtime_ns, noted.st_size
+
+
+def _text(path: str) -> str:
+    file = Path(path).expanduser()
     try:
         content = file.read_bytes()
-        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as problem:
         raise CrossguardError(f"{path!r} cannot be read: {problem}") from problem
+    return reading.decoded(content, repr(path), "give a list of words in UTF-8")
+
+
+def fingerprint(*paths: str) -> str:
+    """Says what the lists at these paths hold; those without a path are left out, and so is what does not exist: who
+    reads it says so."""
+    found = [Path(path).expanduser() for path in paths if path]
+    return reading.fingerprint(file.read_bytes() for file in found if file.is_file()) if found else ""

@@ -19,10 +19,11 @@ import torch
 
 from crossguard.attacks.base import TextAttack, TextVictim, spelled
 from crossguard.attacks.candidates import STOP_WORDS, CandidateSource, MaskedLM, Proposals, core
-from crossguard.attacks.synonyms import AnyOf, CharacterEdits, word_list
+from crossguard.attacks.synonyms import AnyOf, CharacterEdits, fingerprint, word_list
 from crossguard.budgets import Characters, TextBudget, Words, WordShare
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal
+from crossguard.words import Reads
 
 # Losses closer than this are a tie, and the first one wins: a forward in other company differs by about 1e-7.
 TIE = 1e-6
@@ -294,7 +295,7 @@ class TextBugger(_Setting):
 
 
 @dataclass(frozen=True)
-class Charmer(TextAttack):
+class Charmer(TextAttack, Reads):
     """Inserts, deletes or replaces one character at a time, wherever it hurts most (Abad Rocamora et al. 2024,
     Algorithm 1).
 
@@ -336,6 +337,10 @@ class Charmer(TextAttack):
                 f"Charmer(positions={self.positions}, batch={self.batch}) cannot search; give 0 positions for all"
             )
         _check_protection("Charmer", self.protect, self.protected)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.no_new_words)
 
     def search(
         self,
