@@ -413,7 +413,7 @@ def test_shards_for_retrieval(shards: Path) -> None:
     for number in range(2):
         shard(
             shards / f"test/{number}.tar",
-            {f"s{number}": {"jpg": encoded(picture(), "JPEG"), "txt": b"one\ntwo\n"}},
+            {f"s{number}": {"jpg": encoded(picture(seed=number), "JPEG"), "txt": b"one\ntwo\n"}},
         )
     data = Shards(str(shards))
     assert data.captions(1) == ("one", "two") and data.names == () and data.labels().tolist() == [-1, -1]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from crossguard import reading
 from crossguard.datasets.pixels import Decoded, Opened
 from crossguard.errors import CrossguardError
 
@@ -121,6 +122,7 @@ def _opened(
         read=lambda index: Path(places[index]).read_bytes(),
         where=lambda index: f"the image {places[index]!r}",
         captions=tuple(image.captions for image in listed),
+        fingerprint=reading.fingerprint((*listed, *((at.modified, at.size) if at else None for at in found))),
     )
     return source.whole(skip_broken)
 
@@ -155,13 +157,7 @@ def _chosen(file: str, listed: tuple[_Listed, ...], split: str | None) -> tuple[
 @lru_cache(maxsize=4)
 def _listed(file: str, changed: tuple[int, int]) -> tuple[_Listed, ...]:
     """All images of a captions file, in whichever format it is."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CrossguardError(
-            f"the captions file {file!r} cannot be read ({reason}); give the JSON or text file of the captions"
-        ) from error
+    text = reading.text(Path(file), "give the JSON or text file of the captions in UTF-8")
     listed = _json(file, text) if text.lstrip()[:1] in ("{", "[") else _lines(file, text)
     if listed is None:
         raise CrossguardError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from crossguard import reading
+from crossguard.datasets.names import SPLITS, check_order, class_list, spoken
 from crossguard.datasets.pixels import SUFFIXES, Decoded, Opened
 from crossguard.errors import CrossguardError
 
@@ -16,17 +19,23 @@ from crossguard.errors import CrossguardError
 class Images(Decoded):
     """A folder with one subfolder of images a class, sorted by name; `sea_lion/` is the class `sea lion`.
 
-    A sample's id is its path below the folder. Files that are no images by their ending, and hidden ones, are
-    not looked at.
+    Where the subfolders are the letters of the alphabet with the classes sorted into them (`a/abbey/`,
+    `b/bakery/shop/`), as in SUN397, the classes are those (`abbey`, `bakery shop`).
+
+    A sample's id is its path below the folder. Files that are no images by their ending, and what is hidden at any
+    depth, are not looked at; links are followed.
 
     Args:
         path: The folder.
+        classes: What to call the classes, in the sorted order of the subfolders, where their names are not what one
+            says; or the path of a text file with one name a line.
         templates: Prompt templates with `{}` for the class name.
         size: Resizes the short side and cuts out the middle square; None keeps the images as they are.
         skip_broken: Leaves unreadable images out and counts them; every image is decoded at opening to know.
     """
 
     path: str
+    classes: tuple[str, ...] | str = ()
     templates: tuple[str, ...] = ("a photo of a {}",)  # pyright: ignore[reportIncompatibleMethodOverride]
     size: int | None = None
     skip_broken: bool = False
@@ -37,44 +46,73 @@ class Images(Decoded):
             what = "is a file, not a folder" if root.exists() else "does not exist"
             raise CrossguardError(f"the folder {self.path!r} {what}; give a folder that holds one subfolder a class")
         # Every file is listed anew for a new word: a folder's own date says nothing about what lies deeper.
-        files = tuple(
-            (
-                folder.name,
-                tuple(sorted(str(file.relative_to(root)) for file in folder.rglob("*") if _is_image(file))),
-            )
-            for folder in sorted(root.iterdir())
-            if folder.is_dir() and not folder.name.startswith(".")
-        )
-        stats = [(root / file).stat() for _, held in files for file in held]
-        return _opened(str(root), files, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats), self.skip_broken)
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        held = tuple(file for file in reading.below(root, SUFFIXES) if "/" in file.path)
+        return _opened(str(root), tuple(reading.folders(root)), held, class_list(self.classes), self.skip_broken)
 
 
 @lru_cache(maxsize=8)
 def _opened(
     root: str,
-    files: tuple[tuple[str, tuple[str, ...]], ...],
-    changed: tuple[tuple[int, int], ...],
+    folders: tuple[str, ...],
+    files: tuple[reading.Found, ...],
+    classes: tuple[str, ...],
     skip_broken: bool,
 ) -> Opened:
-    if not files:
+    if not folders:
         raise CrossguardError(f"the folder {root!r} has no subfolder; put the images of each class into one of its own")
-    empty = [folder for folder, held in files if not held]
+    paths = [file.path for file in files]
+    _check_splits(root, folders, paths)
+    inside = [path.rsplit("/", 1)[0] for path in paths]
+    if _by_letter(folders, inside):
+        folders = tuple(sorted(set(inside), key=lambda folder: folder.split("/")))
+        told = tuple(spoken(folder.split("/", 1)[1].replace("/", " ")) for folder in folders)
+    else:
+        inside = [path.split("/", 1)[0] for path in paths]
+        told = tuple(map(spoken, folders))
+    empty = sorted(set(folders) - set(inside))
     if empty:
         raise CrossguardError(
             f"the class folder {str(Path(root) / empty[0])!r} holds no image ({', '.join(SUFFIXES)}); "
             "fill it or remove it"
         )
-    paths = [file for _, held in files for file in held]
-    labels = [label for label, (_, held) in enumerate(files) for _ in held]
+    if classes:
+        if len(classes) != len(folders):
+            raise CrossguardError(
+                f"{len(classes)} classes were given for the {len(folders)} class folders of {root!r}; give one each"
+            )
+        check_order(classes, dict(enumerate(told)), f"the folder {root!r}")
+    numbers = {folder: label for label, folder in enumerate(folders)}
     source = Opened(
-        ids=tuple(Path(file).as_posix() for file in paths),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        names=tuple(folder.replace("_", " ") for folder, _ in files),
+        ids=tuple(paths),
+        labels=torch.tensor([numbers[folder] for folder in inside], dtype=torch.int64),
+        names=classes or told,
         read=lambda index: (Path(root) / paths[index]).read_bytes(),
         where=lambda index: f"the image {str(Path(root) / paths[index])!r}",
+        fingerprint=reading.fingerprint((*files, classes)),
     )
     return source.whole(skip_broken)
+
+
+def _check_splits(root: str, folders: Sequence[str], paths: Sequence[str]) -> None:
+    """Raises where the subfolders are the splits of a data set, and its classes lie inside them."""
+    splits = [folder for folder in folders if folder.lower() in SPLITS]
+    # A class may well be called "train"; it has its images inside it, not in folders of classes.
+    nested = [split for split in splits if len({path.split("/")[1] for path in paths if _deep(path, split)}) > 1]
+    flat = [split for split in splits if any(path.count("/") == 1 and path.startswith(f"{split}/") for path in paths)]
+    if len(splits) > 1 or (splits and len(splits) == len(folders)) or set(nested) - set(flat):
+        raise CrossguardError(
+            f"the subfolders of {root!r} are the splits {', '.join(splits)}, not classes; give one of them, as in "
+            f"{str(Path(root) / splits[0])!r}"
+        )
+
+
+def _deep(path: str, folder: str) -> bool:
+    return path.count("/") > 1 and path.startswith(f"{folder}/")
+
+
+def _by_letter(folders: Sequence[str], inside: Sequence[str]) -> bool:
+    """Whether classes are sorted into folders by the letter that their names begin with."""
+    if not all(len(folder) == 1 and folder.isalpha() for folder in folders):
+        return False
+    parts = [folder.split("/") for folder in set(inside)]
+    return bool(parts) and all(len(part) > 1 and part[1].lower().startswith(part[0].lower()) for part in parts)

@@ -5,26 +5,32 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from crossguard import reading
 from crossguard.data import Dataset
 from crossguard.datasets.folders import Images
+from crossguard.datasets.names import SPLITS, class_list, known_names, unspoken
 from crossguard.datasets.parquet import Parquet
-from crossguard.datasets.pixels import Decoded, given
+from crossguard.datasets.pixels import given
 from crossguard.datasets.shards import Shards
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Labels
 
 ROOT = "CROSSGUARD_DATA"  # the environment variable with the folder of all data sets
 PHOTO = ("This is a photo of a {}",)  # the prompt of TeCoA (Mao et al. 2023) and MMCoA (Zhou et al. 2024) for most sets
-SPLITS = frozenset({"train", "test", "val", "valid", "validation", "dev"})
+WORDNET = ("words.txt", "LOC_synset_mapping.txt")  # where copies of ImageNet say what their WordNet ids mean
+
+
+Copy: TypeAlias = Images | Parquet | Shards
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,19 @@ class Published:
     Args:
         name: Its folder or file in the folder of all data sets.
         hub: Its data set on the Hugging Face hub in the layout that `Shards` reads, where there is one.
-        names: Class names in label order, for a copy that has none.
+        names: Class names in label order, for a copy that has none, or numbers.
+        first: The number of the first class, in a copy that has numbers.
         spoken: What to call a class whose name in the copy is no English, as `AnnualCrop`.
+        tidied: Makes what one says of any other name of the copy, as of `001.ak47`.
         also: Other names of a split: what one copy calls `val` is `test` in another.
     """
 
     name: str
     hub: str | None = None
     names: tuple[str, ...] = ()
+    first: int = 0
     spoken: Mapping[str, str] = field(default_factory=dict)
+    tidied: Callable[[str], str] = str
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -54,13 +64,18 @@ class Known(Dataset):
     for CIFAR-10, these are looked for in this order: the folders `cifar10/`, `wds_vtab-cifar10/`,
     `vtab-cifar10/` and `vtab/cifar10/`, then the files `cifar10_test.parquet`, `cifar10-test.parquet` and
     `cifar10.parquet`. A folder may hold a CLIP_benchmark webdataset (see `Shards`), Parquet files
-    (`test*.parquet`, there or in `data/`), or subfolders of images, one a class, inside `test/` or directly.
+    (`test*.parquet`, there or one folder deeper), or subfolders of images, one a class, inside `test/` or directly.
     A copy without splits answers for the default split only.
+
+    Classes are called what one says, also where the copy has WordNet ids, numbers or codes of countries for names; a copy
+    with such names that are not known here is refused, and `classes` names them: in label order, which for folders is
+    their sorted order, or as the path of a text file with one name a line.
     """
 
     path: str | None = None
     split: str = "test"
     templates: tuple[str, ...] = PHOTO  # pyright: ignore[reportIncompatibleMethodOverride]
+    classes: tuple[str, ...] | str = ()
     size: int | None = None
     skip_broken: bool = False
 
@@ -70,14 +85,49 @@ class Known(Dataset):
         """What is known of this data set."""
 
     @cached_property
-    def copy(self) -> Decoded:
+    def copy(self) -> Copy:
         """The dataset behind the word: a `Shards`, a `Parquet` or an `Images`."""
         return self._named(self._within(Path(self.path).expanduser()) if self.path else self._found())
 
     @property
     def names(self) -> tuple[str, ...]:
-        spoken = self.published().spoken
-        return tuple(spoken.get(name, name) for name in self.copy.names)
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        names, published = self.copy.names, self.published()
+        if self.classes:
+            return names
+        if published.names and unspoken(names) == "numbers":
+            numbers = list(map(int, names))
+            first = 0 if 0 in numbers else published.first
+            within = all(number - first < len(published.names) for number in numbers)
+            names = tuple(published.names[number - first] for number in numbers) if within else names
+        names = tuple(published.spoken.get(name) or published.tidied(name) for name in names)
+        if any(unspoken([name]) == "WordNet ids" for name in names):
+            meant = self._wordnet()
+            names = tuple(meant.get(name, name) for name in names)
+        strange = [name for name in names if unspoken([name]) == "WordNet ids" or unspoken(names)]
+        if strange:
+            raise CrossguardError(
+                f"the classes of {self.copy.path!r} are {unspoken(strange)} ({', '.join(strange[:3])}), which no text "
+                f"encoder knows them by; give their names in this order, as in {type(self).__name__}(..., "
+                "classes='names.txt') with one a line"
+            )
+        return names
+
+    def _wordnet(self) -> Mapping[str, str]:
+        """What the WordNet ids mean by the list that lies beside the images."""
+        place = Path(self.copy.path).expanduser()
+        for file in (folder / name for folder in (place, *list(place.parents)[:2]) for name in WORDNET):
+            if file.is_file():
+                pairs = (re.split(r"\s+", line, maxsplit=1) for line in reading.lines(reading.text(file, "repair it")))
+                return {pair[0]: pair[1].split(",")[0].strip() for pair in pairs if len(pair) == 2}
+        return {}
+
+    @property
+    def fingerprint(self) -> str:
+        return self.copy.fingerprint
 
     @property
     def skipped(self) -> int:
@@ -102,7 +152,7 @@ class Known(Dataset):
     def _splits(self) -> tuple[str, ...]:
         return (self.split, *self.published().also.get(self.split, ()))
 
-    def _found(self) -> Decoded:
+    def _found(self) -> Copy:
         """The copy in the folder of all data sets."""
         word, published, root = type(self).__name__, self.published(), os.environ.get(ROOT)
         if root:
@@ -134,24 +184,34 @@ class Known(Dataset):
     def _is_default_split(self) -> bool:
         return self.split == type(self).__dataclass_fields__["split"].default
 
-    def _within(self, place: Path) -> Decoded:
+    def _within(self, place: Path) -> Copy:
         """The copy at a place, by what lies there."""
-        word, size, skip = type(self).__name__, self.size, self.skip_broken
+        word = type(self).__name__
         if not place.exists():
             raise CrossguardError(f"there is no {str(place)!r} to read {word} from; give the path of its local copy")
         if place.is_file():
-            return Parquet(str(place), size=size, skip_broken=skip)
+            return Parquet(str(place), **self._options())
         for split in self._splits():
             if any((place / split).glob("*.tar")):
-                return Shards(str(place), split, size, skip)
-            for files in (f"{split}*.parquet", f"data/{split}*.parquet"):
+                return Shards(str(place), split, **self._options())
+            for files in (f"{split}*.parquet", f"data/{split}*.parquet", f"{split}/*.parquet"):
                 if any(place.glob(files)):
-                    return Parquet(str(Path(glob.escape(str(place))) / files), size=size, skip_broken=skip)
+                    return Parquet(str(Path(glob.escape(str(place))) / files), **self._options())
             if (place / split).is_dir():
-                return Images(str(place / split), size=size, skip_broken=skip)
+                return Images(str(place / split), **self._options())
         for candidate in self._candidates(place):  # a folder around several data sets
             if candidate.exists():
                 return self._within(candidate)
+        for split in self._splits():  # the hub has a folder for each version of a set: `plain_text/`, `default/test/`
+            for files in (f"*/{split}*.parquet", f"*/{split}/*.parquet"):
+                holders = sorted({file.relative_to(place).parts[0] for file in place.glob(files)} - {".git", ".cache"})
+                if len(holders) > 1:
+                    raise CrossguardError(
+                        f"{str(place)!r} holds several versions of {word} ({', '.join(holders)}); give the path of one, "
+                        f"as in {word}({str(place / holders[0])!r})"
+                    )
+                if holders:
+                    return self._within(place / holders[0])
         folders = {folder.name for folder in place.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
         others = sorted(
             SPLITS & folders | {file.name for file in (*place.glob("*.parquet"), *place.glob("data/*.parquet"))}
@@ -165,11 +225,14 @@ class Known(Dataset):
             raise CrossguardError(
                 f"{str(place)!r} holds {word} without splits, so without {self.split!r}; leave the split out"
             )
-        return Images(str(place), size=size, skip_broken=skip)
+        return Images(str(place), **self._options())
 
-    def _named(self, copy: Decoded) -> Decoded:
+    def _options(self) -> dict[str, Any]:
+        return {"classes": class_list(self.classes), "size": self.size, "skip_broken": self.skip_broken}
+
+    def _named(self, copy: Copy) -> Copy:
         names = self.published().names
-        if names and isinstance(copy, Parquet):
+        if names and not self.classes and isinstance(copy, Parquet):
             try:
                 len(copy.names)
             except CrossguardError:  # if it was not for want of names, the same is raised again
@@ -214,7 +277,10 @@ class ImageNet(Known):
 
     @staticmethod
     def published() -> Published:
-        return Published("imagenet", "wds_imagenet1k", also={"val": ("validation", "test")})
+        wordnet = known_names("wordnet")
+        return Published(
+            "imagenet", "wds_imagenet1k", tuple(wordnet.values()), spoken=wordnet, also={"val": ("validation", "test")}
+        )
 
 
 @dataclass(frozen=True)
@@ -225,7 +291,7 @@ class TinyImageNet(Known):
 
     @staticmethod
     def published() -> Published:
-        return Published("tiny_imagenet", also={"val": ("validation", "valid")})
+        return Published("tiny_imagenet", spoken=known_names("wordnet"), also={"val": ("validation", "valid")})
 
 
 @dataclass(frozen=True)
@@ -248,7 +314,7 @@ class Caltech256(Known):
 
     @staticmethod
     def published() -> Published:
-        return Published("caltech256")
+        return Published("caltech256", tidied=_of_caltech)
 
 
 @dataclass(frozen=True)
@@ -260,7 +326,8 @@ class SUN397(Known):
 
     @staticmethod
     def published() -> Published:
-        return Published("sun397", "wds_sun397")
+        # As TensorFlow's copy has them: /a/apse/indoor. In folders, `Images` knows the letters for what they are.
+        return Published("sun397", "wds_sun397", tidied=lambda name: re.sub("^/[a-z]/", "", name).replace("/", " "))
 
 
 @dataclass(frozen=True)
@@ -293,7 +360,7 @@ class Flowers102(Known):
 
     @staticmethod
     def published() -> Published:
-        return Published("flowers", "wds_vtab-flowers")
+        return Published("flowers", "wds_vtab-flowers", tuple(known_names("flowers").values()), first=1)
 
 
 @dataclass(frozen=True)
@@ -343,7 +410,7 @@ class Country211(Known):
 
     @staticmethod
     def published() -> Published:
-        return Published("country211", "wds_country211")
+        return Published("country211", "wds_country211", spoken=known_names("countries"))
 
 
 @dataclass(frozen=True)
@@ -355,6 +422,12 @@ class StanfordCars(Known):
     @staticmethod
     def published() -> Published:
         return Published("cars", "wds_cars")
+
+
+def _of_caltech(name: str) -> str:
+    """`american flag` of `002.american-flag`, and `faces easy` of `253.faces-easy-101`, a class of Caltech-101."""
+    bare = re.sub(r"^\d+\.", "", name).removesuffix("-101")
+    return bare if bare in ("t-shirt", "yo-yo") else bare.replace("-", " ")
 
 
 EUROSAT = {  # the folders of the published archive

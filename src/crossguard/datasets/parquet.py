@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
+import os
+import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, overload
 
+import numpy as np
 import torch
 
+from crossguard import reading
+from crossguard.datasets import index
+from crossguard.datasets.names import check_order, class_list, split_of, spoken
 from crossguard.datasets.pixels import Decoded, Memory, Opened
 from crossguard.errors import CrossguardError
+from crossguard.files import reason
 
 IMAGE = ("image", "img")
 LABEL = ("label", "labels", "fine_label")
 CAPTIONS = ("captions", "caption")
 
-GROUPS: Memory[list[bytes | None]] = Memory(limit=1_000_000_000)  # encoded images of whole row groups
+GROUPS: Memory[Sequence[bytes | None]] = Memory(limit=1_000_000_000)  # encoded images of whole row groups
+ON_DISK = 20  # as much again may lie unpacked in files of its own, for row groups too large to be held
+WORTH_KEEPING = 100_000_000  # bytes of images: below that, they are hashed faster than anybody notices
 
 
 @dataclass(frozen=True)
@@ -30,12 +40,18 @@ class Parquet(Decoded):
     The column `image` holds encoded images (bytes, or Hugging Face's struct of bytes and path); beside it are
     `label` and `name`, or `captions`. `key` names the samples where it is unique, else the row number does.
 
+    Rows with captions that have the same image, byte for byte, are one sample with the captions of all; to know them,
+    all images are read once. Underscores in class names are spaces.
+
     Args:
         path: A file, a folder of files, or a pattern such as `data/test-*.parquet`.
         classes: Class names in label order, where the file has none or others are wanted; or the path of a
             text file with one a line.
         templates: Prompt templates with `{}` for the class name.
         domain: Keeps the rows whose column `domain` says this.
+        split: Keeps this split alone, by the names of files and folders (`test-00000-of-00002.parquet`,
+            `test.parquet`, `default/test/0000.parquet`) or by the column `split`; `all` takes everything. Files of
+            several splits need it.
         size: Resizes the short side and cuts out the middle square; None keeps the images as they are.
         skip_broken: Leaves unreadable images out and counts them; every image is decoded at opening to know.
     """
@@ -44,93 +60,150 @@ class Parquet(Decoded):
     classes: tuple[str, ...] | str = ()
     templates: tuple[str, ...] = ("a photo of a {}",)  # pyright: ignore[reportIncompatibleMethodOverride]
     domain: str | None = None
+    split: str | None = None
     size: int | None = None
     skip_broken: bool = False
 
     def _open(self) -> Opened:
-        files = tuple(str(file) for file in parquet_files(self.path))
-        changed = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in map(Path, files))
-        return _opened(files, changed, class_list(self.classes), self.domain, self.skip_broken)
+        files = parquet_files(self.path)
+        if self.split not in (None, "all"):
+            files = [file for file in files if split_of(file.path) == self.split] or files
+        _check_splits(self.path, files, self.split)
+        return _opened(
+            _root(self.path), tuple(files), class_list(self.classes), self.domain, self.split, self.skip_broken
+        )
 
 
-def parquet_files(path: str) -> list[Path]:
-    """The files that `path` names, sorted; never two splits of one set at once."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [place]
+def parquet_files(path: str) -> list[reading.Found]:
+    """The files that `path` names, by their paths below `_root`, sorted."""
+    place, root = Path(path).expanduser(), Path(_root(path))
     if place.is_dir():
-        files = sorted(place.rglob("*.parquet"))
-        splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
-        if len(splits) > 1:
-            raise CrossguardError(
-                f"the folder {path!r} holds several splits ({', '.join(splits)}); "
-                f"name one, as in '{Path(path) / '**' / (splits[0] + '-*.parquet')}'"
-            )
+        files = reading.below(place, (".parquet",))
         if not files:
             raise CrossguardError(f"the folder {path!r} holds no .parquet file; give the folder or the file that does")
         return files
-    files = sorted(Path(file) for file in glob.glob(str(place), recursive=True))  # noqa: PTH207
+    named = [place] if place.is_file() else map(Path, glob.glob(str(place), recursive=True))  # noqa: PTH207
+    files = [(file.relative_to(root).as_posix(), file.stat()) for file in named if file.is_file()]
     if not files:
         raise CrossguardError(
             f"there is no file {path!r}; give the path of a Parquet file, of a folder of them, or a pattern"
         )
-    return files
+    listed = [reading.Found(name, noted.st_size, noted.st_mtime_ns) for name, noted in files]
+    return sorted(listed, key=lambda file: file.path.split("/"))
 
 
-def class_list(classes: Sequence[str] | str) -> tuple[str, ...]:
-    """Class names given one by one, or as the path of a text file with one name a line."""
-    if not isinstance(classes, str):
-        return tuple(classes)
-    try:
-        names = tuple(Path(classes).expanduser().read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
+def _root(path: str) -> str:
+    """The folder that the files of a path lie below: itself, or the part of a pattern that is the same for all."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return str(place)
+    fixed = PurePath(place.parent)
+    while not place.exists() and glob.has_magic(str(fixed)):
+        fixed = fixed.parent
+    return str(fixed)
+
+
+def _check_splits(path: str, files: Sequence[reading.Found], split: str | None) -> None:
+    """Raises where files are of several splits and none was chosen, by name."""
+    splits = {split_of(file.path) for file in files}
+    if split is None and len(splits) > 1:
+        named = sorted(name for name in splits if name is not None)
+        one = "test" if "test" in named else named[0]
+        others = ", and files of none" if None in splits else ""
         raise CrossguardError(
-            f"the class list {classes!r} cannot be read; give a text file with one class name a line"
-        ) from error
-    return tuple(name.strip() for name in names[: len(names) - (bool(names) and not names[-1].strip())])
+            f"{path!r} holds several splits ({', '.join(named)}{others}), and a number over their mixture misleads; "
+            f"name one, as in split={one!r}, or take everything with split='all'"
+        )
 
 
 @lru_cache(maxsize=32)
 def _opened(
-    files: tuple[str, ...],
-    changed: tuple[tuple[int, int], ...],
+    root: str,
+    files: tuple[reading.Found, ...],
     classes: tuple[str, ...],
     domain: str | None,
+    split: str | None,
     skip_broken: bool,
 ) -> Opened:
-    tables = [_Table.of(file, modified) for file, modified in zip(files, changed, strict=True)]
-    if domain is not None:
-        missing = [table.file for table in tables if table.domains is None]
-        if missing:
-            raise CrossguardError(f"{missing[0]!r} has no column 'domain'; leave domain={domain!r} out")
+    tables = [_Table.of(str(Path(root) / file.path), (file.size, file.modified)) for file in files]
+    first = tables[0].file
+    chosen = [_chosen(tables, "domain", domain), _chosen(tables, "split", _split_wanted(root, files, tables, split))]
     everything = [
-        (table, row)
-        for table in tables
+        (number, row)
+        for number, table in enumerate(tables)
         for row in range(table.rows)
-        if domain is None or (table.domains is not None and table.domains[row] == domain)
+        if all(column is None or column[number][row] for column in chosen)
     ]
     if not everything:
         known = sorted({str(value) for table in tables for value in table.domains or ()})
         reason = f"no row of the domain {domain!r}; its domains are {', '.join(known)}" if domain else "no rows"
-        raise CrossguardError(f"{files[0]!r} holds {reason}")
-
-    one_file = len(tables) == 1
-    keys = [table.keys[row] if table.keys else None for table, row in everything]
-    if None in keys or len(set(keys)) != len(keys):
-        keys = [str(row) if one_file else f"{Path(table.file).name}:{row}" for table, row in everything]
-    names, labels = _classes(tables, classes, everything)
+        raise CrossguardError(f"{first!r} holds {reason}")
+    rows = [(tables[number], row) for number, row in everything]
+    names, labels = _classes(tables, classes, rows)
     if not names:
-        _check_captions(everything)
+        _check_captions(rows)
+    told = [table.captions[row] if table.captions is not None else () for table, row in rows]
     captioned = all(table.captions is not None for table in tables)
+    groups = _same_images(rows, labels) if captioned else [[place] for place in range(len(rows))]
+
+    heads = [rows[group[0]] for group in groups]
+    keys = [table.keys[row] if table.keys else None for table, row in heads]
+    if None in keys or len(set(keys)) != len(keys):
+        near = os.path.commonpath([PurePath(file.path).parent for file in files])
+        names_of = [PurePath(file.path).relative_to(near).as_posix() for file in files]
+        numbers = (everything[group[0]] for group in groups)
+        keys = [str(row) if len(tables) == 1 else f"{names_of[number]}:{row}" for number, row in numbers]
     source = Opened(
         ids=tuple(str(key) for key in keys),
-        labels=torch.tensor(labels, dtype=torch.int64),
+        labels=torch.tensor([labels[group[0]] for group in groups], dtype=torch.int64),
         names=names,
-        read=lambda index: everything[index][0].read(everything[index][1]),
-        where=lambda index: f"row {everything[index][1]} of {everything[index][0].file!r}",
-        captions=tuple(table.captions[row] for table, row in everything if table.captions) if captioned else (),
+        read=lambda place: heads[place][0].read(heads[place][1]),
+        where=lambda place: f"row {heads[place][1]} of {heads[place][0].file!r}",
+        captions=tuple(tuple(text for place in group for text in told[place]) for group in groups) if captioned else (),
+        fingerprint=reading.fingerprint((*files, classes)),
     )
     return source.whole(skip_broken)
+
+
+def _chosen(tables: Sequence[_Table], column: str, wanted: str | None) -> list[list[bool]] | None:
+    """For each row of each table whether its column says what is wanted; None where nothing is."""
+    if wanted is None:
+        return None
+    values = [table.domains if column == "domain" else table.splits for table in tables]
+    missing = next((table.file for table, held in zip(tables, values, strict=True) if held is None), None)
+    if missing is not None:
+        raise CrossguardError(f"{missing!r} has no column {column!r}; leave {column}={wanted!r} out")
+    return [[value == wanted for value in held or ()] for held in values]
+
+
+def _split_wanted(root: str, files: Sequence[reading.Found], tables: Sequence[_Table], split: str | None) -> str | None:
+    """What the column `split` must say, None where all rows are wanted; raises where a choice is missing or in vain."""
+    told = sorted({str(value) for table in tables for value in table.splits or () if value is not None})
+    if split is None and len(told) > 1:
+        one = "test" if "test" in told else told[0]
+        raise CrossguardError(
+            f"{tables[0].file!r} holds the splits {', '.join(told)} (column 'split'), and a number over their mixture "
+            f"misleads; name one, as in split={one!r}, or take everything with split='all'"
+        )
+    if split in (None, "all"):
+        return None
+    if split in told:
+        return split
+    named = {split_of(file.path) for file in files}
+    if named == {split}:
+        return None
+    there = sorted({*told, *(name for name in named if name is not None)})
+    what = f"its splits are {', '.join(there)}" if there else f"it has no splits; leave split={split!r} out"
+    raise CrossguardError(f"{root!r} has no split {split!r}; {what}")
+
+
+def _same_images(rows: Sequence[tuple[_Table, int]], labels: Sequence[int]) -> list[list[int]]:
+    """The rows by their images: those whose images are equal, byte for byte, and of one class, are in one list."""
+    digests = {id(table): table.digests() for table in {id(table): table for table, _ in rows}.values()}
+    groups: dict[tuple[int, object], list[int]] = {}
+    for place, (table, row) in enumerate(rows):
+        groups.setdefault((labels[place], digests[id(table)][row] or place), []).append(place)
+    return list(groups.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +215,14 @@ class _Table:
     column: str
     starts: tuple[int, ...]  # the first row of every row group, and the number of rows
     modified: tuple[int, int]
+    sizes: tuple[int, ...]  # of the images of every row group, in bytes
     labels: list[Any] | None
     named: list[Any] | None
     schema_names: tuple[str, ...]
     captions: list[tuple[str, ...]] | None
     keys: list[Any] | None
     domains: list[Any] | None
+    splits: list[Any] | None
 
     @staticmethod
     def of(file: str, modified: tuple[int, int]) -> _Table:
@@ -168,20 +243,19 @@ class _Table:
                     "images belong there as encoded bytes"
                 )
             kind: Any = schema.field(image).type
-            if pa.types.is_struct(kind):
-                kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
-            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            if not _holds_bytes(kind):
                 raise CrossguardError(
                     f"the column {image!r} of {file!r} holds {kind}, not encoded images; "
                     "write the bytes of a JPEG, PNG or WebP file there"
                 )
             label, captions = _first(LABEL, schema.names), _first(CAPTIONS, schema.names)
-            wanted = [name for name in (label, "name", captions, "key", "domain") if name in schema.names]
+            wanted = [name for name in (label, "name", captions, "key", "domain", "split") if name in schema.names]
             try:
                 rest = handle.read(columns=wanted) if wanted else None
             except (pa.ArrowException, OSError) as error:
                 raise CrossguardError(f"{file!r} is damaged ({error}); fetch it again") from error
-            sizes = [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
+            groups = [handle.metadata.row_group(group) for group in range(handle.num_row_groups)]
+            counts = [group.num_rows for group in groups]
             rows = handle.metadata.num_rows
 
         def column(name: str | None) -> list[Any] | None:
@@ -192,14 +266,16 @@ class _Table:
             file=file,
             rows=rows,
             column=image,
-            starts=tuple(sum(sizes[:group]) for group in range(len(sizes) + 1)),
+            starts=tuple(np.cumsum([0, *counts]).tolist()),
             modified=modified,
+            sizes=tuple(_size(group, image) for group in groups),
             labels=column(label),
             named=column("name"),
             schema_names=_schema_names(schema.metadata or {}, label),
             captions=None if texts is None else [_texts(value, file, captions) for value in texts],
             keys=column("key"),
             domains=column("domain"),
+            splits=column("split"),
         )
 
     def read(self, row: int) -> bytes:
@@ -214,25 +290,119 @@ class _Table:
             )
         return data
 
-    def _read_group(self, group: int) -> list[bytes | None]:
+    def _read_group(self, group: int) -> Sequence[bytes | None]:
+        if self.sizes[group] <= GROUPS.limit // 2:
+            return list(self._images(group))
+        return _Unpacked.of(self._images(group), self.file)
+
+    def _images(self, group: int) -> Iterator[bytes | None]:
+        """The images of a row group one after the other, a few of them in memory."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(self.file) as handle:
-                column = handle.read_row_group(group, columns=[self.column])[self.column]
+            # With a buffer, a column is read as it is used and not at once.
+            with pq.ParquetFile(self.file, buffer_size=1 << 20, pre_buffer=False) as handle:
+                for batch in handle.iter_batches(batch_size=256, row_groups=[group], columns=[self.column]):
+                    for value in batch.column(0).to_pylist():
+                        yield value["bytes"] if isinstance(value, dict) else value
         except (pa.ArrowException, OSError) as error:
             raise CrossguardError(f"{self.file!r} is damaged or gone ({error}); fetch it again") from error
-        if not pa.types.is_struct(column.type):
-            return column.to_pylist()
-        return [None if value is None else value["bytes"] for value in column.to_pylist()]
+
+    def digests(self) -> Sequence[bytes]:
+        """A hash of every image; empty for a row without one. Those of a large file are remembered."""
+        read = ((self.file, *self.modified),)
+        known = index.recall("digests", read)
+        if known is None:
+            images = (image for group in range(len(self.sizes)) for image in self._images(group))
+            made = (bytes(DIGEST) if image is None else _digest(image) for image in images)
+            known = {"held": np.frombuffer(b"".join(made), np.uint8)}
+            if sum(self.sizes) >= WORTH_KEEPING:
+                index.remember("digests", read, known)
+        held, empty = known["held"].tobytes(), bytes(DIGEST)
+        each = (held[start : start + DIGEST] for start in range(0, len(held), DIGEST))
+        return [b"" if one == empty else one for one in each]
+
+
+DIGEST = 16  # bytes
+
+
+def _digest(image: bytes) -> bytes:
+    return hashlib.blake2b(image, digest_size=DIGEST).digest()
+
+
+class _Unpacked(Sequence[bytes | None]):
+    """The images of a row group that is too large for memory, one after the other in a nameless file, which goes away
+    with this object."""
+
+    def __init__(self, file: Any, ends: np.ndarray, empty: frozenset[int]) -> None:
+        self.file, self.ends, self.empty = file, ends, empty
+
+    @staticmethod
+    def of(images: Iterable[bytes | None], source: str) -> _Unpacked:
+        """These images in such a file, in the folder of indexes if it can be written to."""
+        place = index.folder()
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            place = Path(tempfile.gettempdir())
+        ends, empty = [], set[int]()
+        try:
+            file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115
+            for row, image in enumerate(images):
+                if image is None:
+                    empty.add(row)
+                else:
+                    file.write(image)
+                ends.append(file.tell())
+            file.flush()
+        except OSError as error:
+            raise CrossguardError(
+                f"the images of {source!r}, which are one large row group, cannot be unpacked to {str(place)!r} "
+                f"({reason(error)}); name another folder in CROSSGUARD_CACHE, or write the file in smaller row groups"
+            ) from error
+        return _Unpacked(file, np.array(ends, np.int64), frozenset(empty))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, row: int) -> bytes | None: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[bytes | None]: ...
+    def __getitem__(self, row: int | slice) -> bytes | Sequence[bytes | None] | None:
+        if isinstance(row, slice):
+            return [self[one] for one in range(len(self))[row]]
+        if row in self.empty:
+            return None
+        start = int(self.ends[row - 1]) if row else 0
+        return os.pread(self.file.fileno(), int(self.ends[row]) - start, start)  # by several threads at once
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of this type holds encoded images, in any of the ways that Arrow has for bytes."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _size(group: Any, image: str) -> int:
+    """How many bytes the images of a row group take."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] == image)
 
 
 def _group(starts: Sequence[int], row: int) -> int:
     return bisect_right(starts, row) - 1
 
 
-def _bytes(group: list[bytes | None]) -> int:
+def _bytes(group: Sequence[bytes | None]) -> int:
+    if isinstance(group, _Unpacked):
+        return int(group.ends[-1]) // ON_DISK
     return sum(len(data) for data in group if data is not None) + 64 * len(group)
 
 
@@ -288,31 +458,20 @@ def _classes(
             raise CrossguardError(
                 f"row {rows[texts.index(None)][1]} of {file!r} has no class; name it or remove the row"
             )
-        names = classes or tuple(sorted({str(text) for text in texts}))
+        texts = [spoken(str(text)) for text in texts]
+        names = classes or tuple(sorted(set(texts)))
         place = {name: number for number, name in reversed(list(enumerate(names)))}
-        unknown = sorted({str(text) for text in texts} - set(names))
+        unknown = sorted(set(texts) - set(names))
         if unknown:
             raise CrossguardError(f"the class {unknown[0]!r} of {file!r} is not among the {len(names)} classes given")
-        return names, [place[str(text)] for text in texts]
+        return names, [place[text] for text in texts]
 
     numbers: list[int] = []
     for (table, row), label in zip(rows, labels, strict=True):
         if not isinstance(label, int) or isinstance(label, bool):
             raise CrossguardError(f"the label {label!r} in row {row} of {table.file!r} is not a whole number")
         numbers.append(label)
-    # All rows of the files speak for the names, also those that a domain leaves out.
-    told: dict[int, str] = dict(enumerate(tables[0].schema_names))
-    for table in tables:
-        if table.schema_names and table.schema_names != tables[0].schema_names:
-            raise CrossguardError(
-                f"{table.file!r} and {file!r} do not have the same class names; give one set at a time"
-            )
-        for label, name in zip(table.labels or (), table.named or (), strict=False):
-            if isinstance(label, int) and name is not None and told.setdefault(label, str(name)) != str(name):
-                raise CrossguardError(
-                    f"label {label} of {table.file!r} is called both {told[label]!r} and {name!r}; "
-                    "give each label one name"
-                )
+    told = _told(tables, classes)
     if not classes and not told:
         raise CrossguardError(
             f"{file!r} has labels but no class names; add a column 'name', or give them with classes=(...)"
@@ -324,6 +483,7 @@ def _classes(
                 f"label {hole} of {file!r} has no name, as no row carries it; "
                 "give the whole class list with classes=(...)"
             )
+    check_order(classes, told, repr(file))
     names = classes or tuple(told[label] for label in range(max(told) + 1))
     for (table, row), label in zip(rows, numbers, strict=True):
         if not 0 <= label < len(names):
@@ -332,3 +492,30 @@ def _classes(
                 f"names (0 to {len(names) - 1})"
             )
     return names, numbers
+
+
+def _told(tables: Sequence[_Table], classes: tuple[str, ...]) -> dict[int, str]:
+    """The class names that the files have, by label. All their rows speak for them, also those that were not chosen."""
+    schema = tables[0].schema_names
+    for table in tables:
+        if table.schema_names and table.schema_names != schema:
+            raise CrossguardError(
+                f"{table.file!r} and {tables[0].file!r} do not have the same class names; give one set at a time"
+            )
+    told = {label: spoken(name) for label, name in enumerate(schema)}
+    called = [
+        (table, label, spoken(str(name)))
+        for table in tables
+        for label, name in zip(table.labels or (), table.named or (), strict=False)
+        if isinstance(label, int) and name is not None
+    ]
+    # Where the classes are known, a column of other names, such as those of files, is not about classes.
+    known = {name.lower() for name in (*told.values(), *classes)}
+    if known and not any(name.lower() in known for _, _, name in called):
+        return told
+    for table, label, name in called:
+        if told.setdefault(label, name).lower() != name.lower():
+            raise CrossguardError(
+                f"label {label} of {table.file!r} is called both {told[label]!r} and {name!r}; give each label one name"
+            )
+    return told

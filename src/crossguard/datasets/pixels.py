@@ -7,7 +7,7 @@ import io
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -118,14 +118,15 @@ def check_size(size: int | None) -> None:
 class Opened:
     """What a source turned out to hold when it was opened; one for all equal words of a process."""
 
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     labels: Labels
     names: tuple[str, ...]
     read: Callable[[int], bytes]
     where: Callable[[int], str]
-    captions: tuple[tuple[str, ...], ...] = ()
+    captions: Sequence[tuple[str, ...]] = ()
     templates: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    fingerprint: str = ""  # of the files read: another one when they have changed
 
     def pixels(self, index: int, size: int | None = None) -> Tensor:
         """The decoded sample, not remembered."""

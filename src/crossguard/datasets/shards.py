@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 
+from crossguard import reading
+from crossguard.datasets import index, tar
+from crossguard.datasets.names import check_order, class_list, spoken
+from crossguard.datasets.packed import Lazy, Packed
 from crossguard.datasets.pixels import SUFFIXES, Decoded, Opened
 from crossguard.errors import CrossguardError
+
+WORTH_KEEPING = 1000  # samples: below that, shards are looked through faster than anybody notices
+
+ENCODING = "write it in UTF-8"
 
 
 @dataclass(frozen=True)
@@ -19,21 +29,25 @@ class Shards(Decoded):
     """A local copy of a data set in the webdataset layout of CLIP_benchmark.
 
     That is `classnames.txt`, `zeroshot_classification_templates.txt` with `{c}` for the class name, and
-    `{split}/*.tar` with an image and a `.cls` (for retrieval a `.txt` of captions) a sample.
+    `{split}/*.tar` with an image and a `.cls` (for retrieval a `.txt` of captions) a sample. Samples of a retrieval
+    that have the same image, byte for byte, are one sample with the captions of all.
 
-    The shards are indexed once and then read at the offset of each image; nothing is unpacked. A sample's id
-    is its shard and its name in it. Class names are taken as they are, and the templates are those of the
-    copy.
+    The shards are looked through once and then read at the offset of each image; nothing is unpacked. Where everything
+    is, is remembered in the folder CROSSGUARD_CACHE (by default in the user's cache folder) until a shard changes. A
+    sample's id is its shard and its name in it. The templates are those of the copy.
 
     Args:
         path: The folder that holds the split folders.
         split: The split folder, usually `train` or `test`.
+        classes: Class names in label order instead of those in `classnames.txt`; or the path of a text file with one
+            a line.
         size: Resizes the short side and cuts out the middle square; None keeps the images as they are.
         skip_broken: Leaves unreadable images out and counts them; every image is decoded at opening to know.
     """
 
     path: str
     split: str = "test"
+    classes: tuple[str, ...] | str = ()
     size: int | None = None
     skip_broken: bool = False
 
@@ -54,81 +68,132 @@ class Shards(Decoded):
                 f"there are {', '.join(splits)}" if splits else "there is no split folder with .tar files in it at all"
             )
             raise CrossguardError(f"{self.path!r} has no split {self.split!r}; {there}")
-        listed = [*folder.glob("*.tar"), *root.glob("*.txt"), *folder.glob("nshards.txt")]
-        changed = tuple(sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in listed))
-        return _opened(str(root), self.split, changed, self.skip_broken)
+        shards = [(file, file.stat()) for file in _shards(folder)]
+        read = tuple((str(file), noted.st_size, noted.st_mtime_ns) for file, noted in shards)
+        # The texts beside the shards are small: their content says more than their dates.
+        told = tuple((name, _lines(root / f"{name}.txt")) for name in TEXTS)
+        return _opened(str(root), read, told, class_list(self.classes), self.skip_broken)
+
+
+TEXTS = ("dataset_type", "classnames", "zeroshot_classification_templates")
+
+_Told = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
-class _Member:
-    """A file inside a shard: where its bytes are."""
+class _Index:
+    """Where the samples of a split are: for each the number of its shard and the place, size and name of its image in
+    it, and what its `.cls` and `.txt` say (nothing where it has none)."""
 
-    shard: Path
-    name: str
-    offset: int
-    size: int
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    name: Packed
+    label: Packed
+    text: Packed
 
-    def read(self) -> bytes:
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, for a file."""
+        found = {"shard": self.shard, "offset": self.offset, "size": self.size}
+        for name, packed in (("name", self.name), ("label", self.label), ("text", self.text)):
+            found |= {f"{name}.held": packed.held, f"{name}.ends": packed.ends}
+        return found
+
+    @staticmethod
+    def of(arrays: Mapping[str, np.ndarray]) -> _Index:
+        """What `arrays` made an index into."""
+        name, label, text = (Packed(arrays[f"{of}.held"], arrays[f"{of}.ends"]) for of in ("name", "label", "text"))
+        return _Index(arrays["shard"], arrays["offset"], arrays["size"], name, label, text)
+
+    @staticmethod
+    def joined(parts: Sequence[_Index]) -> _Index:
+        """One index of several shards."""
+        return _Index(
+            shard=np.concatenate([part.shard for part in parts]),
+            offset=np.concatenate([part.offset for part in parts]),
+            size=np.concatenate([part.size for part in parts]),
+            name=Packed.joined([part.name for part in parts]),
+            label=Packed.joined([part.label for part in parts]),
+            text=Packed.joined([part.text for part in parts]),
+        )
 
 
 @lru_cache(maxsize=16)
-def _opened(root: str, split: str, changed: tuple[tuple[str, int, int], ...], skip_broken: bool) -> Opened:
-    kind = "\n".join(_lines(Path(root) / "dataset_type.txt")).strip()
+def _opened(
+    root: str, read: tuple[tuple[str, int, int], ...], texts: _Told, classes: tuple[str, ...], skip_broken: bool
+) -> Opened:
+    told = dict(texts)
+    kind = "\n".join(told["dataset_type"]).strip()
     if kind == "multilabel":
         raise CrossguardError(
             f"{root!r} has several labels an image (multilabel), which is not supported; give another set"
         )
-    names = _lines(Path(root) / "classnames.txt")
-    templates = [line.replace("{c}", "{}") for line in _lines(Path(root) / "zeroshot_classification_templates.txt")]
-    samples = _samples(_shards(Path(root) / split))
-    images = [_only(sample, SUFFIXES) for sample in samples]
-    captions: list[tuple[str, ...]] = []
-    labels = [-1] * len(samples)  # no class, and no label that could pass for one
-    if kind == "retrieval" or not any(".cls" in sample for sample in samples):
-        for image, sample in zip(images, samples, strict=True):
-            texts = sample[".txt"].read().decode("utf-8", errors="replace").splitlines() if ".txt" in sample else []
-            captions.append(tuple(text.strip() for text in texts if text.strip()))
-            if not captions[-1]:
-                raise CrossguardError(
-                    f"{image.name!r} in {str(image.shard)!r} has neither a label (.cls) nor captions (.txt)"
-                )
-        names = []
+    shards = [Path(path) for path, _, _ in read]
+    held = _indexed(read)
+
+    def where(sample: int) -> str:
+        return f"{held.name[sample].decode()!r} in {str(shards[held.shard[sample]])!r}"
+
+    def image(sample: int) -> bytes:
+        with shards[held.shard[sample]].open("rb") as file:
+            file.seek(int(held.offset[sample]))
+            return file.read(int(held.size[sample]))
+
+    def named(sample: int) -> str:
+        return f"{shards[held.shard[sample]].stem}/{held.name[sample].decode().rsplit('.', 1)[0]}"
+
+    names: tuple[str, ...] = ()
+    captions: Sequence[tuple[str, ...]] = ()
+    rows = np.arange(len(held.size))  # of the samples, the first one of each image
+    if kind == "retrieval" or not len(held.label.held):
+        _check_captions(held, where)
+        first = _same_images(held, image, read)
+        rows, counts = np.unique(first, return_counts=True)
+        grouped = np.split(np.argsort(first, kind="stable"), np.cumsum(counts)[:-1]) if len(rows) < len(first) else None
+
+        def told_of(place: int) -> tuple[str, ...]:
+            alike = rows[place : place + 1] if grouped is None else grouped[place]
+            return tuple(caption for row in alike.tolist() for caption in _captions(held.text[row], where(row)))
+
+        captions = Lazy(len(rows), told_of)
+        labels = torch.full((len(rows),), -1)  # no class, and no label that could pass for one
     else:
-        if not names:
+        written = tuple(map(spoken, told["classnames"]))
+        if not written and not classes:
             raise CrossguardError(
                 f"{root!r} has no classnames.txt with one class name a line; fetch it with the shards"
             )
-        labels = [_label(sample, image, len(names)) for image, sample in zip(images, samples, strict=True)]
+        check_order(classes, dict(enumerate(written)), f"{str(Path(root) / 'classnames.txt')!r}")
+        names = classes or written
+        labels = torch.tensor([_label(held.label[row], where, row, len(names)) for row in range(len(rows))])
+    templates = [line.replace("{c}", "{}") for line in told["zeroshot_classification_templates"]]
     source = Opened(
-        ids=tuple(f"{image.shard.stem}/{image.name.rsplit('.', 1)[0]}" for image in images),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        names=tuple(names),
-        read=lambda index: images[index].read(),
-        where=lambda index: f"{images[index].name!r} in {str(images[index].shard)!r}",
-        captions=tuple(captions),
+        ids=Lazy(
+            len(rows),
+            lambda place: named(int(rows[place])),
+        ),
+        labels=labels,
+        names=names,
+        read=lambda place: image(int(rows[place])),
+        where=lambda place: where(int(rows[place])),
+        captions=captions,
         templates=tuple(template for template in templates if template.strip()),
+        fingerprint=reading.fingerprint((*((Path(path).name, *rest) for path, *rest in read), texts, classes)),
     )
     return source.whole(skip_broken)
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: Path) -> tuple[str, ...]:
     """The lines of a small text file; none if it does not exist. Empty lines count unless they come last:
     they are class names that somebody forgot."""
-    if not file.is_file():
-        return []
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    except UnicodeDecodeError as error:
-        raise CrossguardError(f"{str(file)!r} is not UTF-8 text; fetch it again") from error
+    return tuple(reading.lines(reading.text(file, ENCODING))) if file.is_file() else ()
 
 
 def _shards(folder: Path) -> list[Path]:
     """The shards of a split in the order of their numbers, all of them or an error: a missing one would
     change every result without a word."""
-    shards = sorted(folder.glob("*.tar"), key=lambda file: (len(file.stem) if file.stem.isdigit() else 99, file.stem))
+    listed = (file for file in folder.glob("*.tar") if not file.name.startswith("."))
+    shards = sorted(listed, key=lambda file: (len(file.stem) if file.stem.isdigit() else 99, file.stem))
     told = "".join(_lines(folder / "nshards.txt"))
     if told and not told.isdigit():
         raise CrossguardError(f"{str(folder / 'nshards.txt')!r} says {told!r}, not a number of shards; fetch it again")
@@ -148,50 +213,106 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _samples(shards: Sequence[Path]) -> list[dict[str, _Member]]:
-    """The members of each sample by their ending, shard by shard; what belongs together has one name up to
-    its first dot, as in every webdataset."""
-    samples: dict[tuple[Path, str], dict[str, _Member]] = {}
-    for shard in shards:
+def _indexed(read: tuple[tuple[str, int, int], ...]) -> _Index:
+    """Where everything is in these shards, from the last time or looked for now."""
+    known = index.recall("shards", read)
+    if known is not None:
+        return _Index.of(known)
+    found = _Index.joined([_looked_through(number, Path(path)) for number, (path, _, _) in enumerate(read)])
+    if not len(found.size):
+        raise CrossguardError(f"the shards of {str(Path(read[0][0]).parent)!r} hold no samples; fetch them again")
+    if len(found.size) >= WORTH_KEEPING:
+        index.remember("shards", read, found.arrays())
+    return found
+
+
+def _looked_through(number: int, shard: Path) -> _Index:
+    """The samples of one shard; what belongs together has one name up to its first dot, as in every webdataset."""
+    endings: dict[str, dict[str, tuple[str, int, int]]] = {}
+    images: list[tuple[str, int, int]] = []
+    labels: list[bytes] = []
+    texts: list[bytes] = []
+    with shard.open("rb") as file:
+        for name, offset, size in tar.members(file, str(shard)):
+            folder, _, last = name.rpartition("/")
+            stem, _, ending = last.partition(".")
+            if not stem or folder.startswith("__MACOSX"):
+                continue
+            found = endings.setdefault(f"{folder}/{stem}", {})
+            ending = f".{ending.lower()}"
+            if ending in found:
+                raise CrossguardError(
+                    f"the shard {str(shard)!r} holds {found[ending][0]!r} and {name!r}, two members of one sample with "
+                    "one ending; write each sample under a name of its own"
+                )
+            found[ending] = (name, offset, size)
+        for sample in endings.values():
+            held = [sample[ending] for ending in SUFFIXES if ending in sample]
+            if len(held) != 1:
+                name = next(iter(sample.values()))[0]
+                raise CrossguardError(
+                    f"the sample of {name!r} in {str(shard)!r} has {len(held)} images "
+                    f"({', '.join(sample)}); it should have one"
+                )
+            images.append(held[0])
+            labels.append(_content(file, sample.get(".cls")))
+            texts.append(_content(file, sample.get(".txt")))
+    return _Index(
+        shard=np.full(len(images), number, np.int32),
+        offset=np.array([offset for _, offset, _ in images], np.int64),
+        size=np.array([size for _, _, size in images], np.int64),
+        name=Packed.of(name.encode() for name, _, _ in images),
+        label=Packed.of(labels),
+        text=Packed.of(texts),
+    )
+
+
+def _content(file: BinaryIO, member: tuple[str, int, int] | None) -> bytes:
+    if member is None:
+        return b""
+    _, offset, size = member
+    file.seek(offset)
+    return file.read(size)
+
+
+def _captions(text: bytes, what: str) -> list[str]:
+    return [line for line in reading.lines(reading.decoded(text, what, ENCODING)) if line]
+
+
+def _check_captions(held: _Index, where: Callable[[int], str]) -> None:
+    """Raises where a sample of a retrieval has no caption, or one in another encoding."""
+    for row, text in enumerate(held.text):
         try:
-            with tarfile.open(shard, "r:") as tar:
-                members = [member for member in tar if member.isfile()]
-        except (tarfile.TarError, OSError) as error:
-            raise CrossguardError(f"the shard {str(shard)!r} is no whole tar file ({error}); fetch it again") from error
-        end = max((member.offset_data + member.size for member in members), default=0)
-        if end > shard.stat().st_size:
-            raise CrossguardError(f"the shard {str(shard)!r} is cut short; fetch it again")
-        for member in members:
-            folder, _, file = member.name.rpartition("/")
-            stem, _, ending = file.partition(".")
-            if stem:
-                key = (shard, f"{folder}/{stem}")
-                found = _Member(shard, member.name, member.offset_data, member.size)
-                samples.setdefault(key, {})[f".{ending.lower()}"] = found
-    if not samples:
-        raise CrossguardError(f"the shards of {str(shards[0].parent)!r} hold no samples; fetch them again")
-    return list(samples.values())
+            told = bool(text.decode().strip())
+        except UnicodeDecodeError:
+            told = False
+        if not told and not _captions(text, f"the captions of {where(row)}"):
+            raise CrossguardError(f"{where(row)} has neither a label (.cls) nor captions (.txt)")
 
 
-def _only(sample: dict[str, _Member], endings: Sequence[str]) -> _Member:
-    found = [sample[ending] for ending in endings if ending in sample]
-    if len(found) != 1:
-        any_member = next(iter(sample.values()))
+def _same_images(held: _Index, image: Callable[[int], bytes], read: tuple[tuple[str, int, int], ...]) -> np.ndarray:
+    """For each sample the first one whose image is the same, byte for byte."""
+    first = index.recall("twins", read)
+    if first is None:
+        _, of, counts = np.unique(held.size, return_inverse=True, return_counts=True)
+        alike = np.flatnonzero(counts[of] > 1)  # images of different sizes differ, unread
+        digests = {int(row): hashlib.blake2b(image(int(row)), digest_size=16).digest() for row in alike}
+        seen: dict[bytes, int] = {}
+        first = {"first": np.arange(len(held.size))}
+        for row, digest in digests.items():
+            first["first"][row] = seen.setdefault(digest, row)
+        if len(alike) >= WORTH_KEEPING:
+            index.remember("twins", read, first)
+    return first["first"]
+
+
+def _label(text: bytes, where: Callable[[int], str], row: int, classes: int) -> int:
+    told = text.decode("ascii", errors="replace").strip()
+    if not told.lstrip("-").isdigit():
+        what = f"the label {told!r}, which is not a whole number" if told else "no label (.cls)"
+        raise CrossguardError(f"{where(row)} has {what}; fetch the shard again")
+    if not 0 <= int(told) < classes:
         raise CrossguardError(
-            f"the sample of {any_member.name!r} in {str(any_member.shard)!r} has {len(found)} images "
-            f"({', '.join(sample)}); it should have one"
+            f"label {told} of {where(row)} is outside classnames.txt with its {classes} names (0 to {classes - 1})"
         )
-    return found[0]
-
-
-def _label(sample: dict[str, _Member], image: _Member, classes: int) -> int:
-    text = sample[".cls"].read().decode("ascii", errors="replace").strip() if ".cls" in sample else ""
-    if not text.lstrip("-").isdigit():
-        what = f"the label {text!r}, which is not a whole number" if text else "no label (.cls)"
-        raise CrossguardError(f"{image.name!r} in {str(image.shard)!r} has {what}; fetch the shard again")
-    if not 0 <= int(text) < classes:
-        raise CrossguardError(
-            f"label {text} of {image.name!r} in {str(image.shard)!r} is outside classnames.txt "
-            f"with its {classes} names (0 to {classes - 1})"
-        )
-    return int(text)
+    return int(told)
