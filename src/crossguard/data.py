@@ -168,6 +168,11 @@ class Dataset(ABC):
         """The captions of the sample; none by default."""
         return ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of a number over this data should know of it; every report says it."""
+        return ()
+
     def prompts(self, templates: Sequence[str] | None = None) -> Prompts:
         """The class prompts of this set, from its own templates or the given ones."""
         return Prompts.of(self.names, templates or self.templates, self.aliases)

@@ -67,9 +67,9 @@ class Known(Dataset):
     (`test*.parquet`, there or one folder deeper), or subfolders of images, one a class, inside `test/` or directly.
     A copy without splits answers for the default split only.
 
-    Classes are called what one says, also where the copy has WordNet ids, numbers or codes of countries for names; a copy
-    with such names that are not known here is refused, and `classes` names them: in label order, which for folders is
-    their sorted order, or as the path of a text file with one name a line.
+    Classes are called what one says, also where the copy has WordNet ids, numbers or codes of countries for names; a
+    copy with such names that are not known here is refused, and `classes` names them: in label order, which for folders
+    is their sorted order, or as the path of a text file with one name a line.
     """
 
     path: str | None = None
@@ -104,14 +104,15 @@ class Known(Dataset):
             within = all(number - first < len(published.names) for number in numbers)
             names = tuple(published.names[number - first] for number in numbers) if within else names
         names = tuple(published.spoken.get(name) or published.tidied(name) for name in names)
-        if any(unspoken([name]) == "WordNet ids" for name in names):
+        coded = unspoken(published.spoken)  # what the folders of its publisher are called, if it is no word
+        if coded == "WordNet ids" and any(unspoken([name]) == coded for name in names):
             meant = self._wordnet()
             names = tuple(meant.get(name, name) for name in names)
-        strange = [name for name in names if unspoken([name]) == "WordNet ids" or unspoken(names)]
+        strange = [name for name in names if unspoken([name]) == (coded or "") or unspoken(names)]
         if strange:
             raise CrossguardError(
-                f"the classes of {self.copy.path!r} are {unspoken(strange)} ({', '.join(strange[:3])}), which no text "
-                f"encoder knows them by; give their names in this order, as in {type(self).__name__}(..., "
+                f"the classes of {self.copy.path!r} are {unspoken(strange)} ({', '.join(strange[:3])}), which tell a "
+                f"text encoder nothing; give their names in this order, as in {type(self).__name__}(..., "
                 "classes='names.txt') with one a line"
             )
         return names
@@ -127,7 +128,11 @@ class Known(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        return self.copy.fingerprint
+        return self.copy.opened.fingerprint
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.copy.notes
 
     @property
     def skipped(self) -> int:
@@ -204,11 +209,12 @@ class Known(Dataset):
                 return self._within(candidate)
         for split in self._splits():  # the hub has a folder for each version of a set: `plain_text/`, `default/test/`
             for files in (f"*/{split}*.parquet", f"*/{split}/*.parquet"):
-                holders = sorted({file.relative_to(place).parts[0] for file in place.glob(files)} - {".git", ".cache"})
+                holders = sorted({file.relative_to(place).parts[0] for file in place.glob(files)})
+                holders = [name for name in holders if not name.startswith(".")]
                 if len(holders) > 1:
                     raise CrossguardError(
-                        f"{str(place)!r} holds several versions of {word} ({', '.join(holders)}); give the path of one, "
-                        f"as in {word}({str(place / holders[0])!r})"
+                        f"{str(place)!r} holds several versions of {word} ({', '.join(holders)}); give the path of "
+                        f"one, as in {word}({str(place / holders[0])!r})"
                     )
                 if holders:
                     return self._within(place / holders[0])

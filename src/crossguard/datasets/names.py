@@ -14,6 +14,14 @@ from crossguard.errors import CrossguardError
 SPLITS = frozenset({"train", "training", "trainval", "test", "testing", "val", "valid", "validation", "dev"})
 
 
+CODES = {
+    "WordNet ids": r"n\d{8}",
+    "numbers": r"\d+",
+    "single letters": r"[^\W\d_]",
+    "codes of countries": r"[A-Z]{2}",
+}
+
+
 def spoken(name: str) -> str:
     """A class name as one says it: underscores, which folders and the hub have for spaces, are spaces."""
     return name.replace("_", " ").strip()
@@ -47,9 +55,10 @@ def check_order(given: Sequence[str], told: Mapping[int, str], where: str) -> No
 
 
 def unspoken(names: Iterable[str]) -> str | None:
-    """What class names are that no text encoder can know by: "WordNet ids", "numbers", "single letters"; or None."""
+    """What class names are that tell a text encoder nothing: "WordNet ids", "numbers" and so on; None where they are
+    not all of one such kind."""
     listed = [name.strip() for name in names]
-    for what, pattern in (("WordNet ids", r"n\d{8}"), ("numbers", r"\d+"), ("single letters", r"[^\W\d_]")):
+    for what, pattern in CODES.items():
         if listed and all(re.fullmatch(pattern, name) for name in listed):
             return what
     return None

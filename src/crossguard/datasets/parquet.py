@@ -20,7 +20,7 @@ import torch
 from crossguard import reading
 from crossguard.datasets import index
 from crossguard.datasets.names import check_order, class_list, split_of, spoken
-from crossguard.datasets.pixels import Decoded, Memory, Opened
+from crossguard.datasets.pixels import Decoded, Memory, Opened, together
 from crossguard.errors import CrossguardError
 from crossguard.files import reason
 
@@ -160,6 +160,7 @@ def _opened(
         read=lambda place: heads[place][0].read(heads[place][1]),
         where=lambda place: f"row {heads[place][1]} of {heads[place][0].file!r}",
         captions=tuple(tuple(text for place in group for text in told[place]) for group in groups) if captioned else (),
+        notes=together(len(rows), len(groups), "rows"),
         fingerprint=reading.fingerprint((*files, classes)),
     )
     return source.whole(skip_broken)

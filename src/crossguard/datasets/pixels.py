@@ -126,6 +126,7 @@ class Opened:
     captions: Sequence[tuple[str, ...]] = ()
     templates: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a report should say of the data
     fingerprint: str = ""  # of the files read: another one when they have changed
 
     def pixels(self, index: int, size: int | None = None) -> Tensor:
@@ -212,6 +213,10 @@ class Decoded(Dataset):
         """How many broken images were left out; `opened.skipped` names them."""
         return len(self.opened.skipped)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.opened.notes
+
     def id(self, index: int) -> str:
         return self.opened.ids[index]
 
@@ -227,3 +232,12 @@ class Decoded(Dataset):
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.opened.captions[index] if self.opened.captions else ()
+
+
+def together(rows: int, images: int, what: str) -> tuple[str, ...]:
+    """The note of a source that has put the captions of equal images together."""
+    if rows == images:
+        return ()
+    return (
+        f"{rows} {what} of the data have {images} images: those with equal images are one, with the captions of all",
+    )

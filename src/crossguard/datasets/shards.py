@@ -16,7 +16,7 @@ from crossguard import reading
 from crossguard.datasets import index, tar
 from crossguard.datasets.names import check_order, class_list, spoken
 from crossguard.datasets.packed import Lazy, Packed
-from crossguard.datasets.pixels import SUFFIXES, Decoded, Opened
+from crossguard.datasets.pixels import SUFFIXES, Decoded, Opened, together
 from crossguard.errors import CrossguardError
 
 WORTH_KEEPING = 1000  # samples: below that, shards are looked through faster than anybody notices
@@ -178,6 +178,7 @@ def _opened(
         where=lambda place: where(int(rows[place])),
         captions=captions,
         templates=tuple(template for template in templates if template.strip()),
+        notes=together(len(held.size), len(rows), "samples"),
         fingerprint=reading.fingerprint((*((Path(path).name, *rest) for path, *rest in read), texts, classes)),
     )
     return source.whole(skip_broken)

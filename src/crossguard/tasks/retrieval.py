@@ -160,7 +160,7 @@ class _RetrievalTrial(Trial):
         self.known = {text: place for place, text in enumerate(self.texts)}
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.clean.owners.cpu().bincount().cumsum(0)])
         self.starts = starts.tolist()  # where the captions of each image begin
-        self.notes: Sequence[str] = doubts(self.attack, self.texts)
+        self.notes: Sequence[str] = [*self.task.data.notes, *doubts(self.attack, self.texts)]
         cut = self.model.cut(self.texts)
         if cut:
             self.notes = [

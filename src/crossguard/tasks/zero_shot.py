@@ -15,6 +15,7 @@ from crossguard.attacks.candidates import doubts
 from crossguard.attacks.text import collisions
 from crossguard.budgets import Budget
 from crossguard.data import Batch, Dataset, Labelled, Prompts
+from crossguard.datasets.names import unspoken
 from crossguard.errors import CrossguardError
 from crossguard.goals import Endless, Goal, Mismatch, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
@@ -70,7 +71,7 @@ class ZeroShot(Task):
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(prompts.names):
             wrong = int(labels.max()) if int(labels.max()) >= len(prompts.names) else int(labels.min())
             raise CrossguardError(f"label {wrong} is outside the list of {len(prompts.names)} class names")
-        notes = _doubts(prompts, model)
+        notes = [*self.data.notes, *_doubts(prompts, model)]
         if attack is None:
             return _ZeroShotTrial(prompts, prompts, model, None, None, False, notes)
         if budget is None:
@@ -229,6 +230,12 @@ def _doubts(prompts: Prompts, model: VisionLanguageModel) -> list[str]:
     found = []
     if cut:
         found = [f"{cut} of {len(prompts.flat)} prompts are longer than the model reads; their ends are not seen"]
+    code = unspoken(prompts.names)
+    if code:
+        found.append(
+            f"the class names are {code} ({', '.join(prompts.names[:3])}): where they stand for names, give these "
+            "with classes=(...), for a model to know what is meant"
+        )
     if not twice:
         return found
     return [
