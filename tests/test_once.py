@@ -73,9 +73,9 @@ def columns(report: Report) -> dict[str, list[Any]]:
 def test_every_pair_gets_the_answer_that_it_gets_alone(
     tmp_path: Path, task: Task, attack: Attack, budget: Budget
 ) -> None:
-    found = grid(task, attack, budget, MODELS).run(tmp_path)
-    assert len(found) == 9
-    for report, (model, surrogate) in zip(found, itertools.product(MODELS.values(), repeat=2), strict=True):
+    models = {name: MODELS[name] for name in ("plain", "three")}
+    found = grid(task, attack, budget, models).run(tmp_path)
+    for report, (model, surrogate) in zip(found, itertools.product(models.values(), repeat=2), strict=True):
         alone = evaluate(task, model, attack, budget, surrogate, limit=10, seed=3, batch=4)
         assert dict(report.question) == dict(alone.question)
         assert columns(report) == columns(alone)

@@ -9,14 +9,16 @@ from crossguard.models.embedded import WEIGHTS
 from crossguard.testing import check_model
 
 
-@pytest.mark.parametrize(("classes", "bar"), [("color", 0.95), ("shape", 0.90), ("object", 0.80)])
-@pytest.mark.parametrize("split", ["test", "heldout"])
-def test_zero_shot_accuracy(classes: str, bar: float, split: str) -> None:
-    assert evaluate(ZeroShot(Scenes(classes, split)), Tiny()).clean_accuracy >= bar
+@pytest.mark.parametrize(
+    ("classes", "split", "bar"),
+    [("color", "test", 0.95), ("shape", "test", 0.90), ("object", "test", 0.95), ("object", "heldout", 0.85)],
+)
+def test_zero_shot_accuracy(classes: str, split: str, bar: float) -> None:
+    assert evaluate(ZeroShot(Scenes(classes, split)), Tiny(), limit=240).clean_accuracy >= bar
 
 
 def test_pgd_takes_it_apart() -> None:
-    report = evaluate(ZeroShot(Scenes("object")), Tiny(), PGD(steps=100, step=0.1), Linf(5 / 255), limit=128)
+    report = evaluate(ZeroShot(Scenes("object")), Tiny(), PGD(steps=40, step=0.1), Linf(5 / 255), limit=80)
     assert report.clean_accuracy > 0.9
     assert report.robust_accuracy < 0.1
 

@@ -21,7 +21,7 @@ from crossguard.budgets import Both, Linf, Words, WordShare
 from crossguard.errors import CrossguardError
 from crossguard.words import REQUIRED, WordError, build, fields, find, is_word, names, show
 
-QUICK = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+QUICK = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 
 
 @cache
