@@ -57,7 +57,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             size=[0.0, 0.0],
             **whole,
         )
-        return Report(question, outcomes, ("A doubt; look again [closely].",))
+        report = Report(question, outcomes, ("A doubt; look again [closely].",))
+        if (out := options.pop("out", None)) is not None:
+            report.save(out, options.pop("overwrite"))
+        return report
 
     monkeypatch.setattr(evaluation, "evaluate", answer)
     return questions
@@ -419,7 +422,7 @@ RETRIEVED = ("--task", "Retrieval(Scenes('object'))", "--model", "Tiny()", "--li
 
 def test_a_refused_run_leaves_what_an_earlier_one_kept(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    both = ("--budget", "Both(Linf(4/255), Words(1))", "--keep", str(kept))
+    both = ("--budget", "Both(Linf(4/255), Words(1))", "--keep", str(kept), "--overwrite")
     assert call("attack", *RETRIEVED, "--attack", "SGA(PGD(steps=2))", *both).exit_code == 0
     before = {file.name: file.read_bytes() for file in kept.iterdir()}
     assert "has no classes" in error("attack", *RETRIEVED, "--attack", "SGA(FAB())", *both)
@@ -436,6 +439,47 @@ def test_a_refused_run_leaves_nothing_new(tmp_path: Path) -> None:
     assert not any(out.parent.iterdir()) and not any(kept.iterdir())
     assert "kept as 'jpg'" in error("eval", *asked, "--keep", str(tmp_path / "other"), "--keep-as", "jpg")
     assert not (tmp_path / "other").exists()
+
+
+def test_what_another_question_left_is_not_replaced_unasked(tmp_path: Path) -> None:
+    kept, out = tmp_path / "kept", tmp_path / "r.json"
+    joint = ("--attack", "Joint(PGD(steps=1))", "--budget", "Both(Linf(4/255), Words(1))")
+    image = ("--attack", "PGD(steps=1)", "--budget", "Linf(4/255)")
+    assert call("attack", *RETRIEVED, *joint, "--keep", str(kept), "--out", str(out)).exit_code == 0
+    before = {file: file.read_bytes() for file in (*kept.iterdir(), out)}
+    said = error("eval", *RETRIEVED, *image, "--keep", str(kept))
+    assert (
+        "kept holds what was kept for another question (attack: Joint(image=PGD(steps=1)) there, PGD(steps=1)" in said
+    )
+    assert "r.json holds the report of another question (attack: " in error(
+        "eval", *RETRIEVED, *image, "--out", str(out)
+    )
+    other = error("attack", *RETRIEVED, *image, "--keep", str(tmp_path / "new"), "--out", str(out))
+    assert "r.json holds the report of another question" in other, "said before anything is attacked"
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    assert "mine.json is not a report" in error("eval", *RETRIEVED, "--out", str(tmp_path / "mine.json"))
+    assert {file: file.read_bytes() for file in before} == before
+    assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
+    assert call("eval", *RETRIEVED, *joint, "--keep", str(kept), "--out", str(out)).exit_code == 0, "the same question"
+    assert call("eval", *RETRIEVED, *image, "--keep", str(kept), "--out", str(out), "--overwrite").exit_code == 0
+    asked = Report.load(out).question
+    assert (
+        asked["attack"].startswith("PGD(steps=1,") and asked == json.loads((kept / "kept.json").read_text())["question"]
+    )
+    assert not (kept / "report.json").exists(), "the report of the images that went"
+
+
+@pytest.mark.parametrize("given", [("--budget", "Linf(8/255)"), ("--surrogate", "Tiny()")])
+def test_a_budget_or_surrogate_that_nobody_spends_is_refused(given: tuple[str, str], asked: list[dict[str, Any]]):
+    said = error(*EVAL, *given)
+    assert f"a {given[0][2:]} needs an attack, and {given[1]} was given without one" in said and not asked
+
+
+def test_a_grid_of_clean_cells_alone_has_no_budget(grid: Path, asked: list[dict[str, Any]]):
+    grid.write_text(GRID.replace('["None", "PGD(steps=100)", "Substitute()"]', '["None"]'))
+    with pytest.raises(CrossguardError, match="a budget needs an attack"):
+        Experiment.load(grid).run(grid.parent / "out")
+    assert not asked
 
 
 def test_a_kept_folder_holds_nothing_of_the_run_before(tmp_path: Path) -> None:

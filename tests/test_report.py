@@ -96,7 +96,7 @@ def test_impossible_counts_are_refused(successes: int, n: int):
 
 
 def test_robust_means_right_both_clean_and_under_attack():
-    one = report(clean=[0, 0, 1, 1], adversarial=[0, 1, 0, 1])
+    one = report(clean=[0, 0, 1, 1], adversarial=[0, 1, 0, 1], **PGD)
     assert one.clean_accuracy == 0.5
     assert one.robust_accuracy == 0.25
     assert one.adversarial.value == 0.5  # the third was wrong and is right by luck
@@ -125,9 +125,48 @@ def test_outcomes_are_checked():
 
 
 def test_a_report_shows_itself_safely():
-    one = report(model="M('<b>')", notes=("<script>",))
+    one = report(model="M('<b>')", notes=("<script>",), **PGD)
     assert "<b>" not in one._repr_html_() and "<script>" not in one._repr_html_()
     assert "robust accuracy: 75.0 % [30.1, 95.4]" in repr(one)
+
+
+def test_print_and_repr_say_what_the_numbers_need():
+    one = report([0, 0, 0, 1], [1, 1, 0, 1], notes=("a first doubt", "a second one"), **PGD)
+    assert str(one).splitlines()[-2:] == ["- a first doubt", "- a second one"]
+    assert "robust accuracy  25.0 % [4.6, 69.9]" in str(one).splitlines()
+    assert all(note in repr(one) for note in one.notes) and "\n" not in repr(one)
+    said = repr(one.outcomes)
+    assert said.startswith("<Outcomes of 4 samples: 3 right clean, 1 right as asked; columns id, label, clean, ")
+    assert list(one.outcomes.columns) == ["id", "label", "clean", "adversarial", "clean_margin", "adversarial_margin",
+                                          "size", "gradients", "forwards"]  # fmt: skip
+    assert float(one.robust) == 0.25
+
+
+def test_where_nobody_attacked_nothing_is_robust(tmp_path: Path):
+    one = report([0, 0, 0, 1])
+    for text in (str(one), repr(one), one._repr_html_(), one.headline):
+        assert "robust" not in text and "under attack" not in text
+    assert list(one.rates) == ["clean"] and one.headline == "clean 75.0 % [30.1, 95.4]"
+    one.save(tmp_path / "one.json")
+    assert set(json.loads((tmp_path / "one.json").read_text())["summary"]) == {"n", "clean"}
+    answers = Answers.load(tmp_path)
+    assert not any("robust" in render(answers, form) for form in ("markdown", "latex", "csv"))
+    assert report(adversarial=[0, 1, 1, 1], **PGD).headline == "clean 75.0 % [30.1, 95.4], robust 25.0 % [4.6, 69.9]"
+
+
+def test_another_question_is_not_written_over(tmp_path: Path):
+    path = tmp_path / "one.json"
+    report(**PGD).save(path)
+    before = path.read_bytes()
+    with pytest.raises(
+        CrossguardError, match=r"one\.json holds the report of another question \(seed: 0 there, 1 here\)"
+    ):
+        report(**PGD, seed="1").save(path)
+    assert path.read_bytes() == before
+    report(notes=("asked again",), **PGD).save(path)
+    assert Report.load(path).notes == ("asked again",)
+    report(**PGD, seed="1").save(path, overwrite=True)
+    assert Report.load(path).question["seed"] == "1"
 
 
 # Files
@@ -209,7 +248,11 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, stage:
     report().save(path)
     before, new = path.read_bytes(), report(notes=("new",))
 
-    def full(*_: object, **__: object) -> None:
+    opened = Path.open
+
+    def full(*given: Any, **options: Any) -> Any:
+        if stage == "open" and options.get("mode") == "rb":  # the old report is read
+            return opened(*given, **options)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     target = {"fsync": (os, "fsync"), "replace": (Path, "replace"), "open": (Path, "open")}[stage]
@@ -293,7 +336,7 @@ def test_every_format_renders(folder: Path):
     latex = render(answers, "latex")
     assert "\\begin{tabular}{lrrr}" in latex and "75.0 \\% [30.1, 95.4]" in latex and "A\\_1 \\& <b>" in latex
     rows = list(csv.DictReader(io.StringIO(render(answers, "csv"))))
-    assert [row["robust"] for row in rows] == ["0.75", "0.0", "0.5", "0.5", "0.5"]
+    assert [row["robust"] for row in rows] == ["", "0.0", "0.5", "", "0.5"], "nobody attacked"
     assert rows[1]["attack"] == "image" and rows[1]["n"] == "4" and rows[1]["robust_high"] == "0.489891"
     content = json.loads(render(answers, "json"))
     assert content["reports"][1]["question"]["attack"] == "PGD(steps=100)" and len(content["doubts"]) == 2
@@ -339,6 +382,26 @@ def saved(folder: Path, *asked: Report) -> Answers:
     for number, one in enumerate(asked):
         one.save(folder / f"{number}.json")
     return Answers.load(folder)
+
+
+def test_numbers_on_other_data_or_with_other_lists_are_apart(tmp_path: Path):
+    asked = [
+        report(
+            [0, 0, 0, 0], [0, 0, 0, 1], **TEXT, **{"attack files": "Synonyms:0123456789ab", "data": "Images:aaaaaaaaa"}
+        ),
+        report(
+            [0, 0, 0, 0], [0, 0, 1, 1], **TEXT, **{"attack files": "Synonyms:fedcba987654", "data": "Images:aaaaaaaaa"}
+        ),
+        report(
+            [0, 0, 0, 0], [0, 1, 1, 1], **TEXT, **{"attack files": "Synonyms:fedcba987654", "data": "Images:bbbbbbbbb"}
+        ),
+    ]
+    answers = saved(tmp_path, *asked)
+    first, second = answers.tables()
+    heads = [f"Substitute() ({held}), Words(count=1)" for held in ("01234567", "fedcba98")]
+    assert first.columns == ("clean", *heads) and second.columns == ("clean", heads[1])
+    assert (first.header["task"], second.header["task"]) == ("T (aaaaaaaa)", "T (bbbbbbbb)")
+    assert [report.robust.successes for report in answers.pooled().reports] == [2, 1]
 
 
 OLD, NEW = {"weights": "0123456789ab"}, {"weights": "fedcba987654"}

@@ -28,6 +28,7 @@ from crossguard import (
     evaluate,
 )
 from crossguard.attacks.base import ImageAttack
+from crossguard.data import Dataset
 from crossguard.evaluate import question
 from crossguard.report import _COLUMNS, Report
 
@@ -92,6 +93,61 @@ def test_what_another_question_left_is_not_taken(tmp_path: Path) -> None:
     same(other, evaluate(TASK, Tiny(), ATTACK, Linf(1 / 255)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Renamed(Dataset):
+    """Data whose samples a test may change behind the same word."""
+
+    rows: ClassVar[list[int]] = []
+
+    names = tuple(Scenes("color").names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def id(self, index: int) -> str:
+        return f"s{self.rows[index]}"
+
+    def image(self, index: int) -> torch.Tensor:
+        return Scenes("color").image(self.rows[index])
+
+    def labels(self) -> torch.Tensor:
+        return Scenes("color").labels()[self.rows]
+
+
+def test_a_row_is_taken_for_its_sample_and_not_for_its_place(tmp_path: Path) -> None:
+    task, partial = ZeroShot(Renamed()), tmp_path / "part"
+    Renamed.rows[:] = range(1, 13)
+    with pytest.raises(Killed):
+        evaluate(task, Tiny(), ATTACK, BUDGET, batch=4, partial=partial, progress=killing_after(2))
+    Renamed.rows[:] = [0, 13, *range(2, 11)]  # two came before the others, and two of those that were asked are gone
+    after = evaluate(task, Tiny(), ATTACK, BUDGET, batch=4, partial=partial)
+    assert after.outcomes.id == tuple(f"s{row}" for row in Renamed.rows)
+    same(evaluate(task, Tiny(), ATTACK, BUDGET), after)
+
+
+def test_samples_of_one_id_are_refused() -> None:
+    Renamed.rows[:] = [3, 4, 3]
+    with pytest.raises(CrossguardError, match=r"two samples of the data have the same id \('s3'\)"):
+        evaluate(ZeroShot(Renamed()), Tiny())
+
+
+def test_outcomes_are_kept_until_the_report_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise CrossguardError("no space left")
+
+    out = tmp_path / "report.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "save", full)
+        with pytest.raises(CrossguardError, match="no space"):
+            evaluate(TASK, Tiny(), Counting(), BUDGET, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == [".report.json.part.0"]
+    Counting.seen.clear()
+    made = evaluate(TASK, Tiny(), Counting(), BUDGET, out=out)
+    assert not Counting.seen, "what was known was asked again"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    same(Report.load(out), made)
+
+
 def test_a_file_of_outcomes_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CrossguardError, match="cannot be written"):
@@ -144,9 +200,22 @@ def test_an_evaluation_that_keeps_is_continued_too(tmp_path: Path) -> None:
 def test_a_killed_run_leaves_no_index_over_the_images_of_two_runs(tmp_path: Path) -> None:
     evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, keep=tmp_path)
     with pytest.raises(Killed):
-        evaluate(TASK, Tiny(), ATTACK, Linf(0.5), batch=16, keep=tmp_path, progress=killing_after(1))
+        evaluate(TASK, Tiny(), ATTACK, Linf(0.5), batch=16, keep=tmp_path, progress=killing_after(1), overwrite=True)
     with pytest.raises(CrossguardError, match="finished"):
         len(Kept(str(tmp_path)))
+
+
+def test_what_a_stopped_evaluation_keeps_is_neither_mixed_nor_taken_for_there(tmp_path: Path) -> None:
+    keep, partial = tmp_path / "kept", tmp_path / "part"
+    with pytest.raises(Killed):
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, partial=partial, keep=keep, progress=killing_after(1))
+    with pytest.raises(CrossguardError, match=r"kept for another question \(seed: 0 there, 1 here\)"):
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, keep=keep, seed=1)
+    for file in keep.iterdir():
+        file.unlink()
+    made = evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, partial=partial, keep=keep)
+    again = evaluate(ZeroShot(Kept(str(keep))), Tiny())
+    assert np.array_equal(again.outcomes.clean, made.outcomes.adversarial), "the first images were thought to be there"
 
 
 def test_images_are_not_kept_over_the_ones_that_are_asked_about(tmp_path: Path) -> None:

@@ -95,6 +95,12 @@ _SkipBroken = Annotated[
 ]
 
 
+_Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Let --out and --keep replace what they hold of another question."),
+]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0 if all is well, 2 with a sentence if the input is wrong, 130 if stopped."""
     for stream in (sys.stdout, sys.stderr):
@@ -134,11 +140,12 @@ def evaluate_command(
     keep: _KeepOrNot = None,
     keep_as: _KeepAs = "safetensors",
     skip_broken: _SkipBroken = False,
+    overwrite: _Overwrite = False,
 ) -> None:
     """Answer one question: how often is the model right, clean and under attack?"""
     words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
     reports = [] if out is None else [out]
-    _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken)
+    _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken, overwrite)
 
 
 @app.command("attack")
@@ -156,6 +163,7 @@ def attack_command(
     doubt: _Doubt = 0,
     keep_as: _KeepAs = "safetensors",
     skip_broken: _SkipBroken = False,
+    overwrite: _Overwrite = False,
     first: Annotated[int, typer.Option("--show", help="How many samples to print at the end.")] = 3,
 ) -> None:
     """Keep what an attack makes, with the report, in a folder, and print its first samples."""
@@ -164,10 +172,10 @@ def attack_command(
         raise CrossguardError("--attack None makes nothing; name an attack, or ask without one by 'crossguard eval'")
     words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
     _check_names({f"--{kind}": text for kind, text in words.items()})
-    from crossguard.look import REPORT
+    from crossguard.datasets.kept import REPORT
 
     reports = [keep / REPORT] if out is None else [keep / REPORT, out]
-    if _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken):
+    if _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken, overwrite):
         if first:
             typer.echo()
             _print_samples(keep, first)
@@ -206,6 +214,7 @@ def _ask(
     keep: Path | None,
     keep_as: str,
     skip_broken: bool,
+    overwrite: bool,
 ) -> bool:
     """Answers one question, writes the report to every one of `reports` and prints it; False in a process that has
     nothing to say."""
@@ -226,20 +235,25 @@ def _ask(
     if skip_broken:
         chosen["task"] = _skipping("--task", chosen["task"])
 
-    from crossguard.evaluate import evaluate
+    from crossguard.evaluate import evaluate, question
+    from crossguard.report import check_place
+
+    asked = question(**chosen, limit=limit, seed=seed)
+    for path in reports:
+        check_place(path, asked, overwrite)
 
     with _Bar() as bar:
         bar.step("evaluating")
         report = evaluate(
             chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
             limit=limit, seed=seed, batch=batch, progress=bar.progress, keep=keep, keep_as=keep_as, doubt=doubt,
-            partial=reports[0].with_name(f".{reports[0].name}.part") if reports else None,
+            out=reports[0] if reports else None, overwrite=overwrite,
         )  # fmt: skip
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the first process speaks for all
         return False
-    for path in reports:
-        report.save(path)
-    _print_report(report)
+    for path in reports[1:]:
+        report.save(path, overwrite)
+    typer.echo(str(report))
     for path in reports:
         typer.echo(f"written to {path}")
     return True
@@ -401,7 +415,7 @@ class _Bar(Watch):
 
     def answers(self, cell: Cell, report: Report) -> None:
         self.advance()
-        self.line(f"[{self.done}/{self.total}] {cell.label}: clean {report.clean}, robust {report.robust}")
+        self.line(f"[{self.done}/{self.total}] {cell.label}: {report.headline}")
 
     def fails(self, cell: Cell, error: CrossguardError) -> None:
         self.advance()
@@ -417,15 +431,6 @@ class _Bar(Watch):
 
     def line(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
-
-
-def _print_report(report: Report) -> None:
-    lines = report.lines()
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        typer.echo(f"{name:<{width}}  {value}")
-    for note in report.notes:
-        typer.echo(f"- {note}")
 
 
 def _print_samples(folder: Path, count: int, changed: bool = False, out: Path | None = None) -> None:

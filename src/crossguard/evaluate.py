@@ -6,9 +6,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,22 @@ from crossguard.attacks.base import Attack
 from crossguard.attacks.once import Once
 from crossguard.budgets import Budget, PixelBudget
 from crossguard.data import spread
-from crossguard.datasets.kept import FORMATS, Kept, begin, finish
+from crossguard.datasets.kept import FORMATS, Kept, begin, check_folder, finish
 from crossguard.datasets.kept import keep as store
 from crossguard.device import describe, precision
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, check_writable, reason, write
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.huggingface import HuggingFace
-from crossguard.models.wrapper import Unrolled, Wrapper, layers
+from crossguard.models.wrapper import Unrolled, layers
 from crossguard.opening import evaluating
-from crossguard.report import Outcomes, Ranks, Report, key, versions
+from crossguard.processes import ALONE, Processes, joined
+from crossguard.report import Outcomes, Ranks, Report, check_place, key, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
-from crossguard.words import quoted, show, within
+from crossguard.words import contents, quoted, show, within
 
-_FORMAT = 2  # of the lines in a file of outcomes so far; those of another are not read
+_FORMAT = 3  # of the lines in a file of outcomes so far; those of another are not read
 
 
 def question(
@@ -46,7 +46,7 @@ def question(
     seed: int = 0,
 ) -> dict[str, str]:
     """The question word for word: what changes the answer, and nothing else. Budgets are cut down to what the attack
-    spends."""
+    spends. What the files behind the words hold (weights, data, lists) is part of it, where they are local."""
     for value, kind, name in ((task, Task, "task"), (model, VisionLanguageModel, "model")):
         if not isinstance(value, kind):
             raise CrossguardError(f"{quoted(value)} is no {name}")
@@ -57,7 +57,12 @@ def question(
     if limit is not None and limit < 1:
         raise CrossguardError(f"a limit of {limit} samples is not possible; give 1 or more")
     if attack is None:
-        budget, surrogate = None, None
+        for given, name in ((budget, "budget"), (surrogate, "surrogate")):
+            if given is not None:
+                raise CrossguardError(
+                    f"a {name} needs an attack, and {show(given, short=True)} was given without one; name an attack, "
+                    "such as 'PGD()'"
+                )
     else:
         if not isinstance(budget, Budget):
             raise CrossguardError(
@@ -65,9 +70,9 @@ def question(
             )
         pixels, words = attack.spends(budget)
         budget = budget if pixels is not None and words is not None else pixels or words
-    weights = {"weights": " ".join(_fingerprints(model)), "surrogate weights": " ".join(_fingerprints(surrogate))}
+    held = {"weights": model, "surrogate weights": surrogate, "attack files": attack, "data": task}
     # What is there in few questions only, so that the others keep their names.
-    told = weights | {"precision": precision()}
+    told = {name: contents(word) for name, word in held.items()} | {"precision": precision()}
     return {
         "task": show(task),
         "model": show(model),
@@ -103,6 +108,8 @@ def evaluate(
     processes: bool = True,
     doubt: int = 0,
     crafts: str | Path | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """The report of one model on one task under one attack.
 
@@ -116,7 +123,7 @@ def evaluate(
         seed: of all noise; each sample draws its own, so `batch` changes nothing but speed and memory.
         progress: is told (samples done, samples in all) after each batch.
         partial: a file for the outcomes so far; an evaluation that was killed goes on after its last whole batch and
-            ends in the same report. Removed at the end.
+            ends in the same report. Beside `out`, if not given; removed at the end, when the report is saved.
         keep: a folder for the images and texts under attack, which `Kept(folder)` reads; the report then also says
             what is left of the attack when pixels are rounded to 8 bits.
         keep_as: 'safetensors' (exact) or 'png' (rounded to 8 bits).
@@ -124,6 +131,8 @@ def evaluate(
         doubt: run the checks of `diagnose` on that many samples; what they find stands in the notes of the report.
         crafts: a folder for what is crafted on the surrogate; other models that are asked the same question with the
             same folder and `batch` are judged by what lies there, which changes no answer.
+        out: a file for the report.
+        overwrite: let the report and what is kept replace those of another question, which is refused otherwise.
     """
     asked = question(task, model, attack, budget, surrogate, limit, seed)
     if len(task) == 0:
@@ -135,16 +144,25 @@ def evaluate(
             raise CrossguardError(f"{keep} holds the images that are asked about; keep the new ones in another folder")
     if doubt < 0:
         raise CrossguardError(f"doubt={doubt} is not possible; give a number of samples, or 0")
-    rank, world = _place() if processes else (0, 1)
-    indices = spread(len(task), limit)
+    group = joined() if processes else ALONE
+    file, folder = (None if path is None else Path(path) for path in (out, keep))
+    with group.together():
+        begun = folder is not None and check_folder(folder, asked, overwrite)
+        if file is not None:
+            check_place(file, asked, overwrite)
+            check_writable(file.parent)
+        indices = spread(len(task), limit)
+        ids = _ids(task, indices)
+    if partial is None and file is not None:
+        partial = file.with_name(f".{file.name}.part")
     record = _Record.open(
         None if partial is None else Path(partial),
         {"question": asked, "kept": str(keep), "format": _FORMAT},
-        rank,
-        world,
+        set(ids) if keep is None or begun else set(),
+        group,
     )
     began = time.monotonic() - record.seconds
-    mine = [index for index in indices if index not in record.rows][rank::world]
+    mine = group.share([index for index, name in zip(indices, ids, strict=True) if name not in record.rows])
     carried = attack
     if attack is not None and surrogate is not None and crafts is not None:
         carried = Once(attack, Path(crafts) / craft_key(asked))
@@ -156,12 +174,12 @@ def evaluate(
         here, mine = mine[: len(samples)], mine[len(samples) :]
         seeds = keys(samples.ids, seed)
         answers = trial.answer(samples, seeds)
-        columns = dict(answers.columns)
-        named: list[dict[str, Any]] = [{"id": one} for one in samples.ids]
-        if keep is not None:
-            if not record.rows and rank == 0:
-                begin(Path(keep), world == 1)  # not before there is something to take its place
-            places = store(Path(keep), keep_as, here, answers.images)
+        columns: dict[str, list[Any]] = {"id": list(samples.ids), **answers.columns}
+        places: list[dict[str, Any]] = [{}] * len(samples)
+        if folder is not None:
+            if not record.rows and group.first:
+                begin(folder, asked, group.world == 1)  # not before there is something to take its place
+            places = store(folder, keep_as, here, answers.images)
             rounded = (answers.images * 255.0).round() / 255.0
             right, standing = answers.right
             columns |= {"right": right, "stands": standing}
@@ -169,76 +187,81 @@ def evaluate(
                 again = trial.again(samples, answers, rounded, seeds)
                 columns["rounded"] = [{name: one[row] for name, one in again.items()} for row in range(len(samples))]
                 columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
-            named = [row | place for row, place in zip(named, places, strict=True)]
-        record.add(
-            {
-                index: row | {name: column[number] for name, column in columns.items()}
-                for number, (index, row) in enumerate(zip(here, named, strict=True))
-            },
-            time.monotonic() - began,
-        )
-        done += len(samples) * world
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        record.add([row | place for row, place in zip(rows, places, strict=True)], time.monotonic() - began)
+        done += len(samples) * group.world
         if progress is not None:
             progress(min(done, len(indices)), len(indices))
-    rows = _gathered(record.rows, world)
-    found = [rows[index] for index in indices]
+    known = {name: row for rows in group.gather(record.rows) for name, row in rows.items()}
+    found = [known[name] for name in ids]
     outcomes = trial.score(found)
     notes = [*trial.notes, *trial.remarks(found), *_skipped(task)]
-    if keep is not None:
+    if folder is not None:
         if trial.pixels is not None:
             notes += _rounding(found, outcomes, trial, trial.pixels)
-        if rank == 0:
-            finish(Path(keep), asked, found, trial.prompts)
+        if group.first:
+            finish(folder, asked, found, trial.prompts)
     report = Report(asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began)
     if doubt and attack is not None:
-        found_doubts: list[Any] = [None]
-        if rank == 0:
-            found_doubts = [diagnose(report, task, model, attack, budget, surrogate, doubt, seed)]
-        if world > 1:
-            torch.distributed.broadcast_object_list(found_doubts, src=0)
-        (doubts,) = found_doubts
+        doubts = group.tell(
+            diagnose(report, task, model, attack, budget, surrogate, doubt, seed) if group.first else ()
+        )
         report = replace(report, notes=(*notes, *doubts), seconds=time.monotonic() - began)
-    if rank == 0:
+    if group.first:
+        if file is not None:
+            report.save(file, overwrite)
         record.close()
     return report
 
 
+def _ids(task: Task, indices: Sequence[int]) -> list[str]:
+    """The names of the samples that are asked about; raises where two of them have the same."""
+    ids = [task.id(index) for index in indices]
+    if len(set(ids)) < len(ids):
+        (twice, _), *_ = Counter(ids).most_common(1)
+        raise CrossguardError(
+            f"two samples of the data have the same id ({twice!r}), so they cannot be told apart in a report"
+        )
+    return ids
+
+
 @dataclass
 class _Record:
-    """What is known of the samples so far: in memory, and where a file is given in one line of it per batch. A line
-    that was cut off by a kill doesn't count."""
+    """What is known of the samples so far, by their ids: in memory, and where a file is given in one line of it per
+    batch. A line that was cut off by a kill doesn't count."""
 
-    rows: dict[int, dict[str, Any]]
+    rows: dict[str, dict[str, Any]]
     seconds: float = 0.0
     path: Path | None = None
     head: Mapping[str, Any] = field(default_factory=dict)  # the first line: what is asked
 
     @staticmethod
-    def open(path: Path | None, head: dict[str, Any], rank: int, world: int) -> _Record:
-        """Each process appends to a file of its own; the first one reads those of all and tells the others."""
-        record = _Record({}, path=None if path is None else path.with_name(f"{path.name}.{rank}"))
+    def open(path: Path | None, head: dict[str, Any], ids: Collection[str], group: Processes) -> _Record:
+        """Each process appends to a file of its own; the first one reads those of all and tells the others.
+
+        Args:
+            ids: of the samples whose outcomes are of use.
+        """
+        record = _Record({}, path=None if path is None else path.with_name(f"{path.name}.{group.rank}"), head=head)
         if path is None or record.path is None:
             return record
-        if rank == 0:
+        if group.first:
             for other in _files(path):
                 lines = _lines(other)
                 for line in lines[1:] if lines and lines[0] == head else []:
-                    record.rows |= {int(index): row for index, row in line["rows"].items()}
+                    record.rows |= {row["id"]: row for row in line["rows"] if row["id"] in ids}
                     record.seconds = max(record.seconds, line["seconds"])
-        known = [{"rows": record.rows, "seconds": record.seconds}]
-        if world > 1:
-            torch.distributed.broadcast_object_list(known, src=0)
-            record.rows, record.seconds = dict(known[0]["rows"]), known[0]["seconds"]
-        record.head = head
+        record.rows, record.seconds = group.tell((dict(record.rows), record.seconds))
         check_writable(path.parent)
-        if rank == 0 and record.rows:
-            write(record.path, "".join(json.dumps(line) + "\n" for line in (head, *known)))
+        if group.first and record.rows:
+            line = {"rows": list(record.rows.values()), "seconds": record.seconds}
+            write(record.path, "".join(json.dumps(one) + "\n" for one in (head, line)))
         else:
             record.path.unlink(missing_ok=True)  # what lies there is of another question, or broken
         return record
 
-    def add(self, rows: dict[int, dict[str, Any]], seconds: float) -> None:
-        self.rows |= rows
+    def add(self, rows: list[dict[str, Any]], seconds: float) -> None:
+        self.rows |= {row["id"]: row for row in rows}
         self.seconds = seconds
         if self.path is None:
             return
@@ -274,26 +297,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _place() -> tuple[int, int]:
-    """Which of how many processes this is; joins them, where `torchrun` started several."""
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
-        return 0, 1
-    from accelerate import PartialState
-
-    # They meet at the end only, and whose images stand longer comes later.
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _gathered(rows: dict[int, dict[str, Any]], world: int) -> dict[int, dict[str, Any]]:
-    """The rows of all processes."""
-    if world == 1:
-        return rows
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, rows)
-    return {index: row for part in parts for index, row in part.items()}
-
-
 def _rounding(rows: list[dict[str, Any]], outcomes: Outcomes | Ranks, trial: Trial, pixels: PixelBudget) -> list[str]:
     """What becomes of the attack when its images are stored with 8 bits."""
     rounded = trial.score([row | row["rounded"] for row in rows])
@@ -309,15 +312,6 @@ def _rounding(rows: list[dict[str, Any]], outcomes: Outcomes | Ranks, trial: Tri
     if largest > pixels.eps * (1 + 1e-4) + 1e-6:
         text += "; choose eps as a whole number of 1/255 to stay inside"
     return [text]
-
-
-def _fingerprints(word: Any) -> list[str]:
-    """The hashes of the local weights that a model word reads, also through its wrappers."""
-    if isinstance(word, HuggingFace):
-        return [word.fingerprint] if word.fingerprint else []
-    if not isinstance(word, Wrapper | Unrolled):
-        return []
-    return _fingerprints(word.base)
 
 
 def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: VisionLanguageModel | None) -> str:

@@ -164,11 +164,14 @@ class Experiment:
         from crossguard.evaluate import question
 
         found: dict[str, Cell] = {}
+        attacks = any(attack is not None for attack in self.grid["attack"].values())
         for labels in itertools.product(*(self.grid[kind] for kind in _KINDS)):
             chosen = {kind: self.grid[kind][label] for kind, label in zip(_KINDS, labels, strict=True)}
             label = ", ".join(label for label in labels if label != "None")
             varying = [one for kind, one in zip(_KINDS, labels, strict=True) if len(self.grid[kind]) > 1]
             try:
+                if chosen["attack"] is None and attacks:  # the clean cell of attacks with budgets and surrogates
+                    chosen |= {"budget": None, "surrogate": None}
                 asked = question(
                     chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
                     self.limit, self.seed,
@@ -255,10 +258,9 @@ class Experiment:
         report = evaluate(
             chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
             limit=self.limit, seed=self.seed, batch=self.batch, progress=progress,
-            partial=out / f".{cell.key}.part", processes=False, crafts=crafts,
+            processes=False, crafts=crafts, out=out / f"{cell.key}.json", overwrite=True,
         )  # fmt: skip
-        report.save(out / f"{cell.key}.json")
-        log.info("%s: clean %s, robust %s, %.1f s", cell.label, report.clean, report.robust, report.seconds)
+        log.info("%s: %s, %.1f s", cell.label, report.headline, report.seconds)
         for note in report.notes:
             log.warning("%s: %s", cell.label, note)
         return report

@@ -22,12 +22,11 @@ from torch import Tensor
 from crossguard import files
 from crossguard.budgets import Budget, Linf, PixelBudget
 from crossguard.data import Dataset
-from crossguard.datasets.kept import INDEX, Kept, rounded
+from crossguard.datasets.kept import INDEX, REPORT, Kept, rounded
 from crossguard.errors import CrossguardError
 from crossguard.report import Ranks, Report, ReportError, shortened
 from crossguard.words import build
 
-REPORT = "report.json"  # beside the kept images, where `crossguard attack` wrote
 FORMATS = (".png", ".html")
 LISTED = 5  # texts of one class or image; more are counted
 TALLEST = 60_000  # pixels of a picture; Agg draws no more than 65535

@@ -46,6 +46,9 @@ class Rate:
     def value(self) -> float:
         return self.successes / self.n if self.n else 0.0
 
+    def __float__(self) -> float:
+        return self.value
+
     @property
     def interval(self) -> tuple[float, float]:
         return interval(self.successes, self.n) if self.bounds is None else self.bounds
@@ -122,9 +125,20 @@ class Outcomes:
             **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
         )
 
-    def lines(self) -> list[tuple[str, str]]:
+    def lines(self, attacked: bool) -> list[tuple[str, str]]:
+        """The rates for people; without an attack the clean one alone."""
         ((_, clean, robust),) = self.parts
-        return [("n", str(len(self))), ("clean accuracy", str(clean)), ("robust accuracy", str(robust))]
+        found = [("n", str(len(self))), ("clean accuracy", str(clean))]
+        return [*found, ("robust accuracy", str(robust))] if attacked else found
+
+    @property
+    def columns(self) -> dict[str, Sequence[str] | np.ndarray]:
+        """The columns by name: `pandas.DataFrame(report.outcomes.columns)`."""
+        return {"id": self.id} | {name: getattr(self, name) for name in _COLUMNS}
+
+    def __repr__(self) -> str:
+        right = f"{int(self.correct.sum())} right clean, {int(self.standing.sum())} right as asked"
+        return f"<Outcomes of {len(self)} samples: {right}; columns {', '.join(self.columns)}>"
 
 
 DIRECTIONS = ("image to text", "text to image")
@@ -227,17 +241,35 @@ class Ranks:
         summed = {name: stack(name).sum(0) for name in ("gradients", "forwards")}
         return Ranks(self.id, self.image, self.text, stack("clean").max(0), **columns, **summed)
 
-    def lines(self) -> list[tuple[str, str]]:
-        images = int((np.asarray(self.text) == 0).sum())
-        found = [("n", f"{images} images, {len(self) - images} captions")]
+    @property
+    def images(self) -> int:
+        """How many of the queries are images; the others are captions."""
+        return int((np.asarray(self.text) == 0).sum())
+
+    def lines(self, attacked: bool) -> list[tuple[str, str]]:
+        """The rates for people; without an attack the clean ones alone."""
+        found = [("n", f"{self.images} images, {len(self) - self.images} captions")]
         for direction in DIRECTIONS:
             for k in RANKS:
-                clean, attacked = (self.recall(k, direction, when) for when in ("clean", "adversarial"))
+                clean, under = (self.recall(k, direction, when) for when in ("clean", "adversarial"))
+                if not attacked:
+                    found.append((f"{direction} R@{k}", str(clean)))
+                    continue
                 difference, conditional = (self.success(k, direction, kind) for kind in ("difference", "conditional"))
                 both = f", {self.recall(k, direction, 'robust')} both" if k == 1 else ""  # what tables show
-                found.append((f"{direction} R@{k}", f"{clean} clean, {attacked} under attack{both}"))
+                found.append((f"{direction} R@{k}", f"{clean} clean, {under} under attack{both}"))
                 found.append(("  attack success", f"{difference} (difference), {conditional} (of those right clean)"))
         return found
+
+    @property
+    def columns(self) -> dict[str, Sequence[str] | np.ndarray]:
+        """The columns by name: `pandas.DataFrame(report.outcomes.columns)`."""
+        return {"id": self.id} | {name: getattr(self, name) for name in _RANKED}
+
+    def __repr__(self) -> str:
+        first = f"{int(self.correct.sum())} come first clean, {int(self.standing.sum())} as asked"
+        queries = f"{self.images} images and {len(self) - self.images} captions"
+        return f"<Ranks of {queries}: {first}; columns {', '.join(self.columns)}>"
 
     @cached_property
     def _held(self) -> np.ndarray:
@@ -374,6 +406,11 @@ class Report:
         return len(self.outcomes)
 
     @property
+    def attacked(self) -> bool:
+        """Whether anybody attacked: without, the outcomes under attack are the clean ones and say nothing."""
+        return self.question.get("attack", "None") != "None"
+
+    @property
     def correct(self) -> np.ndarray:
         """Which samples are answered rightly without an attack."""
         return self.outcomes.correct
@@ -427,8 +464,21 @@ class Report:
         """The hash of the question, which names the file of its answer in an experiment."""
         return key(self.question)
 
-    def save(self, path: str | Path) -> None:
-        """Writes the report as JSON, as a whole or not at all."""
+    @property
+    def headline(self) -> str:
+        """The rates in a line: clean and, where somebody attacked, robust; of a retrieval in both directions."""
+        return "; ".join(
+            f"{name}{': ' * bool(name)}clean {clean}" + (f", robust {robust}" if self.attacked else "")
+            for name, clean, robust in self.parts
+        )
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Writes the report as JSON, as a whole or not at all.
+
+        Args:
+            overwrite: also over the report of another question, which is refused otherwise.
+        """
+        check_place(Path(path), self.question, overwrite)
         rates = {
             name: {"value": rate.value, "successes": rate.successes, "interval": rate.interval}
             for name, rate in self.rates.items()
@@ -485,25 +535,35 @@ class Report:
 
     @property
     def rates(self) -> dict[str, Rate]:
-        """Every rate that is reported, by its name."""
-        found = {"clean": self.clean, "robust": self.robust, "adversarial": self.adversarial}
+        """Every rate that is reported, by its name; without an attack the clean ones alone."""
+        found = {"clean": self.clean}
+        if self.attacked:
+            found |= {"robust": self.robust, "adversarial": self.adversarial}
         if isinstance(self.outcomes, Ranks):
             for direction in DIRECTIONS:
                 for k in RANKS:
                     name = f"{direction} R@{k}"
-                    found |= {f"{name} {when}": self.outcomes.recall(k, direction, when) for when in _WHENS}
-                    for kind in ("difference", "conditional"):
+                    whens = _WHENS if self.attacked else ("clean",)
+                    found |= {f"{name} {when}": self.outcomes.recall(k, direction, when) for when in whens}
+                    for kind in ("difference", "conditional") if self.attacked else ():
                         found[f"{name} attack success ({kind})"] = self.outcomes.success(k, direction, kind)
         return found
 
     def lines(self) -> list[tuple[str, str]]:
         """The report in short, as names and values: what a number needs beside it to mean something."""
         said = [(name, self.short.get(name, value)) for name, value in self.question.items()]
-        return [*said, *self.outcomes.lines(), ("seconds", f"{self.seconds:.1f}")]
+        return [*said, *self.outcomes.lines(self.attacked), ("seconds", f"{self.seconds:.1f}")]
+
+    def __str__(self) -> str:
+        """The lines and, below them, the notes."""
+        lines = self.lines()
+        width = max(len(name) for name, _ in lines)
+        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in lines), *(f"- {n}" for n in self.notes)])
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{name}: {value}" for name, value in self.lines())
-        return f"<Report {inside}>"
+        inside = ", ".join(f"{name.strip()}: {value}" for name, value in self.lines())
+        notes = "".join(f"; note: {note}" for note in self.notes)
+        return f"<Report {inside}{notes}>"
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -513,6 +573,35 @@ class Report:
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
         return f"<table>{rows}</table>" + (f"<ul>{notes}</ul>" if notes else "")
+
+
+def check_place(path: Path, question: Mapping[str, str], overwrite: bool = False) -> None:
+    """Raises where a report of this question would replace that of another, or a file that is no report.
+
+    Args:
+        overwrite: nothing is refused.
+    """
+    if overwrite or not path.is_file():
+        return
+    try:
+        there = Report.load(path).question
+    except ReportError as error:
+        raise ReportError(f"{error}; nothing was written over it: give another file, or overwrite this one") from None
+    if dict(there) != dict(question):
+        raise CrossguardError(
+            f"{path} holds the report of another question ({differs(there, question)}); give another file, or "
+            "overwrite this one"
+        )
+
+
+def differs(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """How two questions differ, in words for people: their first part that is not the same."""
+    for name in (*there, *here):
+        old, new = there.get(name, "None"), here.get(name, "None")
+        if old != new:
+            old, new = (shortened(one) if name in WORDS else one for one in (old, new))
+            return f"{name}: {old} there, {new} here"
+    return "no difference"
 
 
 def key(question: Mapping[str, str]) -> str:

@@ -19,12 +19,16 @@ from rich.text import Text
 from crossguard import files
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
-from crossguard.report import Ranks, Rate, Report, ReportError
+from crossguard.report import Rate, Report, ReportError
 
 FORMATS = ("markdown", "csv", "json", "latex")
 
-_MODEL: tuple[str, str] = ("model", "weights")  # what makes a row: the same word may have read other weights
-_SURROGATE: tuple[str, str] = ("surrogate", "surrogate weights")
+# Parts of a question with what their files held: the same word may have read other weights, other data.
+_TASK = ("task", "data")
+_MODEL = ("model", "weights")  # what makes a row
+_SURROGATE = ("surrogate", "surrogate weights")
+_ATTACK = ("attack", "attack files")
+_FILES: dict[str, str] = dict((_TASK, _MODEL, _SURROGATE, _ATTACK))
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class Table:
             if "score" in self.header
             else "accuracy [95 % Wilson interval]"
         )
-        return f"{rate}; robust = right both clean and under attack"
+        attacked = any(column != "clean" for column in self.columns)
+        return f"{rate}; robust = right both clean and under attack" if attacked else rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +115,9 @@ class Answers:
         pooled, doubts = [], list(self.doubts)
         for report in self.reports:
             ids = tuple(report.outcomes.id)
-            same = replace(report, question={**report.question, "limit": limits[_part(report, "task"), ids]})
-            if _attacked(report):
-                groups.setdefault(_part(report, "task", *_MODEL, "budget"), {}).setdefault(ids, []).append(same)
+            same = replace(report, question={**report.question, "limit": limits[_part(report, *_TASK), ids]})
+            if report.attacked:
+                groups.setdefault(_part(report, *_TASK, *_MODEL, "budget"), {}).setdefault(ids, []).append(same)
             else:
                 pooled.append(same)
         for sets in groups.values():
@@ -131,9 +136,9 @@ class Answers:
         limits: dict[tuple[str, tuple[str, ...]], str] = {}
         sets: Counter[str] = Counter()
         for report in self.reports:
-            images = _part(report, "task"), tuple(report.outcomes.id)
+            images = _part(report, *_TASK), tuple(report.outcomes.id)
             if images not in limits:
-                asked, limit = _part(report, "task", "limit"), _part(report, "limit")
+                asked, limit = _part(report, *_TASK, "limit"), _part(report, "limit")
                 sets[asked] += 1
                 limits[images] = limit if sets[asked] == 1 else f"{limit}, set {sets[asked]}"
         return limits
@@ -147,14 +152,14 @@ class Answers:
         """
         if self.crossed:
             return self._matrices()
-        attacked = [report for report in self.reports if _attacked(report)]
-        covered = {_part(report, "task", "limit", *_MODEL) for report in attacked}
+        attacked = [report for report in self.reports if report.attacked]
+        covered = {_part(report, *_TASK, "limit", *_MODEL) for report in attacked}
         groups: dict[str, list[Report]] = {}
         for report in attacked:
-            groups.setdefault(_part(report, "task", "limit", *_SURROGATE, "seed"), []).append(report)
+            groups.setdefault(_part(report, *_TASK, "limit", *_SURROGATE, "seed"), []).append(report)
         for report in self.reports:
-            if not _attacked(report):
-                self._place_clean(report, groups, _part(report, "task", "limit", *_MODEL) in covered)
+            if not report.attacked:
+                self._place_clean(report, groups, _part(report, *_TASK, "limit", *_MODEL) in covered)
         return [
             self._table(reports, part) for reports in groups.values() for part in range(len(reports[0].outcomes.parts))
         ]
@@ -162,10 +167,10 @@ class Answers:
     def _place_clean(self, report: Report, groups: dict[str, list[Report]], covered: bool) -> None:
         """A clean evaluation is a row of every table of its task and limit, or of a table of its own."""
         homes = [
-            group for group in groups.values() if _part(group[0], "task", "limit") == _part(report, "task", "limit")
+            group for group in groups.values() if _part(group[0], *_TASK, "limit") == _part(report, *_TASK, "limit")
         ]
         if not homes:
-            groups[_part(report, "task", "limit")] = [report]
+            groups[_part(report, *_TASK, "limit")] = [report]
         for group in homes:
             if not covered or _part(report, *_MODEL) in {_part(one, *_MODEL) for one in group}:
                 group.append(report)
@@ -176,27 +181,27 @@ class Answers:
         for report in reports:
             row = rows[_part(report, *_MODEL)]
             _, clean, robust = report.parts[part]
-            if _part(report, "attack") == "None":
+            if not report.attacked:
                 row["clean"] = clean
                 continue
             row.setdefault("clean", clean)
-            column = _part(report, "attack", "budget")
+            column = _part(report, *_ATTACK, "budget")
             columns[column] = f"{self.label(report, 'attack')}, {self.label(report, 'budget')}"
             row[column] = robust
         knowledge = {
-            _part(report, *_MODEL): report.question.get("knowledge", "") for report in reports if _attacked(report)
+            _part(report, *_MODEL): report.question.get("knowledge", "") for report in reports if report.attacked
         }
         same = len(set(knowledge.values())) < 2
         labels = {_part(report, *_MODEL): self.label(report, "model") for report in reports}
-        first = next((report for report in reports if _attacked(report)), reports[0])
+        first = next((report for report in reports if report.attacked), reports[0])
         counts = sorted({rate.n for row in rows.values() for rate in row.values()})
         score = first.parts[part][0]
         header = {"task": self.label(first, "task")} | ({"score": score} if score else {})
         header |= {"n": " and ".join(f"{count}" for count in counts)}
-        limits = {_part(one, "limit") for one in self.reports if _part(one, "task") == _part(first, "task")}
+        limits = {_part(one, "limit") for one in self.reports if _part(one, *_TASK) == _part(first, *_TASK)}
         if len(limits) > 1:
             header["limit"] = _part(first, "limit")
-        if _attacked(first):
+        if first.attacked:
             header["surrogate"] = self.label(first, "surrogate")
             header["knowledge"] = knowledge[_part(first, *_MODEL)] if same else "differs, see the rows"
         header["seed"] = first.question.get("seed", "")
@@ -219,8 +224,8 @@ class Answers:
         crafted on each of them (rows). The diagonal is the white box."""
         groups: dict[str, list[Report]] = {}
         for report in self.reports:
-            if _attacked(report):
-                groups.setdefault(_part(report, "task", "limit", "attack", "budget", "seed"), []).append(report)
+            if report.attacked:
+                groups.setdefault(_part(report, *_TASK, "limit", *_ATTACK, "budget", "seed"), []).append(report)
         return [self._matrix(reports, part) for reports in groups.values() for part in range(len(reports[0].parts))]
 
     def _matrix(self, reports: list[Report], part: int) -> Table:
@@ -265,19 +270,22 @@ class Answers:
 
     def label(self, report: Report, part: str) -> str:
         """A word of a question for people: the experiment's label, or the word without its defaults; with the start of
-        the hash of its weights where the folder has the word with several."""
+        the fingerprint of its files where the folder has the word with several."""
         full = _part(report, part)
         label = self.labels.get(part, {}).get(full) or report.short.get(part, full)
-        weights = report.question.get(dict((_MODEL, _SURROGATE)).get(part, ""), "")
-        return f"{label} ({weights[:8]})" if weights and len(self._weights[part, full]) > 1 else label
+        told = report.question.get(_FILES.get(part, ""), "").split()
+        several = self._held.get((part, full), set())
+        own = [one.rpartition(":")[2][:8] for one in told if any(one not in other for other in several)]
+        return f"{label} ({', '.join(own)})" if own else label
 
     @cached_property
-    def _weights(self) -> Mapping[tuple[str, str], set[str]]:
-        """The hashes of the weights that each model and each surrogate was read with."""
-        found: dict[tuple[str, str], set[str]] = {}
+    def _held(self) -> Mapping[tuple[str, str], set[tuple[str, ...]]]:
+        """The fingerprints of the files that each word was read with."""
+        found: dict[tuple[str, str], set[tuple[str, ...]]] = {}
         for report in self.reports:
-            for part, weights in (_MODEL, _SURROGATE):
-                found.setdefault((part, _part(report, part)), set()).add(_part(report, weights))
+            for part, held in _FILES.items():
+                told = tuple(report.question.get(held, "").split())
+                found.setdefault((part, _part(report, part)), set()).add(told)
         return found
 
     def records(self) -> list[dict[str, Any]]:
@@ -293,11 +301,8 @@ class Answers:
 
     @staticmethod
     def _rates(report: Report) -> list[tuple[str, Rate]]:
-        """What a record says of a report: clean and robust, and of a retrieval all it knows."""
-        found = [("clean", report.clean), ("robust", report.robust)]
-        if isinstance(report.outcomes, Ranks):
-            found += [(name, rate) for name, rate in report.rates.items() if "R@" in name]
-        return found
+        """What a record says of a report: clean and, where somebody attacked, robust; of a retrieval all it knows."""
+        return [(name, rate) for name, rate in report.rates.items() if name != "adversarial"]
 
     def _models(self, reports: list[Report]) -> list[str]:
         """The models with their weights, as the experiment lists them, then the others."""
@@ -313,7 +318,8 @@ def _worst(reports: list[Report]) -> Report:
     attack = f"worst case of {len(reports)} reports"
     known = ", ".join(dict.fromkeys(report.question.get("knowledge", "") for report in reports))
     question = {**first.question, "attack": attack, "surrogate": "pooled", "seed": "pooled", "knowledge": known}
-    question.pop("surrogate weights", None)
+    for held in (_SURROGATE[1], _ATTACK[1]):
+        question.pop(held, None)
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
     return Report(
         question=question,
@@ -429,10 +435,6 @@ def _cell(rate: Rate | None, with_n: bool) -> str:
 def _rate(name: str, rate: Rate) -> dict[str, Any]:
     low, high = rate.interval
     return {name: round(rate.value, 6), f"{name}_low": round(low, 6), f"{name}_high": round(high, 6)}
-
-
-def _attacked(report: Report) -> bool:
-    return _part(report, "attack") != "None"
 
 
 def _part(report: Report, *parts: str) -> str:

@@ -19,9 +19,12 @@ from crossguard import files
 from crossguard.data import Dataset, Prompts
 from crossguard.datasets.pixels import decode
 from crossguard.errors import CrossguardError
+from crossguard.report import differs
 from crossguard.shapes import Images, Labels
 
 INDEX = "kept.json"
+UNFINISHED = ".kept.json"  # the question of an evaluation that has not kept everything yet
+REPORT = "report.json"  # beside the kept images, where `crossguard attack` wrote
 FORMATS = ("safetensors", "png")
 
 
@@ -129,7 +132,34 @@ class Kept(Dataset):
         return {}
 
 
-def begin(folder: Path, alone: bool = True) -> None:
+def check_folder(folder: Path, question: Mapping[str, str], overwrite: bool = False) -> bool:
+    """Raises where the images of this question would replace those of another.
+
+    Args:
+        overwrite: nothing is refused.
+
+    Returns:
+        Whether an evaluation of this question began to keep its images here and was stopped.
+    """
+    found = {name: _question(folder / name) for name in (INDEX, UNFINISHED)}
+    for there in found.values():
+        if not overwrite and there is not None and there != dict(question):
+            raise CrossguardError(
+                f"{folder} holds what was kept for another question ({differs(there, question)}); give another "
+                "folder, or overwrite this one"
+            )
+    return found[UNFINISHED] == dict(question)
+
+
+def _question(path: Path) -> dict[str, str] | None:
+    """What an index is the answer to; None where there is none, or one that cannot be read."""
+    try:
+        return dict(json.loads(path.read_bytes())["question"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def begin(folder: Path, question: Mapping[str, str], alone: bool = True) -> None:
     """Takes away what an earlier run kept, the index first: until `finish`, the folder is not to be read.
 
     Args:
@@ -138,12 +168,15 @@ def begin(folder: Path, alone: bool = True) -> None:
     stale: set[str] = set()
     with suppress(CrossguardError, TypeError):  # nothing is there, or its index is broken
         stale = {sample["file"] for sample in Kept(str(folder)).samples if alone}
+    if _question(folder / INDEX) not in (None, dict(question)):
+        stale.add(REPORT)  # of the images that go
     try:
         for name in (INDEX, *stale):
             if Path(name).name == name:
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise files.WriteError(f"{folder / INDEX} cannot be replaced: {files.reason(error)}") from error
+    files.write(folder / UNFINISHED, json.dumps({"question": dict(question)}) + "\n")
 
 
 def keep(folder: Path, form: str, indices: Sequence[int], images: Images) -> list[dict[str, Any]]:
@@ -180,6 +213,7 @@ def finish(
         {name: value for name, value in sample.items() if name not in ("embedding", "rounded")} for sample in samples
     ]
     files.write(folder / INDEX, json.dumps(content) + "\n")
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def rounded(image: Tensor) -> Image.Image:

@@ -19,12 +19,13 @@ from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant
 from crossguard.models.packing import PrefixPacking
 from crossguard.models.tokens import Tokens
 from crossguard.shapes import Embeddings, Images
+from crossguard.words import Reads
 
 _STRINGS = 256  # read at once: the states of many more fall out of the caches
 
 
 @dataclass(frozen=True)
-class HuggingFace(Checkpoint):
+class HuggingFace(Checkpoint, Reads):
     """A dual encoder in `transformers` format: a local folder, or a hub id such as 'openai/clip-vit-base-patch32'.
 
     Weights are read from safetensors only, in float32. A hub id is looked up in the local cache first;

@@ -87,6 +87,10 @@ class Task(ABC):
         """How many samples there are."""
 
     @abstractmethod
+    def id(self, index: int) -> str:
+        """A name of the sample at `index` that stays the same whatever else is asked about."""
+
+    @abstractmethod
     def batches(self, size: int, indices: Sequence[int]) -> Iterator[Batch]:
         """The samples at `indices`, in order."""
 

@@ -51,6 +51,9 @@ class ZeroShot(Task):
     def __len__(self) -> int:
         return len(self.data)
 
+    def id(self, index: int) -> str:
+        return self.data.id(index)
+
     def batches(self, size: int, indices: Sequence[int]) -> Iterator[Labelled]:
         return self.data.batches(size, indices)
 
