@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from crossguard.attacks.base import Attack
 from crossguard.attacks.once import Once
 from crossguard.budgets import Budget, PixelBudget
