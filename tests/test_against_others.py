@@ -37,8 +37,9 @@ from crossguard import (
     Words,
     Worst,
 )
+from crossguard.attacks.base import Made
 from crossguard.budgets import PixelBudget
-from crossguard.goals import ByWayOf, CrossEntropy, Loss
+from crossguard.goals import CrossEntropy, Loss, Towards
 from crossguard.seeds import by_position, normal, uniform
 from crossguard.testing import LinearVictim, check_attack
 
@@ -409,7 +410,7 @@ def test_every_goal_has_the_sign_that_leads_to_it(loss: Loss) -> None:
     order = logits.argsort(1, descending=True)
     labels, other = order[:, 0], order[:, 2]
 
-    def after(goal: Untargeted | Targeted | ByWayOf) -> Tensor:
+    def after(goal: Untargeted | Targeted | Towards) -> Tensor:
         gradient, _, _ = ImageVictim(victim).ascend(images, goal)
         return victim(images + 1e-4 * gradient.sign()).detach() - logits
 
@@ -420,7 +421,7 @@ def test_every_goal_has_the_sign_that_leads_to_it(loss: Loss) -> None:
     assert bool((of(away, labels) < of(away, order[:, 1])).all())
     towards = after(Targeted(other, loss))
     assert bool((of(towards, other) > of(towards, labels)).all())
-    by_way = after(ByWayOf(labels, other, loss))
+    by_way = after(Towards(labels, other, loss))
     assert bool((of(by_way, other) > of(by_way, labels)).all())
 
 
@@ -432,7 +433,7 @@ def test_dlr_works_with_few_classes(classes: int) -> None:
     logits = victim(images).detach()
     labels = logits.argmax(1)
     third = logits.argsort(1, descending=True)[:, 2]
-    for goal in (Untargeted(labels, DLR()), Targeted(third, DLR()), ByWayOf(labels, third, DLR())):
+    for goal in (Untargeted(labels, DLR()), Targeted(third, DLR()), Towards(labels, third, DLR())):
         gradient, losses, _ = ImageVictim(victim).ascend(images, goal)
         assert bool((gradient.flatten(1).norm(dim=1) > 1e-3).all()) and bool(losses.isfinite().all())
     pixels = images.clone().requires_grad_(True)
@@ -523,7 +524,7 @@ def test_the_contract_refuses_an_attack_that_knows_the_wrong_way() -> None:
     class Descent(ImageAttack):
         def search(self, victim, clean, goal, budget, seeds):
             gradient, _, _ = victim.ascend(clean, goal)
-            return budget.project(clean - budget.eps * budget.ascent(gradient), clean)
+            return Made(budget.project(clean - budget.eps * budget.ascent(gradient), clean))
 
     with pytest.raises(AssertionError, match="did not lower"):
         check_attack(Descent())

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 import crossguard
 from crossguard import L1, L2, PGD, AutoAttack, CrossguardError, Drift, Linf, Margin, Targeted, Untargeted, Worst
-from crossguard.attacks.base import ImageAttack, ImageVictim, PairVictim, Queries
+from crossguard.attacks.base import ImageAttack, ImageVictim, Made, PairVictim, Queries
 from crossguard.attacks.joint import Independent, Joint
 from crossguard.budgets import Both, PixelBudget, Words
-from crossguard.goals import ByWayOf, Endless, Goal, Mismatch, margin
+from crossguard.goals import Goal, Mismatch, Towards, margin
 from crossguard.seeds import by_position, derive, drawn, keys, normal, uniform
 from crossguard.testing import LinearVictim, check_attack
 from crossguard.words import is_word, names
@@ -80,14 +80,14 @@ def test_contract_of_the_settings_of_pgd(attack: PGD) -> None:
 class Lazy(ImageAttack):
     def search(self, victim, clean, goal, budget, seeds):
         victim(clean)
-        return clean
+        return Made(clean)
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy(ImageAttack):
     def search(self, victim, clean, goal, budget, seeds):
         gradient, _, _ = victim.ascend(clean, goal)
-        return (clean + 2 * budget.eps * budget.ascent(gradient)).clamp(0, 1)
+        return Made((clean + 2 * budget.eps * budget.ascent(gradient)).clamp(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Averaging(ImageAttack):
     def search(self, victim, clean, goal, budget, seeds):
         noise = torch.rand(clean.shape, generator=torch.Generator().manual_seed(len(clean)))
         gradient, _, _ = victim.ascend(clean, goal)
-        return budget.project(clean + budget.eps * (budget.ascent(gradient) + 0.1 * noise), clean)
+        return Made(budget.project(clean + budget.eps * (budget.ascent(gradient) + 0.1 * noise), clean))
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ WRONG = torch.tensor([0, 1, 0])
 RIGHT = torch.tensor([0, 1, 0, 1, 0])
 
 
-def uneven() -> ByWayOf:
+def uneven() -> Towards:
     """Labels for all and targets for some, past the checks of shapes that only tests have."""
-    goal = ByWayOf(RIGHT, 1 - RIGHT)
+    goal = Towards(RIGHT, 1 - RIGHT)
     object.__setattr__(goal, "targets", WRONG)
     return goal
 
@@ -134,12 +134,12 @@ def test_a_wrong_number_of_labels_is_one_sentence(attack: ImageAttack) -> None:
     "goal",
     [
         Targeted(WRONG),
-        ByWayOf(WRONG, WRONG),
+        Towards(WRONG, WRONG),
         uneven(),
         Drift(torch.ones(3, 2)),
         Mismatch.of(torch.eye(2)[RIGHT], RIGHT, torch.eye(2)).at(WRONG),
-        Endless(Untargeted(WRONG)),
-        Endless(Endless(Drift(torch.ones(3, 2)))),
+        Untargeted(WRONG).lasting(),
+        Drift(torch.ones(3, 2)).lasting().lasting(),
     ],
     ids=lambda goal: type(goal).__name__,
 )
@@ -148,7 +148,7 @@ def test_every_goal_says_how_many_samples_it_is_for(goal: Goal) -> None:
     with pytest.raises(CrossguardError, match=said):
         PGD()(LinearVictim(2), middle(5), goal, Linf(0.1))
     keep = torch.tensor([True, False, True, False, False])
-    assert set(Endless(Untargeted(RIGHT)).at(keep).counts()) == {2}
+    assert set(Untargeted(RIGHT).lasting().at(keep).counts()) == {2}
 
 
 def test_a_goal_for_another_number_of_texts_is_one_sentence() -> None:
@@ -234,12 +234,12 @@ def test_restarts_never_weaken_and_best_never_loses_to_last() -> None:
     labels = net(images).argmax(1).detach()
     goal, budget = Untargeted(labels), Linf(0.05)
 
-    def loss(attack: PGD) -> torch.Tensor:
-        return goal.loss(net(attack(net, images, goal, budget))).detach()
+    def merit(attack: PGD) -> torch.Tensor:
+        return goal.merit(net(attack(net, images, goal, budget))).detach()
 
     plain = PGD(steps=8, step=0.5, stop=False)
-    assert bool((loss(dataclasses.replace(plain, restarts=4)) >= loss(plain) - 1e-6).all())
-    assert bool((loss(plain) >= loss(dataclasses.replace(plain, best=False)) - 1e-6).all())
+    assert bool((merit(dataclasses.replace(plain, restarts=4)) >= merit(plain) - 1e-6).all())
+    assert bool((merit(plain) >= merit(dataclasses.replace(plain, best=False)) - 1e-6).all())
     fooled = net(PGD(steps=8, step=0.5)(net, images, goal, budget)).argmax(1) != labels
     assert bool(fooled[net(plain(net, images, goal, budget)).argmax(1) != labels].all()), "stopping early lost an image"
 
@@ -263,7 +263,7 @@ def test_an_endless_goal_never_stops() -> None:
     victim, images = LinearVictim(2), middle(8)
     labels = victim(images).argmax(1).detach()
     queries = Queries.none(8)
-    PGD(steps=7)(ImageVictim(victim, queries), images, Endless(Untargeted(labels)), Linf(0.2))
+    PGD(steps=7)(ImageVictim(victim, queries), images, Untargeted(labels).lasting(), Linf(0.2))
     assert bool((queries.gradients == 7).all())
 
 
@@ -397,7 +397,7 @@ def test_images_that_go_in_circles_leave_and_nothing_is_lost() -> None:
         return net(images.double())
 
     images, budget = middle(32), Linf(0.02)
-    goal = Endless(Untargeted(asked(images).argmax(1)))
+    goal = Untargeted(asked(images).argmax(1)).lasting()
     few, many = Queries.none(32), Queries.none(32)
     attack = PGD(steps=60)
     made = attack(ImageVictim(asked, few), images, goal, budget)
@@ -414,5 +414,5 @@ def test_a_random_model_is_not_taken_for_one_that_goes_in_circles() -> None:
         return victim(images) + 1e-9 * normal(drawn(len(images)), (3,))
 
     queries = Queries.none(8)
-    PGD(steps=30)(ImageVictim(noisy, queries), images, Endless(Untargeted(labels)), Linf(0.01))
+    PGD(steps=30)(ImageVictim(noisy, queries), images, Untargeted(labels).lasting(), Linf(0.01))
     assert bool((queries.gradients == 30).all())

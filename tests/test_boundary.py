@@ -12,7 +12,6 @@ from crossguard import (
     FAB,
     L1,
     L2,
-    ByWayOf,
     CarliniWagner,
     CrossguardError,
     DeepFool,
@@ -20,11 +19,12 @@ from crossguard import (
     Linf,
     PixelBudget,
     Targeted,
+    Towards,
     Untargeted,
 )
 from crossguard.attacks.base import Queries
 from crossguard.attacks.boundary import BoundaryAttack
-from crossguard.goals import Endless, margin
+from crossguard.goals import margin
 from crossguard.seeds import by_position, normal, uniform
 from crossguard.testing import LinearVictim, check_attack
 
@@ -169,7 +169,7 @@ def test_a_class_of_ones_own_choice(attack: BoundaryAttack) -> None:
     assert torch.equal(victim(near).argmax(1), targets)
     towards = distances_to(victim, images, labels, 2).gather(1, targets[:, None])[:, 0]
     assert bool((found > 0.999 * towards).all()), "the target is at least as far as the boundary of the two"
-    by_way, short = attack.nearest(victim, images, ByWayOf(labels, targets), budget)
+    by_way, short = attack.nearest(victim, images, Towards(labels, targets), budget)
     assert bool((victim(by_way).argmax(1) != labels).all())
     assert bool((short < 1.25 * towards).all()) and bool((short < found + 1e-4).all())
 
@@ -389,7 +389,7 @@ def test_without_an_end_nobody_leaves_and_nobody_stays_at_the_boundary() -> None
     labels = victim(images).argmax(1).detach()
     for attack, gradients in ((FAB(steps=6), 1 + 2 * 6), (DeepFool(), None), (QUICK, None)):
         queries = Queries.none(12)
-        made = attack(ImageVictim(victim, queries), images, Endless(Untargeted(labels)), budget)
+        made = attack(ImageVictim(victim, queries), images, Untargeted(labels).lasting(), budget)
         ends = attack(victim, images, Untargeted(labels), budget)
         assert bool((budget.check(made, images) > 0.999 * budget.eps).all())
         won = victim(ends).argmax(1) != labels
@@ -400,7 +400,7 @@ def test_without_an_end_nobody_leaves_and_nobody_stays_at_the_boundary() -> None
             assert bool((queries.gradients == gradients).all())
         # what is beaten here may stand elsewhere
         wrong = (labels + 1) % 3
-        beyond = attack(victim, images, Endless(Untargeted(wrong)), budget)
+        beyond = attack(victim, images, Untargeted(wrong).lasting(), budget)
         assert bool((margin(victim(beyond), wrong) < margin(victim(images), wrong)).all())
 
 

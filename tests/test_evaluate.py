@@ -28,7 +28,7 @@ from crossguard import (
     build,
     evaluate,
 )
-from crossguard.attacks.base import ImageAttack, TextAttack
+from crossguard.attacks.base import ImageAttack, Made, TextAttack
 from crossguard.attacks.candidates import CandidateSource
 from crossguard.attacks.joint import Independent
 from crossguard.data import Prompts
@@ -77,7 +77,7 @@ class Still(ImageAttack):
     """Does nothing."""
 
     def search(self, victim, clean, goal, budget, seeds):
-        return clean
+        return Made(clean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Cheat(ImageAttack):
     """Ignores its budget."""
 
     def search(self, victim, clean, goal, budget, seeds):
-        return 1.0 - clean
+        return Made(1.0 - clean)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -317,20 +317,21 @@ def test_joint_and_alternating_are_never_weaker_than_what_they_begin_with(text: 
 
 
 def test_alternating_returns_the_pair_that_it_measured(text: Substitute) -> None:
-    """Image and captions must come from one round: the loss of the answer is the largest of all that were offered."""
+    """Image and captions must come from one round: the answer is as strong as the strongest pair that was offered."""
     victim, images, texts, seeds = match(EVERY)
     offered: list[Tensor] = []
     real = joint_module.Found.offer
 
-    def noting(self, rows: Tensor, images: Tensor, losses: Tensor, won: Tensor) -> Tensor:
-        offered.append(torch.full((5,), -torch.inf).scatter(0, rows, losses))
-        return real(self, rows, images, losses, won)
+    def noting(self, rows: Tensor, images: Tensor, won: Tensor, merit: Tensor) -> Tensor:
+        offered.append(torch.full((5,), -torch.inf).scatter(0, rows, merit + 1000.0 * won))
+        return real(self, rows, images, won, merit)
 
     attack = PGD(steps=3, best=False, stop=False)  # which offers nothing of its own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(joint_module.Found, "offer", noting)
         made = Alternating(attack, text).match(victim, images, texts, BUDGET, seeds)
-    assert torch.allclose(strength(victim, made), torch.stack(offered).amax(0), atol=1e-5)
+    goal, outputs = victim.against_images(bag(made[1])), encode(made[0])
+    assert torch.allclose(goal.merit(outputs) + 1000.0 * goal.won(outputs), torch.stack(offered).amax(0), atol=1e-4)
 
 
 def test_who_has_lost_the_first_place_is_attacked_on() -> None:

@@ -28,7 +28,7 @@ from crossguard import (
     GaussianNoise,
     Linf,
     Margin,
-    OwnAnswer,
+    PredictedLabel,
     Restarts,
     RobustCLIP,
     Scenes,
@@ -41,11 +41,11 @@ from crossguard import (
     ZeroShot,
     evaluate,
 )
-from crossguard.attacks.base import ImageAttack, ImageVictim, Queries
+from crossguard.attacks.base import ImageAttack, ImageVictim, Made, Queries
 from crossguard.attacks.meta import likeliest
 from crossguard.data import Prompts, spread
 from crossguard.diagnose import _Case
-from crossguard.goals import ByWayOf, Endless
+from crossguard.goals import Towards
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Wrapper
 from crossguard.report import Outcomes, Report
@@ -88,8 +88,8 @@ def test_the_worst_of_attacks_is_the_pointwise_worst_and_asks_only_those_who_sta
     goal, parts = Untargeted(labels), (PGD(steps=1, step=0.8, random_start=False), PGD(steps=20))
     LOG.clear()
     together = Worst((Logging(parts[0]), Logging(parts[1])))(victim, images, goal, budget)
-    alone = [goal.reached(victim(part(victim, images, goal, budget))) for part in parts]
-    assert torch.equal(goal.reached(victim(together)), alone[0] | alone[1])
+    alone = [goal.won(victim(part(victim, images, goal, budget))) for part in parts]
+    assert torch.equal(goal.won(victim(together)), alone[0] | alone[1])
     assert [count for count, _, _ in LOG] == [64, int((~alone[0]).sum())]
     assert 0 < int(alone[0].sum()) < 64
 
@@ -98,14 +98,14 @@ def test_restarts_have_other_noise_and_the_first_has_its_own() -> None:
     victim, images = LinearVictim(3), middle(8)
     goal = Untargeted(victim(images).argmax(1).detach())
     LOG.clear()
-    Restarts(Logging(PGD(steps=1)), 3)(victim, images, Endless(goal), Linf(0.001), by_position(8))
+    Restarts(Logging(PGD(steps=1)), 3)(victim, images, goal.lasting(), Linf(0.001), by_position(8))
     assert len(LOG) == 3 and torch.equal(LOG[0][2], by_position(8))
     assert not torch.equal(LOG[1][2], LOG[2][2])
 
 
 def test_without_an_end_every_attack_runs_on_all_and_the_highest_loss_counts() -> None:
     victim, images, budget = LinearVictim(3), middle(16), Linf(0.02)
-    goal = Endless(Untargeted(victim(images).argmax(1).detach()))
+    goal = Untargeted(victim(images).argmax(1).detach()).lasting()
     made = Worst((PGD(steps=20), WEAK))(victim, images, goal, budget)
     best = PGD(steps=20)(victim, images, goal, budget)
     assert torch.equal(made, best)
@@ -123,7 +123,7 @@ def test_each_target_goes_through_the_likeliest_classes() -> None:
     LOG.clear()
     EachTarget(Logging(PGD(steps=2)), 9)(victim, images, Untargeted(labels), Linf(1e-4))
     ways = [goal for _, goal, _ in LOG]
-    assert len(ways) == 3 and all(isinstance(way, ByWayOf) for way in ways)
+    assert len(ways) == 3 and all(isinstance(way, Towards) for way in ways)
     assert torch.stack([way.targets for way in ways], 1).sort(1).values.shape == (8, 3)
     with pytest.raises(CrossguardError, match="untargeted goal"):
         EachTarget()(victim, images, Targeted(labels), BUDGET)
@@ -208,7 +208,7 @@ def test_eot_averages_gradients_over_the_models_noise_and_counts_each() -> None:
     class Once(ImageAttack):
         def search(self, victim, clean, goal, budget, seeds):
             LOG.append(victim.ascend(clean, goal)[0])
-            return clean
+            return Made(clean)
 
     EOT(Once(), 6)(victim, images, Untargeted(labels), BUDGET)
     assert queries.gradients.tolist() == [6] * 4
@@ -316,7 +316,7 @@ def test_classes_of_one_name_have_one_column_in_any_batch() -> None:
 
 
 def test_attacks_that_cannot_be_nested_say_so() -> None:
-    for attack in (Worst((AtGate(),)), EOT(AtGate()), OwnAnswer(AtGate())):
+    for attack in (Worst((AtGate(),)), EOT(AtGate()), PredictedLabel(AtGate())):
         with pytest.raises(CrossguardError, match="outermost"):
             evaluate(TASK, Gate(Tiny()), attack, BUDGET, limit=4)
     with pytest.raises(CrossguardError, match="averages twice"):
@@ -386,9 +386,9 @@ def test_own_answer_attacks_what_the_model_said_and_not_the_truth() -> None:
     victim, images = LinearVictim(4), middle(10)
     said = victim(images).argmax(1).detach()
     wrong = (said + 1) % 4
-    own = OwnAnswer(PGD(steps=5))(victim, images, Untargeted(wrong), Linf(0.05))
+    own = PredictedLabel(PGD(steps=5))(victim, images, Untargeted(wrong), Linf(0.05))
     assert torch.equal(own, PGD(steps=5)(victim, images, Untargeted(said), Linf(0.05)))
-    assert not torch.equal(own, PGD(steps=5)(victim, images, Endless(Untargeted(wrong)), Linf(0.05)))
+    assert not torch.equal(own, PGD(steps=5)(victim, images, Untargeted(wrong).lasting(), Linf(0.05)))
 
 
 def test_an_attack_in_bfloat16_is_judged_in_float32_and_its_survivors_are_tried_again() -> None:
@@ -478,7 +478,7 @@ def test_robust_above_clean_is_said_and_doubts_stand_in_the_report(monkeypatch) 
         replace(good, clean=(np.asarray(good.label) + 1) % 100, adversarial=good.label),
     )
     (first, *_) = diagnose._of_the_report(leaking)
-    assert "robust above clean: 12 of 12" in first and "OwnAnswer" in first
+    assert "robust above clean: 12 of 12" in first and "PredictedLabel" in first
 
 
 # Pooling

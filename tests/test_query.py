@@ -14,7 +14,7 @@ import crossguard
 from crossguard import DLR, L2, CrossEntropy, CrossguardError, Drift, Linf, Margin, RayS, Square, Targeted, Untargeted
 from crossguard.attacks.base import ImageAttack, ImageVictim, Queries
 from crossguard.attacks.query import _bump
-from crossguard.goals import Endless, margin
+from crossguard.goals import margin
 from crossguard.seeds import by_position, drawn, normal, uniform
 from crossguard.testing import LinearVictim, check_attack
 
@@ -91,7 +91,7 @@ def test_who_leaves_does_not_disturb_who_stays(attack: ImageAttack, budget: Linf
         (lambda: Square(p=1.5), "no share"),
         (lambda: RayS()(Listener(), middle(1), Untargeted(torch.tensor([0])), L2(0.5)), "Linf"),
         (lambda: RayS()(Listener(), middle(1), Drift(torch.ones(1, 2)), Linf(0.1)), "never says so"),
-        (lambda: RayS()(Listener(), middle(1), Endless(Drift(torch.ones(1, 2))), Linf(0.1)), "never says so"),
+        (lambda: RayS()(Listener(), middle(1), Drift(torch.ones(1, 2)).lasting(), Linf(0.1)), "never says so"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> None:
@@ -136,7 +136,7 @@ def test_square_goes_on_where_the_goal_is_endless(budget: Linf | L2) -> None:
     labels = victim(images).argmax(1).detach()
     attack = Square(queries=200)
     ended, few = asked(attack, victim, images, Untargeted(labels), Linf(0.2))
-    made, all_of_them = asked(attack, victim, images, Endless(Untargeted(labels)), Linf(0.2))
+    made, all_of_them = asked(attack, victim, images, Untargeted(labels).lasting(), Linf(0.2))
     assert bool((few < 200).all()) and bool((all_of_them == 200).all())
     assert bool((margin(victim(made), labels) < margin(victim(ended), labels) - 1.0).all())
 
@@ -152,7 +152,7 @@ def test_square_reaches_a_target_and_drifts(budget: Linf | L2) -> None:
         return images.flatten(1)[:, :16] - 0.5
 
     goal = Drift(embed(images))
-    for drifting in (goal, Endless(goal)):
+    for drifting in (goal, goal.lasting()):
         made, questions = asked(Square(queries=200, rescale=True), embed, images, drifting, budget)
         started, _ = asked(Square(queries=1), embed, images, drifting, budget)
         assert bool((questions == 200).all())
@@ -406,7 +406,7 @@ def test_rays_sees_nothing_but_the_answer() -> None:
     victim, images = LinearVictim(4), middle(12)
     labels = victim(images).argmax(1).detach()
     listener = Listener(lambda images: F.one_hot(victim(images).argmax(1), 4).float())
-    for goal in (Untargeted(labels), Targeted((labels + 1) % 4), Endless(Untargeted(labels))):
+    for goal in (Untargeted(labels), Targeted((labels + 1) % 4), Untargeted(labels).lasting()):
         assert torch.equal(
             RayS(queries=300)(listener, images, goal, Linf(0.03)), RayS(queries=300)(victim, images, goal, Linf(0.03))
         )
@@ -430,7 +430,7 @@ def test_rays_goes_the_whole_budget_where_the_goal_is_endless() -> None:
     labels = victim(images).argmax(1).detach()
     goal = Untargeted(labels)
     ended, few = asked(RayS(queries=300), victim, images, goal, budget)
-    made, many = asked(RayS(queries=300), victim, images, Endless(goal), budget)
+    made, many = asked(RayS(queries=300), victim, images, goal.lasting(), budget)
     beaten = victim(ended).argmax(1) != labels
     assert int(beaten.sum()) > 4
     assert bool((many[beaten] > few[beaten]).all())

@@ -42,8 +42,8 @@ from crossguard import (
     Linf,
     Margin,
     MaskedLM,
-    OwnAnswer,
     Parquet,
+    PredictedLabel,
     Restarts,
     Retrieval,
     RobustCLIP,
@@ -65,7 +65,7 @@ from crossguard.attacks.base import Attack, ImageVictim, MatchVictim
 from crossguard.attacks.candidates import doubts
 from crossguard.errors import CrossguardError
 from crossguard.gallery import Away, Gallery, image_ranks, text_ranks
-from crossguard.goals import Drift, Endless, Mismatch
+from crossguard.goals import Drift, Mismatch
 from crossguard.models.base import cosine
 from crossguard.models.wrapper import BitDepth
 from crossguard.report import _RANKED, DIRECTIONS, RANKS, Ranks, Report, interval
@@ -375,13 +375,13 @@ def test_lost_images_against_loops(world) -> None:
         expected = [lost_by_hand(held, row, outputs[i], captions[owners == i]) for i, row in enumerate(rows.tolist())]
         assert goal.loss(outputs).tolist() == pytest.approx([loss for loss, _, _ in expected], rel=1e-4)
         assert goal.image_lost(outputs).tolist() == [lost for _, lost, _ in expected]
-        assert goal.reached(outputs).tolist() == [every for _, _, every in expected]
+        assert goal.won(outputs).tolist() == [every for _, _, every in expected]
         won += sum(every for _, _, every in expected)
         keep = torch.tensor([2, 0])
         assert goal.at(keep).counts() == (2, 2)
         assert goal.at(keep).loss(outputs[keep]).tolist() == pytest.approx(goal.loss(outputs)[keep].tolist(), rel=1e-4)
         mask = torch.tensor([False, True, True])
-        assert torch.equal(goal.at(mask).reached(outputs[mask]), goal.reached(outputs)[mask])
+        assert torch.equal(goal.at(mask).won(outputs[mask]), goal.won(outputs)[mask])
     assert 0 < won < 60, "the oracle needs both kinds"
 
 
@@ -400,7 +400,7 @@ def test_lost_texts_against_loops(world) -> None:
             losses.append(np.log(np.exp([*others, logit]).sum()) - logit)
             reached.append(max(others) >= logit)
         assert goal.loss(outputs).tolist() == pytest.approx(losses, rel=1e-4)
-        assert goal.reached(outputs).tolist() == reached
+        assert goal.won(outputs).tolist() == reached
         keep = torch.tensor([1, 3, 1])
         assert goal.at(keep).counts() == (3, 3)
         assert goal.at(keep).loss(outputs[keep]).tolist() == pytest.approx(goal.loss(outputs)[keep].tolist(), rel=1e-4)
@@ -442,7 +442,7 @@ def test_away_against_loops(divergence: bool) -> None:
                 expected[n] += weights[n, k] * apart
     goal = Away(targets, weights, divergence)
     assert torch.allclose(goal.loss(outputs), expected, atol=1e-6)
-    assert not bool(goal.reached(outputs).any())
+    assert not bool(goal.won(outputs).any())
     keep = torch.tensor([2, 0])
     assert torch.allclose(goal.at(keep).loss(outputs[keep]), expected[keep], atol=1e-6)
     assert goal.counts() == (3, 3) and goal.at(torch.tensor([True, False, False])).counts() == (1, 1)
@@ -469,8 +469,10 @@ def test_what_a_match_climbs(world) -> None:
     outputs = draw(3, 7, seed=9)
     goal = victim.against_images(victim.clean_texts)
     expected = held.lost_images(rows, held.texts[places], victim.owners)
-    assert isinstance(goal, Endless) and torch.equal(goal.loss(outputs), expected.loss(outputs))
-    assert not goal.reached(outputs).any()
+    assert not goal.ends and torch.equal(goal.loss(outputs), expected.loss(outputs))
+    assert torch.equal(goal.won(outputs), expected.won(outputs)) and torch.equal(
+        goal.merit(outputs), goal.loss(outputs)
+    )
     texts = draw(5, 7, seed=10)
     mine = victim.against_texts(outputs).loss(texts)
     assert torch.allclose(mine, held.lost_texts(torch.tensor([0, 0, 3, 3, 1]), outputs[[2, 2, 0, 0, 1]]).loss(texts))
@@ -676,7 +678,7 @@ NEED_CLASSES = [
     DeepFool(),
     CarliniWagner(),
     EachTarget(PGD(steps=2)),
-    OwnAnswer(),
+    PredictedLabel(),
     AutoAttack(),
     AutoAttack("rand"),
     RobustCLIP(),

@@ -652,13 +652,13 @@ def test_mismatch_counts_the_images_a_text_loses() -> None:
     goal = Mismatch.of(images, owners, texts)
     assert goal.bars.tolist() == pytest.approx([0.0, 0.6, 0.0, 0.6, 0.0])
     clean = goal.loss(texts)
-    assert not bool(goal.reached(texts).any())
+    assert not bool(goal.won(texts).any())
     assert clean[0] == pytest.approx(((0 - 1) + (0.6 - 0.8) + (0 - 1)) / 3 / 13, abs=1e-6)
     assert clean[2] == 0.0  # it has no image to lose
     moved = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     loss = goal.loss(moved)
     assert loss[0] == pytest.approx(0.0 / 3 + ((0 - 0) + (0.6 - 0.6) + 0) / 3 / 13, abs=1e-6)
-    assert goal.reached(torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0]])).tolist() == [True, True, False]
+    assert goal.won(torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0]])).tolist() == [True, True, False]
     away = goal.loss(torch.tensor([[-1.0, 0.5], [1.0, -1.0], [1.0, 1.0]]))
     assert away[0] > 1.0 and away[1] > 1.0 and away[2] == 0.0
     # any number of strings for the same text, in any order

@@ -27,7 +27,7 @@ from .attacks.meta import BF16 as BF16
 from .attacks.meta import EOT as EOT
 from .attacks.meta import AtGate as AtGate
 from .attacks.meta import EachTarget as EachTarget
-from .attacks.meta import OwnAnswer as OwnAnswer
+from .attacks.meta import PredictedLabel as PredictedLabel
 from .attacks.meta import Restarts as Restarts
 from .attacks.meta import Worst as Worst
 from .attacks.query import RayS as RayS
@@ -99,7 +99,6 @@ from .experiment import Experiment as Experiment
 from .gallery import Away as Away
 from .gallery import Gallery as Gallery
 from .goals import DLR as DLR
-from .goals import ByWayOf as ByWayOf
 from .goals import CrossEntropy as CrossEntropy
 from .goals import Drift as Drift
 from .goals import Goal as Goal
@@ -107,6 +106,7 @@ from .goals import Loss as Loss
 from .goals import Margin as Margin
 from .goals import Mismatch as Mismatch
 from .goals import Targeted as Targeted
+from .goals import Towards as Towards
 from .goals import Untargeted as Untargeted
 from .models.base import Checkpoint as Checkpoint
 from .models.base import DualEncoder as DualEncoder

@@ -134,3 +134,13 @@ def _found(name: str) -> torch.device:
 def _gpus() -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return "".join(f", 'cuda:{number}'" for number in range(count))
+
+
+def check_gradients() -> None:
+    """Refuses to go on under `torch.inference_mode()`, where no gradient can be taken, and where a network that is
+    loaded could never be attacked later on."""
+    if torch.is_inference_mode_enabled():
+        raise CrossguardError(
+            "attacks and training take gradients, which torch.inference_mode() forbids; leave it out, or use "
+            "torch.no_grad()"
+        )

@@ -72,7 +72,7 @@ def _of_the_report(report: Report) -> Iterator[str]:
         yield (
             f"robust above clean: {report.adversarial.successes} of {report.n} answers are right under attack and "
             f"{report.clean.successes} without; the defense may read the label off the perturbation: attack with "
-            "OwnAnswer(...), which doesn't know the label"
+            "PredictedLabel(...), which doesn't know the label"
         )
 
 
@@ -163,6 +163,7 @@ def _zero_gradients(case: _Case) -> str | None:
         answer, goal = trial.climb(batch)
         victim = ImageVictim(answer).drawing_from(keys(batch.ids, case.seed))
         gradient, _, _ = victim.ascend(batch.images.to(case.model.device), goal)
+        victim.check()
         count += int((~gradient.flatten(1).any(1)).sum())
     if not count:
         return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crossguard.attacks.base import Attack
-from crossguard.attacks.once import Once
+from crossguard.attacks.crafted import Crafted
 from crossguard.budgets import Budget, PixelBudget
 from crossguard.data import spread
 from crossguard.datasets.kept import FORMATS, Kept, begin, check_folder, finish
@@ -163,7 +163,7 @@ def evaluate(
     mine = group.share([index for index, name in zip(indices, ids, strict=True) if name not in record.rows])
     carried = attack
     if attack is not None and surrogate is not None and crafts is not None:
-        carried = Once(attack, Path(crafts) / craft_key(asked))
+        carried = Crafted(attack, Path(crafts) / craft_key(asked))
     trial = task.prepare(model, carried, budget, None if attack is None else surrogate, indices, seed)
     if progress is not None and record.rows:
         progress(len(record.rows), len(indices))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard.goals import Goal
+from crossguard.goals import Goal, log_odds, nobody
 from crossguard.shapes import Embeddings, Labels, Logits, Mask, Owners, PerImage, TextEmbeddings
 
 Similarity = Callable[[Embeddings, TextEmbeddings], Logits]  # of every image with every text; a model's `logits`
@@ -35,6 +36,7 @@ class Away(Goal):
     targets: Tensor
     weights: Tensor
     divergence: bool = False
+    wins: ClassVar[bool] = False
 
     def loss(self, outputs: Tensor) -> PerImage:
         targets = F.normalize(self.targets.float(), dim=2)
@@ -46,8 +48,8 @@ class Away(Goal):
             apart = 1.0 - views @ targets.transpose(1, 2)
         return (apart * self.weights[:, None, :]).sum((1, 2))
 
-    def reached(self, outputs: Tensor) -> Mask:
-        return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
+    def won(self, outputs: Tensor) -> Mask:
+        return nobody(outputs)
 
     def at(self, keep: Tensor) -> Away:
         keep = keep.to(self.targets.device)
@@ -110,11 +112,11 @@ class LostImages(Goal):
 
     def loss(self, outputs: Tensor) -> PerImage:
         others, own = self._logits(outputs)
-        by_image = F.softplus(others.logsumexp(1) - own.masked_fill(~self.there, -torch.inf).logsumexp(1))
+        by_image = F.softplus(log_odds(others, own.masked_fill(~self.there, -torch.inf).logsumexp(1)))
         by_text = F.softplus(self.rest - own).masked_fill(~self.there, 0.0).sum(1)
         return by_image + by_text / self.there.sum(1).clamp_min(1)
 
-    def reached(self, outputs: Tensor) -> Mask:
+    def won(self, outputs: Tensor) -> Mask:
         others, own = self._logits(outputs)
         return self._behind(others, own) & ((self.bars >= own) | ~self.there).all(1)
 
@@ -160,9 +162,9 @@ class LostTexts(Goal):
 
     def loss(self, outputs: Tensor) -> PerImage:
         others, own = self._logits(outputs)
-        return F.softplus(others.logsumexp(1) - own)
+        return F.softplus(log_odds(others, own))
 
-    def reached(self, outputs: Tensor) -> Mask:
+    def won(self, outputs: Tensor) -> Mask:
         others, own = self._logits(outputs)
         return others.amax(1) >= own
 

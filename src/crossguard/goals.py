@@ -1,9 +1,10 @@
-"""What the adversary wants: a loss to climb and the moment it has won. Goals know outputs, never models or pixels."""
+"""What the adversary wants: a loss to climb, and whether it has won. Goals know outputs, never models or pixels."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,10 @@ from torch import Tensor
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage, TextEmbeddings
 
-_NOBODY = -(2**31)  # torch would pass over the label -100 in silence: a loss of zero, and an attack that does nothing
-
 
 class Loss(ABC):
-    """A per-image quantity of logits that an adversary climbs. Never averaged: a mean over a large batch underflows
-    in half precision and turns into a weak attack."""
+    """A per-image quantity of logits that an adversary climbs. It is never averaged: a mean over a large batch
+    underflows in half precision, and then the attack is weak. It is computed in float32 whatever the logits are in."""
 
     @abstractmethod
     def away(self, logits: Logits, labels: Labels) -> PerImage:
@@ -28,20 +27,27 @@ class Loss(ABC):
         """Large when the answer is near `targets`."""
 
     def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
-        """Large when the answer is nearer to `targets` than to `labels`: away from one class by way of another."""
+        """Large when the answer is nearer to `targets` than to `labels`: away from one class towards another."""
         del labels
         return self.towards(logits, targets)
 
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """Cross-entropy of the logits, with the model's own logit scale inside (Madry et al. 2018)."""
+    """Cross-entropy of the logits, with the model's own logit scale inside (Madry et al. 2018), climbed as log-odds.
+
+    The value is the log-sum-exp of the other logits minus the logit of the label, x, where the cross-entropy is
+    log(1 + exp(x)). One rises with the other and their gradients have the same direction, so steps along the sign or
+    the unit vector of the gradient are the same. But in float32 the cross-entropy of a confident answer loses half its
+    gradient when the label leads by 17 logits, and all of it at 104; log-odds never saturate.
+    """
 
     def away(self, logits: Logits, labels: Labels) -> PerImage:
-        return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=_NOBODY)
+        logits = logits.float()
+        return log_odds(_others(logits, labels), _at(logits, labels))
 
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
-        return -F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=_NOBODY)
+        return -self.away(logits, targets)
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,13 @@ class Margin(Loss):
     means beaten."""
 
     def away(self, logits: Logits, labels: Labels) -> PerImage:
-        return -_lead(logits, labels)
+        return -_lead(logits.float(), labels)
 
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
-        return _lead(logits, targets)
+        return _lead(logits.float(), targets)
 
     def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
+        logits = logits.float()
         return _at(logits, targets) - _at(logits, labels)
 
 
@@ -70,12 +77,15 @@ class DLR(Loss):
     """
 
     def away(self, logits: Logits, labels: Labels) -> PerImage:
+        logits = logits.float()
         return -_lead(logits, labels) / _spread(logits, labels, 2, 3)
 
     def towards(self, logits: Logits, targets: Labels) -> PerImage:
+        logits = logits.float()
         return _lead(logits, targets) / self._spread_with_target(logits, targets)
 
     def between(self, logits: Logits, labels: Labels, targets: Labels) -> PerImage:
+        logits = logits.float()
         return (_at(logits, targets) - _at(logits, labels)) / self._spread_with_target(logits, labels)
 
     def _spread_with_target(self, logits: Logits, labels: Labels) -> PerImage | float:
@@ -92,16 +102,42 @@ def _spread(logits: Logits, labels: Labels, first: int, last: int) -> PerImage |
     return best[:, 0] - best[:, first:].mean(1) + 1e-12
 
 
+@dataclass(frozen=True)
 class Goal(ABC):
-    """A loss to climb, per image, and a test of having won."""
+    """What is climbed, per image, and whether the adversary has won, which is the truth whoever judges in the end.
+
+    Of two images the one that has won is the stronger; of two that are equal in this, the one of more `merit`.
+
+    Attributes:
+        ends: whether an image may leave the batch as soon as it has won. Only where the victim of the search is also
+            the judge: another judge may still be right about an image that has just crossed the boundary, so there the
+            search goes on and gains merit. `lasting` gives such a goal.
+        wins: False for goals that are only about more or less, and are never won.
+        classes: whether outputs are logits of classes, so that another loss of them can be climbed.
+    """
+
+    ends: bool = field(default=True, kw_only=True)
+    wins: ClassVar[bool] = True
+    classes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.is_inference():  # which no gradient may keep
+                object.__setattr__(self, name, value.clone())
 
     @abstractmethod
     def loss(self, outputs: Tensor) -> PerImage:
         """The adversary climbs this; one value per sample."""
 
     @abstractmethod
-    def reached(self, outputs: Tensor) -> Mask:
-        """Where the adversary has won; nowhere, for a goal without an end."""
+    def won(self, outputs: Tensor) -> Mask:
+        """Where the adversary has won; nowhere, for a goal that is only about more or less."""
+
+    def merit(self, outputs: Tensor) -> PerImage:
+        """What makes one image stronger than another when both have won or neither has. For classifications it is the
+        margin by which the answer is wrong, whatever loss is climbed, so that the results of several attacks can be
+        compared; otherwise the loss."""
+        return self.loss(outputs)
 
     @abstractmethod
     def at(self, keep: Tensor) -> Goal:
@@ -115,6 +151,15 @@ class Goal(ABC):
         """The same goal, climbing another loss on the way."""
         raise CrossguardError(f"{type(self).__name__} has a loss of its own and cannot climb {loss}")
 
+    def lasting(self) -> Goal:
+        """The same goal for a search that somebody else judges: who has won does not leave."""
+        return replace(self, ends=False)
+
+
+def nobody(outputs: Tensor) -> Mask:
+    """The answer of goals that are never won."""
+    return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
+
 
 @dataclass(frozen=True)
 class Untargeted(Goal):
@@ -122,14 +167,19 @@ class Untargeted(Goal):
 
     labels: Labels
     criterion: Loss = field(default_factory=CrossEntropy)
+    classes: ClassVar[bool] = True
 
     def loss(self, outputs: Tensor) -> PerImage:
         _check_classes(outputs, self.labels)
         return self.criterion.away(outputs, self.labels)
 
-    def reached(self, outputs: Tensor) -> Mask:
+    def won(self, outputs: Tensor) -> Mask:
         _check_classes(outputs, self.labels)
         return outputs.argmax(1) != self.labels
+
+    def merit(self, outputs: Tensor) -> PerImage:
+        _check_classes(outputs, self.labels)
+        return Margin().away(outputs, self.labels)
 
     def at(self, keep: Tensor) -> Untargeted:
         return replace(self, labels=self.labels[keep])
@@ -147,14 +197,19 @@ class Targeted(Goal):
 
     targets: Labels
     criterion: Loss = field(default_factory=CrossEntropy)
+    classes: ClassVar[bool] = True
 
     def loss(self, outputs: Tensor) -> PerImage:
         _check_classes(outputs, self.targets)
         return self.criterion.towards(outputs, self.targets)
 
-    def reached(self, outputs: Tensor) -> Mask:
+    def won(self, outputs: Tensor) -> Mask:
         _check_classes(outputs, self.targets)
         return outputs.argmax(1) == self.targets
+
+    def merit(self, outputs: Tensor) -> PerImage:
+        _check_classes(outputs, self.targets)
+        return Margin().towards(outputs, self.targets)
 
     def at(self, keep: Tensor) -> Targeted:
         return replace(self, targets=self.targets[keep])
@@ -167,28 +222,34 @@ class Targeted(Goal):
 
 
 @dataclass(frozen=True)
-class ByWayOf(Goal):
-    """Any answer but the label, climbing towards one other class: how targeted attacks serve an untargeted goal."""
+class Towards(Goal):
+    """Any answer but the label, climbing towards one other class: how targeted attacks serve an untargeted goal. Won
+    and of merit is what is so for `Untargeted`."""
 
     labels: Labels
     targets: Labels
     criterion: Loss = field(default_factory=CrossEntropy)
+    classes: ClassVar[bool] = True
 
     def loss(self, outputs: Tensor) -> PerImage:
         _check_classes(outputs, self.labels, self.targets)
         return self.criterion.between(outputs, self.labels, self.targets)
 
-    def reached(self, outputs: Tensor) -> Mask:
+    def won(self, outputs: Tensor) -> Mask:
         _check_classes(outputs, self.labels)
         return outputs.argmax(1) != self.labels
 
-    def at(self, keep: Tensor) -> ByWayOf:
+    def merit(self, outputs: Tensor) -> PerImage:
+        _check_classes(outputs, self.labels)
+        return Margin().away(outputs, self.labels)
+
+    def at(self, keep: Tensor) -> Towards:
         return replace(self, labels=self.labels[keep], targets=self.targets[keep])
 
     def counts(self) -> tuple[int, ...]:
         return len(self.labels), len(self.targets)
 
-    def climbing(self, loss: Loss) -> ByWayOf:
+    def climbing(self, loss: Loss) -> Towards:
         return replace(self, criterion=loss)
 
 
@@ -201,12 +262,13 @@ class Drift(Goal):
     """
 
     clean: Embeddings
+    wins: ClassVar[bool] = False
 
     def loss(self, outputs: Tensor) -> PerImage:
         return 1.0 - F.cosine_similarity(outputs.float(), self.clean.float(), dim=1)
 
-    def reached(self, outputs: Tensor) -> Mask:
-        return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
+    def won(self, outputs: Tensor) -> Mask:
+        return nobody(outputs)
 
     def at(self, keep: Tensor) -> Drift:
         return replace(self, clean=self.clean[keep])
@@ -255,7 +317,7 @@ class Mismatch(Goal):
     def loss(self, outputs: Tensor) -> PerImage:
         return self._measured(outputs)[0]
 
-    def reached(self, outputs: Tensor) -> Mask:
+    def won(self, outputs: Tensor) -> Mask:
         return self._measured(outputs)[1]
 
     def at(self, keep: Tensor) -> Mismatch:
@@ -280,35 +342,9 @@ class Mismatch(Goal):
         return losses, won
 
 
-@dataclass(frozen=True)
-class Endless(Goal):
-    """The same goal without an end. Whoever crafts on one victim to be judged by another must not stop at the first
-    one's
-    boundary: that would be a weak attack by accident."""
-
-    goal: Goal
-
-    def loss(self, outputs: Tensor) -> PerImage:
-        return self.goal.loss(outputs)
-
-    def reached(self, outputs: Tensor) -> Mask:
-        return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
-
-    def at(self, keep: Tensor) -> Endless:
-        return Endless(self.goal.at(keep))
-
-    def counts(self) -> tuple[int, ...]:
-        return self.goal.counts()
-
-    def climbing(self, loss: Loss) -> Endless:
-        return Endless(self.goal.climbing(loss))
-
-
-def classification(goal: Goal, attack: str) -> Untargeted | Targeted | ByWayOf:
+def classification(goal: Goal, attack: str) -> Untargeted | Targeted | Towards:
     """The goal itself, for attacks that need to know classes; raises where the goal has none."""
-    while isinstance(goal, Endless):
-        goal = goal.goal
-    if not isinstance(goal, Untargeted | Targeted | ByWayOf):
+    if not isinstance(goal, Untargeted | Targeted | Towards):
         raise CrossguardError(
             f"{attack} attacks a classification; {type(goal).__name__} has no classes, so try PGD instead"
         )
@@ -332,6 +368,14 @@ def _check_classes(logits: Logits, *wanted: Labels) -> None:
             )
 
 
+def log_odds(others: Tensor, own: PerImage) -> PerImage:
+    """The log-sum-exp of other logits, shape (n, k), minus one's own: how much likelier they are, all together. Those
+    that do not count are minus infinity; where none counts, there is nothing to become likelier and the answer is 0."""
+    alone = others.isneginf().all(1, keepdim=True)
+    likelier = others.masked_fill(alone, 0.0).logsumexp(1)
+    return torch.where(alone[:, 0], own, likelier) - own
+
+
 def _at(logits: Logits, classes: Labels) -> PerImage:
     return logits.gather(1, classes[:, None])[:, 0]
 
@@ -341,12 +385,16 @@ def _twins(logits: Logits, labels: Labels) -> Tensor:
     return (logits == logits.gather(1, labels[:, None])).scatter(1, labels[:, None], False)
 
 
+def _others(logits: Logits, labels: Labels) -> Logits:
+    """The logits without those of the label and of its twins, which are minus infinity. Over a twin the label never
+    leads, wherever the image goes, so a loss that looked at it would lead nowhere."""
+    return logits.masked_fill(_twins(logits, labels), -torch.inf).scatter(1, labels[:, None], -torch.inf)
+
+
 def _lead(logits: Logits, labels: Labels) -> PerImage:
-    """The margin over the best class that is no twin of the label: over a twin it is zero wherever the image goes, and
-    a loss that is zero everywhere leads nowhere."""
-    own = _at(logits, labels)
-    others = logits.masked_fill(_twins(logits, labels), -torch.inf).scatter(1, labels[:, None], -torch.inf).amax(1)
-    return own - torch.where(others.isinf(), own, others)
+    """The margin over the best class that is no twin of the label; 0 where there is no such class."""
+    own, others = _at(logits, labels), _others(logits, labels).amax(1)
+    return own - torch.where(others.isneginf(), own, others)
 
 
 def margin(logits: Logits, labels: Labels) -> PerImage:

@@ -89,7 +89,7 @@ def drawn(count: int) -> Seeds:
             "ask about all of them, or about the same number of views of each, in the order (sample, view)"
         )
     views = count // len(seeds)
-    return fold(seeds.repeat_interleave(views), torch.arange(count) % views + 1)
+    return fold(seeds.repeat_interleave(views), torch.arange(count, device=seeds.device) % views + 1)
 
 
 def uniform(seeds: Seeds, shape: torch.Size | tuple[int, ...], device: torch.device | None = None) -> Tensor:

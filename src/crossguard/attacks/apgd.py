@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim, spelled
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, looks, spelled
 from crossguard.budgets import L1, PixelBudget, per_image
 from crossguard.errors import CrossguardError
-from crossguard.goals import Endless, Goal, Loss
+from crossguard.goals import Goal, Loss
 from crossguard.shapes import Images, PerImage, Seeds
 
 
@@ -22,7 +22,7 @@ class APGD(ImageAttack):
     """Auto-PGD (Croce and Hein 2020, Algorithm 1): every image has a step size of its own, which is halved at
     checkpoints where the loss has stopped rising, and the search goes on from its best point.
 
-    APGD-CE of AutoAttack is `APGD()`, APGD-DLR is `APGD(loss=DLR())`; APGD-T is the latter with a goal `ByWayOf` each
+    APGD-CE of AutoAttack is `APGD()`, APGD-DLR is `APGD(loss=DLR())`; APGD-T is the latter with a goal `Towards` each
     target. Within an `L1` budget it is their l1-APGD (Croce and Hein 2021): steps along few coordinates, as many as the
     best point so far suggests.
 
@@ -32,12 +32,12 @@ class APGD(ImageAttack):
 
     Args:
         steps: gradient steps of each start.
-        restarts: independent starts; the strongest result of each image counts. Later starts are always random.
+        restarts: independent starts; the strongest image of all (`Found`) counts. Later starts are always random.
         loss: climb this loss of the logits instead of the goal's own.
         rho: the step is halved where the loss rose in no more than this fraction of the steps since the last
             checkpoint.
         random_start: start at a random point of the budget's surface instead of the clean image.
-        stop: images that have reached the goal leave the batch. Only for goals with an end; their result cannot change.
+        stop: images that have won leave the batch, if the goal ends there; their result cannot change.
         large_eps: spend 30 % of the steps within three times the budget and 30 % within twice of it, each time going
             on from the best point pulled back (Croce and Hein 2021). For L1 only, as in AutoAttack.
     """
@@ -68,7 +68,11 @@ class APGD(ImageAttack):
     def needs_classes(self) -> bool:
         return self.loss is not None
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    @property
+    def draws(self) -> bool:
+        return self.random_start or self.restarts > 1
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         if self.large_eps and not isinstance(budget, L1):
             raise CrossguardError(
                 f"APGD(large_eps=True) needs an L1 budget, not {spelled(budget)}; leave out large_eps"
@@ -76,12 +80,12 @@ class APGD(ImageAttack):
         if self.loss is not None:
             goal = goal.climbing(self.loss)
         if budget.eps == 0.0:
-            return clean.clone()
-        found = Found.nothing(clean)
-        for start, keep, noise in found.starts(self.restarts, self.stop, seeds):
+            return Made(clean.clone())
+        found = Found.nothing(clean, goal.ends and self.stop)
+        for start, keep, noise in found.starts(self.restarts, seeds):
             random = self.random_start or start > 0
             self._start(found, keep, victim.at(keep), clean[keep], goal.at(keep), budget, noise if random else None)
-        return found.images
+        return found.made()
 
     def _start(
         self,
@@ -99,11 +103,7 @@ class APGD(ImageAttack):
         if seeds is not None:
             images = (clean + stages[0][0].surface(seeds, clean)).clamp_(0.0, 1.0)
         for (wide, steps), (narrow, _) in pairwise(stages):
-            # What happens outside the budget only finds a place to go on from: nobody wins there.
-            scout = Found.nothing(clean)
-            every = torch.arange(len(clean), device=clean.device)
-            self._climb(scout, self._begin(every, clean, images, wide), victim, Endless(goal), steps)
-            images = narrow.project(scout.images, clean)
+            images = narrow.project(self._scout(self._begin(rows, clean, images, wide), victim, goal, steps), clean)
         self._climb(found, self._begin(rows, clean, images, budget), victim, goal, stages[-1][1])
 
     def _begin(self, rows: Tensor, clean: Images, images: Images, budget: PixelBudget) -> _Climb:
@@ -119,17 +119,30 @@ class APGD(ImageAttack):
         wider = [(replace(budget, eps=factor * budget.eps), part) for factor in (3.0, 2.0)]
         return [*wider, (budget, self.steps - 2 * part)]
 
+    def _scout(self, climb: _Climb, victim: ImageVictim, goal: Goal, steps: int) -> Images:
+        """The images of the highest loss within a wider ball: where to go on from, since nobody wins there."""
+        checkpoints = climb.checkpoints(steps)
+        for step in range(steps):
+            gradient, losses, _ = victim.ascend(climb.images, goal)
+            climb.hear(gradient, losses)
+            if step in checkpoints:
+                climb.check(checkpoints[step])
+            climb.move()
+        better = goal.loss(victim(climb.images)) > climb.best_losses
+        return torch.where(per_image(better), climb.images, climb.best)
+
     def _climb(self, found: Found, climb: _Climb, victim: ImageVictim, goal: Goal, steps: int) -> None:
+        """Climbs within the budget; all images on the way are offered."""
         checkpoints = climb.checkpoints(steps)
         for step in range(steps):
             gradient, losses, outputs = victim.ascend(climb.images, goal)
-            won = goal.reached(outputs)
-            if bool(won.any()):
-                found.offer(climb.rows[won], climb.images[won], losses[won], won[won])
-                if self.stop:
-                    keep = (~won).nonzero()[:, 0]
-                    if len(keep) == 0:
-                        return
+            found.offer(climb.rows, climb.images, goal.won(outputs), goal.merit(outputs))
+            if looks(step, climb.images.device):
+                victim.check()
+                keep = (~found.won[climb.rows]).nonzero()[:, 0] if found.ends else climb.rows
+                if len(keep) == 0:
+                    return
+                if len(keep) < len(climb.rows):
                     climb.keep(keep)
                     victim, goal, gradient, losses = victim.at(keep), goal.at(keep), gradient[keep], losses[keep]
             climb.hear(gradient, losses)
@@ -138,8 +151,7 @@ class APGD(ImageAttack):
             climb.move()
         # Nothing follows the last point, so it costs no gradient.
         outputs = victim(climb.images)
-        found.offer(climb.rows, climb.images, goal.loss(outputs), goal.reached(outputs))
-        found.offer(climb.rows, climb.best, climb.best_losses, torch.zeros_like(climb.rows, dtype=torch.bool))
+        found.offer(climb.rows, climb.images, goal.won(outputs), goal.merit(outputs))
 
 
 class _Climb(ABC):

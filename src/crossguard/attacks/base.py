@@ -12,102 +12,180 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from crossguard.budgets import Budget, PixelBudget, TextBudget, Words
+from crossguard.budgets import Budget, PixelBudget, TextBudget, Words, per_image
+from crossguard.device import check_gradients
 from crossguard.errors import CrossguardError
 from crossguard.gallery import Gallery
-from crossguard.goals import Drift, Endless, Goal
+from crossguard.goals import Drift, Goal, Untargeted
 from crossguard.seeds import by_position, drawing, fold
 from crossguard.shapes import Embeddings, Images, Labels, Mask, Owners, PerImage, Seeds, TextEmbeddings
 from crossguard.words import WordError, show
 
+LOOK = 8  # an accelerator is waited for after 1, 2, 4 and 8 steps, and then after every 8th
+DRAWS = 5  # answers of a random victim by which an image of one attack is compared with that of another
 
-@dataclass(frozen=True)
+
+def looks(step: int, device: torch.device) -> bool:
+    """Whether a search looks, after this step, at who has won and whether all numbers are finite.
+
+    To look, the program has to wait for an accelerator, and in between it does not. On a CPU nobody waits, so there it
+    looks after each step, which saves the most. When it looks changes no image: who has won keeps what it has.
+    """
+    done = step + 1
+    return device.type == "cpu" or done % LOOK == 0 or (done < LOOK and done & (done - 1) == 0)
+
+
+@dataclass
 class Queries:
-    """How often each sample of a batch was asked about: plain forwards, and gradients (a forward and a backward
-    each); and whether the victim drew noise for an answer."""
+    """What was asked about each sample of a batch, shared by all victims of the batch.
+
+    Attributes:
+        forwards: plain forwards.
+        gradients: gradients, a forward and a backward each.
+        drew: whether the victim drew noise for an answer.
+        broken: whether a number that is not finite came out, a scalar on the victim's device.
+    """
 
     forwards: Labels
     gradients: Labels
-    drew: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
+    drew: bool = False
+    broken: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
 
     @staticmethod
-    def none(count: int) -> Queries:
-        return Queries(torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64))
+    def none(count: int, device: torch.device | None = None) -> Queries:
+        """Nothing asked yet. The counters belong on the device of the images: elsewhere each question would wait."""
+        nothing = torch.zeros(count, dtype=torch.int64, device=device)
+        return Queries(nothing, nothing.clone(), broken=torch.zeros((), dtype=torch.bool, device=device))
 
 
 @dataclass(frozen=True)
 class ImageVictim:
     """Images in, outputs (logits or embeddings) out, for the samples of one batch. Any callable on images makes one.
+    Whatever number format the callable answers in, its outputs are read in float32.
 
     Args:
         answer: the function itself, differentiable or not.
         queries: counts the questions of each sample.
         seeds: one key per sample: a random model draws its noise from them, anew at each question.
         rows: which samples of the batch these are; all, if None.
+        draw: instead of being new at each question, the noise is that of this number.
     """
 
     answer: Callable[[Images], Tensor]
     queries: Queries | None = None
     seeds: Seeds | None = None
     rows: Tensor | None = None
+    draw: int | None = None
 
     def __call__(self, images: Images) -> Tensor:
         """The outputs, without a gradient."""
         with torch.no_grad(), self._asked("forwards", len(images)):
-            return self.answer(images)
+            outputs = self.answer(images).float()
+        self.note(outputs.isnan())
+        return outputs
 
     def ascend(self, images: Images, goal: Goal) -> tuple[Images, PerImage, Tensor]:
         """The gradient of the goal's loss with respect to the pixels, the loss and the outputs, all detached.
 
         The losses are summed, never averaged, and the gradient is taken of the pixels alone: no parameter gets a
-            `.grad`.
+        `.grad`.
         """
         pixels = images.detach().requires_grad_(True)
         with torch.enable_grad(), self._asked("gradients", len(images)):
-            outputs = self.answer(pixels)
+            outputs = self.answer(pixels).float()
             losses = goal.loss(outputs)
             (gradient,) = torch.autograd.grad(losses.sum(), pixels)
-        if not bool(torch.isfinite(losses).all()):
-            raise CrossguardError("the victim answered with numbers that are not finite (NaN or infinity)")
+        self.note(~losses.detach().isfinite())
         return gradient, losses.detach(), outputs.detach()
+
+    def judge(self, images: Images, goal: Goal) -> tuple[Mask, PerImage]:
+        """Whether these images have won, and their merit.
+
+        A victim that draws noise is asked `DRAWS` times, with the same draws whatever the images are, so that the
+        results of several searches can be compared: an image has won where most answers say so, and its merit is the
+        mean. What a search says of its own best image is of no use there, since the more draws a search has seen, the
+        luckier is its luckiest.
+        """
+        wins, merits = torch.zeros(len(images), device=images.device), torch.zeros(len(images), device=images.device)
+        count = 0
+        while count == 0 or (count < DRAWS and not self.steady):
+            outputs = replace(self, draw=count)(images)
+            wins, merits, count = wins + goal.won(outputs), merits + goal.merit(outputs), count + 1
+        return 2 * wins > count, merits / count
+
+    def check(self) -> None:
+        """Raises if a number was not finite. Reading that makes the program wait for an accelerator."""
+        if self.queries is not None:
+            _refuse(self.queries.broken)
 
     @property
     def steady(self) -> bool:
         """Whether it is known to answer the same question alike: it was lent noise and has used none so far."""
-        return self.seeds is not None and self.queries is not None and not bool(self.queries.drew)
+        return self.seeds is not None and self.queries is not None and not self.queries.drew
 
     def at(self, keep: Tensor) -> ImageVictim:
         """The same victim for some of the samples (a mask or indices)."""
         count = len(self.queries.forwards) if self.queries is not None else 0 if self.seeds is None else len(self.seeds)
         if not count:
             return self
-        rows = torch.arange(count) if self.rows is None else self.rows
-        return replace(self, rows=rows[keep.cpu()])
+        rows = torch.arange(count, device=keep.device) if self.rows is None else self.rows
+        return replace(self, rows=rows[keep])
 
     def drawing_from(self, seeds: Seeds) -> ImageVictim:
-        """The same victim with noise of its own for each sample, unless it has that already."""
-        if self.seeds is not None:
-            return self
-        return replace(self, seeds=seeds, queries=self.queries or Queries.none(len(seeds)))
+        """The same victim with noise of its own for each sample, unless it has that already, on the device of these
+        keys; and with counters, unless it has some."""
+        own = seeds if self.seeds is None else self.seeds.to(seeds.device)
+        return replace(self, seeds=own, queries=self.queries or Queries.none(len(own), own.device))
+
+    def keys(self) -> Seeds:
+        """The keys of the noise of the next question, one for each sample; only where there are seeds and counters."""
+        assert self.seeds is not None and self.queries is not None
+        seeds = self.seeds if self.rows is None else self.seeds[self.rows]
+        if self.draw is not None:
+            return fold(fold(seeds, _COMMON), self.draw)
+        asked = self.queries.forwards + self.queries.gradients
+        asked = asked if self.rows is None else asked[self.rows.to(asked.device)]
+        return fold(seeds, asked.to(seeds.device))
+
+    def note(self, broken: Tensor) -> None:
+        """Remembers whether anything is broken, for `check`; without counters there is no later, so it is checked."""
+        if self.queries is None:
+            _refuse(broken.any())
+        else:
+            self.queries.broken = self.queries.broken.to(broken.device) | broken.any()
 
     @contextmanager
     def _asked(self, kind: str, count: int) -> Iterator[None]:
-        """Counts a question about `count` images and lends its noise to the model."""
+        """Counts a question about `count` images, or several views of each, and lends its noise to the model."""
         if self.queries is None:
             yield
             return
-        rows = torch.arange(len(self.queries.forwards)) if self.rows is None else self.rows
-        rows = rows[:count]
         counter: Tensor = getattr(self.queries, kind)
-        counter[rows] += 1
+        samples = len(counter) if self.rows is None else len(self.rows)
+        if count != samples and (samples == 0 or count == 0 or count % samples):
+            raise CrossguardError(
+                f"the victim of {samples} samples was asked about {count} images; ask about all of them or the same "
+                "number of views of each, or take a part of the victim first: victim.at(rows)"
+            )
+        times = count // samples if samples else 1
+        if self.rows is None:
+            counter += times
+        else:
+            counter[self.rows.to(counter.device)] += times
         if self.seeds is None:
             yield
             return
-        asked = self.queries.forwards[rows] + self.queries.gradients[rows]
-        with drawing(fold(self.seeds[rows], asked)) as lent:
+        with drawing(self.keys()) as lent:
             yield
-        if lent.used:
-            self.queries.drew.fill_(True)
+        self.queries.drew |= lent.used
+
+
+def _refuse(broken: Tensor) -> None:
+    if bool(broken):
+        raise CrossguardError("the victim answered with numbers that are not finite (NaN or infinity)")
+
+
+_COMMON = 5000  # sets the draws that all images are compared by apart from those of a search
 
 
 @runtime_checkable
@@ -182,12 +260,12 @@ class MatchVictim:
             return self.texts(texts)
 
     def against_images(self, captions: TextEmbeddings) -> Goal:
-        """What an attack on the images of the batch climbs while the captions have these embeddings: without an end,
+        """What an attack on the images of the batch climbs while the captions have these embeddings. Nobody leaves,
         since who has lost the first place can still lose the fifth and the tenth."""
         goal: Goal = Drift(self.clean_images)
         if self.goal != "drift":
             goal = self.gallery.lost_images(self.rows, captions, self.owners)
-        return Endless(goal)
+        return goal.lasting()
 
     def against_texts(self, images: Embeddings) -> Goal:
         """What an attack on the captions of the batch climbs while the images have these embeddings."""
@@ -196,44 +274,75 @@ class MatchVictim:
         return self.gallery.lost_texts(self.rows[self.owners], images[self.owners])
 
 
-@dataclass
-class Found:
-    """The strongest image of each sample so far: one that reached the goal, or else the one of the highest loss."""
+@dataclass(frozen=True)
+class Made:
+    """What a search hands back: the images, and what it knows of them, so that nobody has to ask again.
+
+    Args:
+        won: which of them have reached the goal; None, where the search has not asked the victim about these very
+            images, with this goal, at full precision.
+        merit: what makes one stronger than another of equal success (`Goal.merit`); None as well.
+    """
 
     images: Images
-    losses: PerImage
+    won: Mask | None = None
+    merit: PerImage | None = None
+
+
+@dataclass
+class Found:
+    """The strongest image of each sample so far: of those that have won the one of most merit, or else of the others.
+
+    Args:
+        ends: who has won is done: what it has is kept, however long it goes on to be asked about.
+    """
+
+    images: Images
     won: Mask
+    merit: PerImage
+    ends: bool
 
     @staticmethod
-    def nothing(clean: Images) -> Found:
+    def nothing(clean: Images, ends: bool) -> Found:
         count = len(clean)
-        return Found(
-            clean.clone(),
-            torch.full((count,), -torch.inf, device=clean.device),
-            torch.zeros(count, dtype=torch.bool, device=clean.device),
-        )
+        won = torch.zeros(count, dtype=torch.bool, device=clean.device)
+        return Found(clean.clone(), won, clean.new_full((count,), -torch.inf), ends)
 
-    def open(self, stop: bool = True) -> Tensor:
-        """The samples that are still worth attacking."""
-        return (~self.won).nonzero()[:, 0] if stop else torch.arange(len(self.won), device=self.won.device)
+    def open(self) -> Tensor:
+        """The samples that are still worth attacking, in ascending order."""
+        return (~self.won).nonzero()[:, 0] if self.ends else torch.arange(len(self.won), device=self.won.device)
 
-    def starts(self, count: int, stop: bool, seeds: Seeds) -> Iterator[tuple[int, Tensor, Seeds]]:
+    def starts(self, count: int, seeds: Seeds) -> Iterator[tuple[int, Tensor, Seeds]]:
         """For each of `count` starts its number, the samples that are still worth attacking, and their noise."""
         for start in range(count):
-            rows = self.open(stop)
+            rows = self.open()
             if len(rows) == 0:
                 return
-            yield start, rows, (fold(seeds, start) if start else seeds)[rows.cpu()]
+            yield start, rows, (fold(seeds, start) if start else seeds)[rows]
 
-    def offer(self, rows: Tensor, images: Images, losses: PerImage, won: Mask) -> Mask:
-        """Keeps, of these candidates for the samples at `rows`, the ones that are stronger than what there is; says
-        which."""
-        better = (won & ~self.won[rows]) | ((won == self.won[rows]) & (losses > self.losses[rows]))
-        chosen = rows[better]
-        self.images[chosen] = images[better]
-        self.losses[chosen] = losses[better]
-        self.won[chosen] = won[better]
+    def offer(self, rows: Tensor, images: Images, won: Mask, merit: PerImage) -> Mask:
+        """Keeps, of these candidates for the samples at `rows` (ascending), those that are stronger than what there
+        is; says which. Nothing here waits for an accelerator."""
+        here: Tensor | slice = slice(None) if len(rows) == len(self.won) else rows
+        before = self.won[here]
+        better = (won & ~before) | ((merit > self.merit[here]) & (won == before))
+        if self.ends:
+            better = better & ~before
+        self.images[here] = torch.where(per_image(better), images, self.images[here])
+        self.merit[here] = torch.where(better, merit, self.merit[here])
+        self.won[here] = before | (won & better)
         return better
+
+    def take(self, rows: Tensor, made: Made, victim: ImageVictim, goal: Goal) -> Mask:
+        """Offers what a search made for the samples at `rows`; says what was kept. The victim (of these samples, as
+        the goal is) is asked only where the search knows nothing, and where the victim draws noise."""
+        won, merit = made.won, made.merit
+        if won is None or merit is None or not victim.steady:
+            won, merit = victim.judge(made.images, goal)
+        return self.offer(rows, made.images, won, merit)
+
+    def made(self) -> Made:
+        return Made(self.images, self.won, self.merit)
 
 
 _BUDGETS: dict[tuple[str, ...], str] = {("image",): "'Linf(8/255)'", ("text",): "'Words(1)'"}  # what to try
@@ -298,6 +407,11 @@ class ImageAttack(Attack):
     on = ("image",)
     norms: ClassVar[tuple[type[PixelBudget], ...]] = (PixelBudget,)
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws noise of its own, so that a second run of it, with other keys, may find something else."""
+        return True
+
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
         pixels, _ = self.spends(budget)
         assert pixels is not None
@@ -315,28 +429,44 @@ class ImageAttack(Attack):
         self,
         victim: ImageVictim | Callable[[Images], Tensor],
         clean: Images,
-        goal: Goal,
+        goal: Goal | Labels,
         budget: PixelBudget,
         seeds: Seeds | None = None,
     ) -> Images:
         """Adversarial images, detached, of the shape of `clean`.
 
         Args:
+            victim: any callable on images.
+            clean: float32 in [0, 1].
+            goal: labels alone stand for `Untargeted(labels)`.
             seeds: one key per sample for its noise; by position in the batch, if not given.
         """
-        victim, seeds = self.ready(victim, clean, budget, seeds, goal)
-        return self.search(victim, clean.detach(), goal, budget, seeds).detach()
+        return self.craft(victim, clean, goal, budget, seeds).images
+
+    def craft(
+        self,
+        victim: ImageVictim | Callable[[Images], Tensor],
+        clean: Images,
+        goal: Goal | Labels,
+        budget: PixelBudget,
+        seeds: Seeds | None = None,
+    ) -> Made:
+        """The adversarial images, with what the search knows of them."""
+        case = self.ready(victim, clean, goal, budget, seeds)
+        made = self.search(case.victim, case.clean, case.goal, budget, case.seeds)
+        case.victim.check()
+        return replace(made, images=made.images.detach())
 
     def ready(
         self,
         victim: ImageVictim | Callable[[Images], Tensor],
         clean: Images,
+        goal: Goal | Labels,
         budget: PixelBudget,
         seeds: Seeds | None,
-        goal: Goal | None = None,
-    ) -> tuple[ImageVictim, Seeds]:
-        """The victim as the search may ask it, and the keys of its noise; raises for a budget this attack cannot
-        spend and for a goal that is for another number of images."""
+    ) -> Case:
+        """What a search needs, or one sentence about what cannot be: a budget that this attack cannot spend, images
+        that are none, a goal for another number of them."""
         if not isinstance(budget, PixelBudget):
             raise CrossguardError(
                 f"{spelled(self)} changes pixels, but {budget!r} is no budget of pixels; try 'Linf(8/255)'"
@@ -347,16 +477,33 @@ class ImageAttack(Attack):
                 f"{spelled(self)} is an attack for {names} and cannot spend {spelled(budget)}; give an {names} budget, "
                 "or try PGD, which knows every norm"
             )
+        check_gradients()
+        check_images(clean)
         if not isinstance(victim, ImageVictim):
             victim = ImageVictim(victim)
         _check_mode(victim.answer)
-        if goal is not None:
-            _check_counts(goal, len(clean), "images")
-        seeds = by_position(len(clean)) if seeds is None else seeds
-        return victim.drawing_from(seeds), seeds
+        if isinstance(goal, Tensor):
+            goal = Untargeted(goal)
+        if not isinstance(goal, Goal):
+            raise CrossguardError(f"{goal!r} is no goal; give labels, or a goal such as Untargeted(labels)")
+        _check_counts(goal, len(clean), "images")
+        clean = clean.clone() if clean.is_inference() else clean.detach()
+        seeds = (by_position(len(clean)) if seeds is None else seeds).to(clean.device)
+        return Case(victim.drawing_from(seeds), clean, goal, seeds)
 
     @abstractmethod
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images: ...
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
+        """The attack itself. It may be told by `goal.ends` that who has won is done; `Found` keeps the strongest."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a search is given: everything on one device, and checked."""
+
+    victim: ImageVictim
+    clean: Images
+    goal: Goal
+    seeds: Seeds
 
 
 class TextAttack(Attack):
@@ -424,6 +571,25 @@ class TextAttack(Attack):
     ) -> list[str]: ...
 
 
+def check_images(clean: object) -> None:
+    """Refuses what is no batch of images: float32 of shape (n, 3, h, w) in [0, 1]."""
+    wanted = "attacks need a torch tensor of shape (n, 3, h, w), float32, in [0, 1]"
+    if not isinstance(clean, Tensor):
+        raise CrossguardError(f"{wanted}, not a {type(clean).__name__}; torch.from_numpy(...) makes one of an array")
+    if clean.ndim != 4:
+        raise CrossguardError(f"{wanted}, not of shape {tuple(clean.shape)}; a single image is images[None]")
+    if clean.dtype != torch.float32:
+        how = ".float()" if clean.dtype.is_floating_point else ".float() / 255"
+        raise CrossguardError(f"{wanted}, not {str(clean.dtype).removeprefix('torch.')}; give images{how}")
+    if clean.numel():
+        low, high = (float(bound) for bound in clean.detach().aminmax())
+        if not (low >= -1e-6 and high <= 1.0 + 1e-6):
+            raise CrossguardError(
+                f"{wanted}, and these pixels go from {low:.6g} to {high:.6g}; divide images of 0 to 255 by 255, and "
+                "leave normalization to the victim"
+            )
+
+
 def _check_mode(answer: Callable[[Images], Tensor]) -> None:
     """Batch normalization in training mode would tie every answer to the batch, and learn from the attack."""
     if isinstance(answer, nn.Module) and any(
@@ -436,7 +602,7 @@ def _check_mode(answer: Callable[[Images], Tensor]) -> None:
 
 
 def _check_counts(goal: Goal, count: int, what: str) -> None:
-    """Labels that are too few would be an index out of range in the middle of a search."""
+    """Refuses labels that are too few: they would be an index out of range in the middle of a search."""
     for given in goal.counts():
         if given != count:
             raise CrossguardError(f"{type(goal).__name__} has {given} entries for {count} {what}; give it one for each")

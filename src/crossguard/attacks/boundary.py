@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made
 from crossguard.budgets import L2, Linf, PixelBudget, per_image
 from crossguard.errors import CrossguardError
-from crossguard.goals import ByWayOf, Endless, Goal, Margin, Untargeted, classification
+from crossguard.goals import Goal, Margin, Towards, Untargeted, classification
 from crossguard.seeds import fold
 from crossguard.shapes import Images, Labels, Logits, Mask, PerImage, Seeds
 
@@ -30,8 +30,8 @@ class Plane:
 
 @dataclass(frozen=True)
 class Boundaries:
-    """The decision boundaries that one run looks for: goals to reach (all of them won alike), and which samples each
-    one is for."""
+    """The decision boundaries that one run looks for: goals (all of them won alike), and which samples each one is
+    for."""
 
     goals: tuple[Goal, ...]
     there: tuple[Mask, ...]
@@ -40,8 +40,8 @@ class Boundaries:
         """The samples that have a boundary to look for."""
         return torch.stack(self.there).any(0)
 
-    def reached(self, outputs: Tensor) -> Mask:
-        return self.goals[0].reached(outputs)
+    def won(self, outputs: Tensor) -> Mask:
+        return self.goals[0].won(outputs)
 
     def at(self, keep: Tensor) -> Boundaries:
         return Boundaries(tuple(goal.at(keep) for goal in self.goals), tuple(there[keep] for there in self.there))
@@ -55,6 +55,7 @@ class Boundaries:
             if len(rows) == 0:
                 continue
             slope, rise, _ = victim.at(rows).ascend(images[rows], goal.at(rows))
+            victim.check()  # now: no step would end on a number that is not finite
             steepness = budget.dual(slope)
             # a class that always answers as the label does has no boundary with it; 0/0 would make it the nearest one
             away = torch.where(steepness > 0, rise.abs() / steepness, torch.inf)
@@ -90,73 +91,80 @@ class BoundaryAttack(ImageAttack):
     batch; for any other, what the runs found is moved back into the budget and the image of the largest margin is
     returned, never one worse than the clean image. `nearest` measures distances and knows no budget but its norm.
 
-    Under a goal without an end the nearest adversarial image would be the worst choice, just beyond a boundary that
-    is not the judge's: there all runs go to their end, their directions are followed to the rim of the budget, one
-    plain step along the gradient competes with them, and the image of the largest margin is returned.
+    Where somebody else judges (`Goal.lasting`), the nearest adversarial image would be the worst choice, just beyond a
+    boundary that is not the judge's. There all runs go to their end, their directions are followed to the rim of the
+    budget, one plain step along the gradient competes with them, and of the images that have won, or else of all, the
+    one of the largest margin is returned. So no image that the victim itself judges wrongly is lost, and a few may be
+    won by these candidates alone.
     """
 
     @property
     def needs_classes(self) -> bool:
         return True
 
+    @property
+    def draws(self) -> bool:
+        return False
+
     def nearest(
         self,
         victim: ImageVictim | Callable[[Images], Tensor],
         clean: Images,
-        goal: Goal,
+        goal: Goal | Labels,
         budget: PixelBudget,
         seeds: Seeds | None = None,
     ) -> tuple[Images, PerImage]:
         """The nearest adversarial images, however far, and their distances in the norm of the budget.
 
-        The distance is 0 for a clean image that has reached the goal already, and infinite where no adversarial image
-        was found. `eps` counts for random starts only.
+        The distance is 0 for a clean image that has won already, and infinite where no adversarial image was found.
+        `eps` counts for random starts only.
         """
-        victim, seeds = self.ready(victim, clean, budget, seeds, goal)
-        clean = clean.detach()
-        aim = classification(goal, type(self).__name__).climbing(Margin())
-        outputs = _answered(victim(clean))
-        known = Nearest.nothing(clean)
-        known.distances[aim.reached(outputs)] = 0.0
+        case = self.ready(victim, clean, goal, budget, seeds)
+        asked, start = case.victim, case.clean
+        aim = classification(case.goal, type(self).__name__).climbing(Margin())
+        outputs = asked(start)
+        asked.check()
+        known = Nearest.nothing(start)
+        known.distances[aim.won(outputs)] = 0.0
         for run, boundaries in enumerate(self.runs(aim, outputs)):
             rows = ((known.distances > 0) & boundaries.anywhere()).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
-            near = self.hunt(
-                victim.at(rows), clean[rows], boundaries.at(rows), budget, fold(seeds[rows.cpu()], run), run, 0.0
-            )
+            noise = fold(case.seeds[rows], run)
+            near = self.hunt(asked.at(rows), start[rows], boundaries.at(rows), budget, noise, run, 0.0)
             known.offer(rows, near.images, near.distances)
+        asked.check()
         missed = known.distances.isinf()
-        known.images[missed] = clean[missed]
+        known.images[missed] = start[missed]
         return known.images, known.distances
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         if budget.eps == 0.0:
-            return clean.clone()
-        endless = isinstance(goal, Endless)
-        aim = classification(goal, type(self).__name__).climbing(Margin())
-        goal = Endless(aim) if endless else aim
+            return Made(clean.clone())
+        goal = classification(goal, type(self).__name__).climbing(Margin())
         everyone = torch.arange(len(clean), device=clean.device)
-        outputs = _answered(victim(clean))
-        beyond = aim.reached(outputs)
-        found = Found.nothing(clean)
-        found.offer(everyone, clean, goal.loss(outputs), goal.reached(outputs))
-        if endless:
-            gradient, _, _ = victim.ascend(clean, aim)
+        outputs = victim(clean)
+        victim.check()
+        beyond = goal.won(outputs)
+        found = Found.nothing(clean, goal.ends)
+        found.offer(everyone, clean, beyond, goal.merit(outputs))
+        if not goal.ends:
+            gradient, _, _ = victim.ascend(clean, goal)
             self._offer(found, everyone, victim, clean + budget.eps * budget.ascent(gradient), clean, goal, budget)
-        for run, boundaries in enumerate(self.runs(aim, outputs)):
-            rows = (~beyond & ~found.won & boundaries.anywhere()).nonzero()[:, 0]
+        for run, boundaries in enumerate(self.runs(goal, outputs)):
+            done = beyond | found.won if goal.ends else beyond
+            rows = (~done & boundaries.anywhere()).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
             asked, start, here = victim.at(rows), clean[rows], goal.at(rows)
-            enough = 0.0 if endless else budget.eps
-            near = self.hunt(asked, start, boundaries.at(rows), budget, fold(seeds[rows.cpu()], run), run, enough)
+            enough = budget.eps if goal.ends else 0.0
+            near = self.hunt(asked, start, boundaries.at(rows), budget, fold(seeds[rows], run), run, enough)
             self._offer(found, rows, asked, near.images, start, here, budget)
-            if endless:
+            if not goal.ends:
                 way = near.images - start
                 rim = budget.eps / budget.size(way).clamp_min(1e-30)
                 self._offer(found, rows, asked, start + way * per_image(rim), start, here, budget)
-        return found.images
+        return found.made()
 
     def _offer(
         self,
@@ -173,7 +181,7 @@ class BoundaryAttack(ImageAttack):
         inside = budget.size(images - clean) <= budget.eps
         images = torch.where(per_image(inside), images.clamp(0.0, 1.0), budget.project(images, clean))
         outputs = victim(images)
-        found.offer(rows, images, goal.loss(outputs), goal.reached(outputs))
+        found.offer(rows, images, goal.won(outputs), goal.merit(outputs))
 
     @abstractmethod
     def runs(self, goal: Goal, outputs: Logits) -> Sequence[Boundaries]:
@@ -191,7 +199,7 @@ class BoundaryAttack(ImageAttack):
         run: int,
         enough: float,
     ) -> Nearest:
-        """One run, for samples that have not reached the goal. A sample with an adversarial image of at most the size
+        """One run, for samples that have not won. A sample with an adversarial image of at most the size
         `enough` has what it needs; where none was found, the image is the best try."""
 
 
@@ -240,6 +248,10 @@ class FAB(BoundaryAttack):
         if not 0.0 < self.beta < 1.0:
             raise CrossguardError(f"FAB(beta={self.beta}) is no step back; give a number between 0 and 1, usually 0.9")
 
+    @property
+    def draws(self) -> bool:
+        return self.restarts > 1
+
     def runs(self, goal: Goal, outputs: Logits) -> Sequence[Boundaries]:
         every = boundaries_of(goal, outputs, self.targets)
         if self.targets is None:
@@ -265,7 +277,7 @@ class FAB(BoundaryAttack):
         for _ in range(self.steps):
             plane = boundaries.nearest(victim, images, budget)
             images = self._step(images, clean, plane, budget)
-            won = boundaries.reached(victim(images))
+            won = boundaries.won(victim(images))
             sizes = budget.size(images - clean)
             # a flat spot stays flat, however often it is asked
             keep = (plane.distance.isfinite() & ~(won & (sizes <= enough))).nonzero()[:, 0]
@@ -342,7 +354,7 @@ class DeepFool(BoundaryAttack):
             length = plane.distance.clamp_min(1e-6).masked_fill(plane.distance.isinf(), 0.0)
             way = way + per_image(length) * budget.ascent(plane.gradient)
             images = (clean + (1 + self.overshoot) * way).clamp(0.0, 1.0)
-            won = boundaries.reached(victim(images))
+            won = boundaries.won(victim(images))
             known.offer(rows, images, torch.where(won, budget.size(images - clean), torch.inf))
             keep = (plane.distance.isfinite() & ~won).nonzero()[:, 0]
             if len(keep) < len(rows):
@@ -411,7 +423,7 @@ class CarliniWagner(BoundaryAttack):
         del seeds, run
         known = Nearest.nothing(clean)
         rows = torch.arange(len(clean), device=clean.device)
-        constants = torch.full((len(clean),), self.constant, device=clean.device)
+        constants = clean.new_full((len(clean),), self.constant)
         lower, upper = torch.zeros_like(constants), torch.full_like(constants, torch.inf)
         for _ in range(self.searches):
             if len(rows) == 0:
@@ -442,7 +454,7 @@ class CarliniWagner(BoundaryAttack):
         # the authors' factor: pixels of exactly 0 or 1 would be infinitely far away
         free = torch.atanh((2.0 * clean - 1.0) * 0.999999)
         mean, square = torch.zeros_like(free), torch.zeros_like(free)
-        last = torch.full((len(rows),), torch.inf, device=clean.device)
+        last = clean.new_full((len(rows),), torch.inf)
         goal = boundaries.goals[0]
         for step in range(1, self.steps + 1):
             images = (1.0 + torch.tanh(free)) / 2.0
@@ -450,7 +462,8 @@ class CarliniWagner(BoundaryAttack):
             delta = images - clean
             sizes = budget.size(delta)
             short = (self.confidence - gap).clamp_min(0.0)
-            hit = boundaries.reached(outputs) & ((gap >= self.confidence) | (self.confidence == 0.0))
+            victim.check()
+            hit = boundaries.won(outputs) & ((gap >= self.confidence) | (self.confidence == 0.0))
             won[active] |= hit
             known.offer(rows[active], images, torch.where(hit, sizes, torch.inf))
             objective = sizes**2 + constants * short
@@ -481,7 +494,7 @@ def boundaries_of(goal: Goal, outputs: Logits, count: int | None) -> Boundaries:
     ranked, there = _rivals(outputs, goal.labels)
     columns = range(min(count or ranked.shape[1], ranked.shape[1]))
     return Boundaries(
-        tuple(ByWayOf(goal.labels, ranked[:, column], Margin()) for column in columns),
+        tuple(Towards(goal.labels, ranked[:, column], Margin()) for column in columns),
         tuple(there[:, column] for column in columns),
     )
 
@@ -495,11 +508,3 @@ def _rivals(outputs: Logits, labels: Labels) -> tuple[Tensor, Tensor]:
     there &= logits.isfinite()
     order = there.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
     return ranked.gather(1, order)[:, :-1], there.gather(1, order)[:, :-1]
-
-
-def _answered(outputs: Logits) -> Logits:
-    """The clean logits, refused where they are NaN: no boundary would be seen there, and the image would stand. A class
-    that is shut off by a logit of minus infinity is fine."""
-    if bool(outputs.isnan().any()):
-        raise CrossguardError("the victim answered with numbers that are not finite (NaN)")
-    return outputs

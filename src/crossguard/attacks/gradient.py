@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, looks
 from crossguard.budgets import PixelBudget
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss
@@ -31,10 +31,10 @@ class PGD(ImageAttack):
         random_start: start at a random point of the budget instead of the clean image.
         nonnegative_start: no pixel starts darker than it was, a quirk of the released code of Co-Attack.
         restarts: independent starts; the strongest result of each image counts. Later starts are always random.
-        best: return the iterate that won or else had the highest loss, instead of the last one. Costs one forward a
-            start.
-        stop: images that have reached the goal leave the batch, and so do those that go in circles; their result cannot
-            change.
+        best: return the strongest iterate (`Found`) instead of the last one. Costs one forward a start. Against a
+            victim that draws noise that is the luckiest of single draws; `EOT` compares averages.
+        stop: images that have won leave the batch, if the goal ends there, and so do those that go in circles; their
+            result cannot change.
         loss: climb this loss of the logits instead of the goal's own.
     """
 
@@ -66,15 +66,19 @@ class PGD(ImageAttack):
     def needs_classes(self) -> bool:
         return self.loss is not None
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    @property
+    def draws(self) -> bool:
+        return self.random_start or self.restarts > 1
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         if self.loss is not None:
             goal = goal.climbing(self.loss)
         if budget.eps == 0.0:
-            return clean.clone()
-        found = Found.nothing(clean)
-        for start, keep, noise in found.starts(self.restarts, self.stop, seeds):
+            return Made(clean.clone())
+        found = Found.nothing(clean, goal.ends and self.stop)
+        for start, keep, noise in found.starts(self.restarts, seeds):
             self._climb(found, keep, victim.at(keep), clean[keep], goal.at(keep), budget, noise, start > 0)
-        return found.images
+        return found.made() if self.best else Made(found.images)
 
     def _climb(
         self,
@@ -95,25 +99,26 @@ class PGD(ImageAttack):
         velocity = torch.zeros_like(clean) if self.momentum else None
         length = self.step * budget.eps
         before = None  # where the images were a round ago, and their losses
+        circling = torch.zeros(len(rows), dtype=torch.bool, device=clean.device)
         for step in range(self.steps):
             gradient, losses, outputs = victim.ascend(images, goal)
             if self.best:
-                won = goal.reached(outputs)
-                found.offer(rows, images, losses, won)
-                if self.stop:
-                    gone = won
-                    if velocity is None and step % ROUND == 0:
-                        # Steps of a fixed length end in circles, most of two points. All of a circle's points have been
-                        # offered, and who answers alike can only go round again.
-                        if before is not None and victim.steady:
-                            gone = won | ((images == before[0]).flatten(1).all(1) & (losses == before[1]))
-                        before = images, losses
-                    if bool(gone.any()):
-                        keep = (~gone).nonzero()[:, 0]
-                        if len(keep) == 0:
-                            return
+                found.offer(rows, images, goal.won(outputs), goal.merit(outputs))
+            if self.stop:
+                if velocity is None and step % ROUND == 0:
+                    # Steps of a fixed length end in circles, most of two points. All of a circle's points have been
+                    # offered, and who answers alike can only go round again.
+                    if before is not None and victim.steady:
+                        circling = circling | ((images == before[0]).flatten(1).all(1) & (losses == before[1]))
+                    before = images, losses
+                if looks(step, clean.device):
+                    victim.check()
+                    keep = (~(circling | found.won[rows] if found.ends else circling)).nonzero()[:, 0]
+                    if len(keep) == 0:
+                        return
+                    if len(keep) < len(rows):
                         rows, images, clean, gradient = rows[keep], images[keep], clean[keep], gradient[keep]
-                        victim, goal = victim.at(keep), goal.at(keep)
+                        victim, goal, circling = victim.at(keep), goal.at(keep), circling[keep]
                         velocity = None if velocity is None else velocity[keep]
                         before = None if before is None else (before[0][keep], before[1][keep])
             if velocity is not None:
@@ -123,6 +128,6 @@ class PGD(ImageAttack):
             images = budget.project(torch.add(images, budget.ascent(gradient), alpha=length), clean)
         if self.best:
             outputs = victim(images)
-            found.offer(rows, images, goal.loss(outputs), goal.reached(outputs))
+            found.offer(rows, images, goal.won(outputs), goal.merit(outputs))
         else:
             found.images[rows] = images

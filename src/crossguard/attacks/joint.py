@@ -15,6 +15,7 @@ from crossguard.attacks.base import (
     Found,
     ImageAttack,
     ImageVictim,
+    Made,
     MatchVictim,
     PairVictim,
     TextAttack,
@@ -25,9 +26,9 @@ from crossguard.attacks.text import Substitute
 from crossguard.budgets import Budget, PixelBudget, TextBudget
 from crossguard.errors import CrossguardError
 from crossguard.gallery import Away, grouped
-from crossguard.goals import Drift, Endless, Goal, Targeted, classification
+from crossguard.goals import Drift, Goal, Targeted, classification
 from crossguard.seeds import drawn, fold, normal
-from crossguard.shapes import Embeddings, Images, Labels, Mask, Seeds
+from crossguard.shapes import Embeddings, Images, Seeds
 
 _ROUND = 2000  # sets the noise of the n-th round apart from that of restarts and of attacks in turn
 
@@ -83,7 +84,7 @@ class Independent(JointAttack):
 
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
         pixels, _ = self.budgets(budget)
-        return self.image(victim.before, images, Endless(goal), pixels, seeds)
+        return self.image(victim.before, images, goal.lasting(), pixels, seeds)
 
     def match(
         self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
@@ -96,8 +97,10 @@ class Independent(JointAttack):
 class Joint(JointAttack):
     """The image attacked against the rewritten texts, and the worse of that and the independent pair for each image.
 
-    Ours, not from a paper. Never weaker than `Independent` of the same parts and seed, image for image; where images
-    have captions, by their loss among all others as these are without an attack.
+    Ours, not from a paper. No image that `Independent` of the same parts and seed beats on the model it is crafted on
+    stands here, under class prompts. Where images have captions the two are compared among the others' clean images
+    and captions: a pair that has lost all its first places counts before one that has not, and the larger loss counts
+    among equals.
     """
 
     image: ImageAttack = field(default_factory=PGD)
@@ -105,13 +108,14 @@ class Joint(JointAttack):
 
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
         pixels, _ = self.budgets(budget)
-        found = Found.nothing(images)
-        apart = self.image(victim.before, images, Endless(goal), pixels, seeds)
-        _offered(found, found.open(), apart, victim.after, goal)
+        seeds = seeds.to(images.device)
+        found, after = Found.nothing(images, goal.ends), victim.after.drawing_from(seeds)
+        apart = self.image(victim.before, images, goal.lasting(), pixels, seeds)
+        found.take(torch.arange(len(images), device=images.device), Made(apart), after, goal)
         rows = found.open()
         if len(rows):
-            after, left = victim.after.at(rows), goal.at(rows)
-            _offered(found, rows, self.image(after, images[rows], left, pixels, seeds[rows.cpu()]), after, left)
+            asked, left = after.at(rows), goal.at(rows)
+            found.take(rows, self.image.craft(asked, images[rows], left, pixels, seeds[rows]), asked, left)
         return found.images
 
     def match(
@@ -120,11 +124,11 @@ class Joint(JointAttack):
         pixels, words = self.budgets(budget)
         made = self.text(victim.texts, texts, victim.against_texts(victim.clean_images), words)
         before, after = (victim.against_images(now) for now in (victim.clean_texts, victim.embedded(made)))
-        found = Found.nothing(images)
+        seeds = seeds.to(images.device)
+        found, encode = Found.nothing(images, after.ends), victim.encode.drawing_from(seeds)
         for goal in (after,) if victim.goal == "drift" else (before, after):  # a drift does not see the captions
-            _offered(
-                found, found.open(False), self.image(victim.encode, images, goal, pixels, seeds), victim.encode, after
-            )
+            image = self.image.craft(encode, images, goal, pixels, seeds)
+            found.take(found.open(), image if goal is after else Made(image.images), encode, after)
         return found.images, made
 
 
@@ -297,7 +301,7 @@ class Alternating(JointAttack):
     image against the captions as they are, each for the task's own goal, and the strongest pair of all is kept.
 
     Ours, not from a paper. Every round starts from the clean image and the clean captions, so that no early choice
-    binds a later one; what counts is the loss of the image together with its captions. Class prompts are rewritten once
+    binds a later one; pairs are compared as in `Joint`. Class prompts are rewritten once
     for all images, which leaves nothing to alternate: there it is `Joint`.
 
     Args:
@@ -319,17 +323,21 @@ class Alternating(JointAttack):
         self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
     ) -> tuple[Images, list[str]]:
         pixels, words = self.budgets(budget)
-        best, found = list(texts), Found.nothing(images)
-        rows, places = found.open(False), list(range(len(best)))  # what still goes on, and where its captions are
+        best, found = list(texts), Found.nothing(images, False)
+        rows, places = found.open(), list(range(len(best)))  # what still goes on, and where its captions are
+        seeds = seeds.to(images.device)
+        victim = replace(victim, encode=victim.encode.drawing_from(seeds))
         clean, made = list(texts), self.text(victim.texts, texts, victim.against_texts(victim.clean_images), words)
         for number in range(self.rounds):
-            captions, noise = victim.embedded(made), (fold(seeds, number + _ROUND) if number else seeds)[rows.cpu()]
-            image = self.image(victim.encode, images[rows], victim.against_images(captions), pixels, noise)
+            captions, noise = victim.embedded(made), (fold(seeds, number + _ROUND) if number else seeds)[rows]
+            goal = victim.against_images(captions)
+            image = self.image.craft(victim.encode, images[rows], goal, pixels, noise)
             # The captions once more, against the image that they made: the pair of SGA's last step.
-            answer = self.text(victim.texts, clean, victim.against_texts(victim.encode(image)), words)
+            answer = self.text(victim.texts, clean, victim.against_texts(victim.encode(image.images)), words)
+            pairs = (made, image, goal), (answer, Made(image.images), victim.against_images(victim.embedded(answer)))
             owners = victim.owners.tolist()
-            for pair, encoded in ((made, captions), (answer, victim.embedded(answer))):
-                gained = _offered(found, rows, image, victim.encode, victim.against_images(encoded)).tolist()
+            for pair, crafted, aim in pairs:
+                gained = found.take(rows, crafted, victim.encode, aim).tolist()
                 for place, new, own in zip(places, pair, owners, strict=True):
                     best[place] = new if gained[own] else best[place]
             # Each image ends on its own, whatever the others of its batch still do.
@@ -342,12 +350,6 @@ class Alternating(JointAttack):
             keep = torch.tensor(sorted(on), device=rows.device)
             victim, rows = victim.at(keep), rows[keep]
         return found.images, best
-
-
-def _offered(found: Found, rows: Labels, images: Images, victim: ImageVictim, goal: Goal) -> Mask:
-    """Offers the images as candidates for the samples at `rows`; which of them are taken."""
-    outputs = victim(images)
-    return found.offer(rows, images, goal.loss(outputs), goal.reached(outputs))
 
 
 def _of_class(victim: PairVictim, goal: Goal, attack: str) -> tuple[Tensor, Tensor]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim, MatchVictim, PairVictim
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, MatchVictim, PairVictim, spelled
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Budget, PixelBudget
 from crossguard.errors import CrossguardError
-from crossguard.goals import DLR, ByWayOf, Endless, Goal, Loss, Untargeted, classification
+from crossguard.goals import DLR, Goal, Loss, Towards, Untargeted, classification
 from crossguard.seeds import fold, normal
 from crossguard.shapes import Images, Labels, Logits, Mask, PerImage, Seeds
 
@@ -23,7 +24,11 @@ class Worst(ImageAttack):
     """One attack after the other, each on the images that still stand: the ensemble of AutoAttack (Croce and Hein
     2020), and the worst case per image that Carlini et al. 2019 ask for.
 
-    For a goal without an end every attack runs on every image, and the highest loss counts.
+    Where somebody else judges (`Goal.lasting`) every attack runs on every image. Of the results the strongest counts:
+    one that has won before one that has not, and the one of the largest margin among equals. So by success on the
+    victim itself it is never weaker than any of its parts. Against a victim that draws noise the results are compared
+    by the same five draws for all (`ImageVictim.judge`), which costs five forwards for each attack; on a fixed victim
+    it costs one in all, for the clean images.
     """
 
     attacks: tuple[ImageAttack, ...] = (PGD(), PGD(loss=DLR()))
@@ -31,12 +36,22 @@ class Worst(ImageAttack):
     def __post_init__(self) -> None:
         if not self.attacks:
             raise CrossguardError("Worst() of no attacks does nothing; give some, such as Worst((PGD(), Square()))")
+        for number, attack in enumerate(self.attacks):
+            if attack in self.attacks[:number] and not attack.draws:
+                raise CrossguardError(
+                    f"Worst() holds {spelled(attack)} twice, which draws no noise and finds the same again; leave one "
+                    "out, or give it restarts of its own"
+                )
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
-        found, _ = _asked(victim, clean, goal)
+    @property
+    def draws(self) -> bool:
+        return any(attack.draws for attack in self.attacks)
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
+        found, _ = _begun(victim, clean, goal)
         for number, attack in enumerate(self.attacks):
             _try(attack, found, victim, clean, goal, budget, _turn(seeds, number))
-        return found.images
+        return found.made()
 
 
 @dataclass(frozen=True)
@@ -49,25 +64,31 @@ class Restarts(ImageAttack):
     def __post_init__(self) -> None:
         if self.count < 1:
             raise CrossguardError(f"Restarts(count={self.count}) does nothing; give 1 or more")
+        if self.count > 1 and not self.attack.draws:
+            raise CrossguardError(
+                f"Restarts of {spelled(self.attack)} find the same again, since it draws no noise; give it a random "
+                "start or restarts of its own, if it has such a setting, such as FAB(restarts=5)"
+            )
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    @property
+    def draws(self) -> bool:
+        return self.attack.draws
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         return Worst((self.attack,) * self.count).search(victim, clean, goal, budget, seeds)
 
 
 @dataclass(frozen=True)
 class EachTarget(ImageAttack):
-    """The attack once by way of each of the likeliest other classes, most likely first, on the images that still stand.
+    """The attack once towards each of the likeliest other classes, most likely first, on the images that still stand.
 
     `EachTarget(APGD(loss=DLR()))` is APGD-T of AutoAttack. Classes that can't be told from the label (their names are
-    the same, so their logits are) are no way out and come last; with fewer classes than targets all are taken.
+    the same, so their logits are) are no way out and come last; with fewer classes than targets all are taken. What
+    was found towards one class is compared with the rest as in `Worst`.
 
     Args:
         targets: how many classes; AutoAttack takes 9.
     """
-
-    @property
-    def needs_classes(self) -> bool:
-        return True
 
     attack: ImageAttack = field(default_factory=PGD)
     targets: int = 9
@@ -76,16 +97,23 @@ class EachTarget(ImageAttack):
         if self.targets < 1:
             raise CrossguardError(f"EachTarget(targets={self.targets}) aims at nothing; give 1 or more classes")
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    @property
+    def needs_classes(self) -> bool:
+        return True
+
+    @property
+    def draws(self) -> bool:
+        return self.attack.draws
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         aim = classification(goal, "EachTarget")
         if not isinstance(aim, Untargeted):
             raise CrossguardError("EachTarget serves an untargeted goal; a targeted one has its class already")
-        found, outputs = _asked(victim, clean, goal)
+        found, outputs = _begun(victim, clean, goal)
         for number, targets in enumerate(likeliest(outputs, aim.labels, self.targets)):
-            way: Goal = ByWayOf(aim.labels, targets, aim.criterion)
-            way = Endless(way) if isinstance(goal, Endless) else way
+            way = Towards(aim.labels, targets, aim.criterion, ends=goal.ends)
             _try(self.attack, found, victim, clean, goal, budget, _turn(seeds, number), way)
-        return found.images
+        return found.made()
 
 
 @dataclass(frozen=True)
@@ -111,35 +139,52 @@ class EOT(ImageAttack):
         if not self.noise >= 0.0:
             raise CrossguardError(f"EOT(noise={self.noise}) is not possible; give 0 or more, in pixels of [0, 1]")
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    @property
+    def draws(self) -> bool:
+        return self.attack.draws or self.noise > 0.0
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         if isinstance(victim, _Averaged):
             raise CrossguardError("an EOT inside an EOT averages twice; give one of them more samples instead")
         averaged = _Averaged(
-            victim.answer, victim.queries, victim.seeds, victim.rows, self.samples, self.noise, self.flip
+            victim.answer,
+            victim.queries,
+            victim.seeds,
+            victim.rows,
+            victim.draw,
+            self.samples,
+            self.noise,
+            self.flip,
         )
-        return self.attack(averaged, clean, goal, budget, seeds)
+        # What beats the average may not beat the model itself, so nothing is said of the images.
+        return Made(self.attack.craft(averaged, clean, goal, budget, seeds).images)
 
 
 @dataclass(frozen=True)
-class OwnAnswer(ImageAttack):
+class PredictedLabel(ImageAttack):
     """The attack with the victim's own clean answer for a label: an adversary who doesn't know the truth.
 
     Robust accuracy that is higher under the true label than under this one, or higher than clean accuracy, says that
     the defense reads the label off the perturbation (label leakage, Kurakin et al. 2017).
     """
 
+    attack: ImageAttack = field(default_factory=PGD)
+
     @property
     def needs_classes(self) -> bool:
         return True
 
-    attack: ImageAttack = field(default_factory=PGD)
+    @property
+    def draws(self) -> bool:
+        return self.attack.draws
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
-        aim = classification(goal, "OwnAnswer")
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
+        aim = classification(goal, "PredictedLabel")
         if not isinstance(aim, Untargeted):
-            raise CrossguardError("OwnAnswer serves an untargeted goal; a targeted one needs no label")
-        own: Goal = replace(aim, labels=victim(clean).argmax(1))
-        return self.attack(victim, clean, Endless(own) if isinstance(goal, Endless) else own, budget, seeds)
+            raise CrossguardError("PredictedLabel serves an untargeted goal; a targeted one needs no label")
+        own = replace(aim, labels=victim(clean).argmax(1))
+        # Won was another goal than that of whoever asks, so nothing is said of the images.
+        return Made(self.attack.craft(victim, clean, own, budget, seeds).images)
 
 
 @dataclass(frozen=True)
@@ -152,14 +197,19 @@ class BF16(ImageAttack):
 
     attack: ImageAttack = field(default_factory=PGD)
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    @property
+    def draws(self) -> bool:
+        return self.attack.draws
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         full = victim.answer
 
         def answer(images: Images) -> Tensor:
             with torch.autocast(images.device.type, torch.bfloat16):
                 return full(images).float()
 
-        return self.attack(replace(victim, answer=answer), clean, goal, budget, seeds)
+        # What it knows of its images it knows in bfloat16, so nothing is said of them.
+        return Made(self.attack.craft(replace(victim, answer=answer), clean, goal, budget, seeds).images)
 
 
 @dataclass(frozen=True)
@@ -184,38 +234,47 @@ class AtGate(ImageAttack):
         def both(images: Images) -> Tensor:
             return torch.cat([before(images), gate(images)[:, None]], 1)
 
-        return self.attack(replace(victim.before, answer=both), images, _Gated(goal, self.weight), pixels, seeds)
+        aim = _Gated(goal, self.weight, ends=goal.ends)
+        return self.attack(replace(victim.before, answer=both), images, aim, pixels, seeds)
 
     def match(
         self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
     ) -> tuple[Images, list[str]]:
         raise CrossguardError("AtGate aims at the gate of a classification; for a retrieval, try the attack inside it")
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         raise CrossguardError("AtGate must be the outermost attack, where the gate is known: AtGate(EOT(PGD()))")
 
 
 @dataclass(frozen=True)
 class _Gated(Goal):
-    """A goal over logits, with the gate as a last column of the outputs."""
+    """A goal over logits, with the gate as a last column of the outputs. The defense's own answer says who has won;
+    among equals both being wrong and slipping below the gate count."""
 
     goal: Goal
     weight: float
+    classes: ClassVar[bool] = True
 
     def loss(self, outputs: Tensor) -> PerImage:
-        return self.goal.loss(outputs[:, :-1]) - self.weight * outputs[:, -1].clamp_min(0.0)
+        return self.goal.loss(outputs[:, :-1]) - self._above(outputs)
 
-    def reached(self, outputs: Tensor) -> Mask:
-        return self.goal.reached(outputs[:, :-1])
+    def won(self, outputs: Tensor) -> Mask:
+        return self.goal.won(outputs[:, :-1])
+
+    def merit(self, outputs: Tensor) -> PerImage:
+        return self.goal.merit(outputs[:, :-1]) - self._above(outputs)
 
     def at(self, keep: Tensor) -> _Gated:
-        return _Gated(self.goal.at(keep), self.weight)
+        return replace(self, goal=self.goal.at(keep))
 
     def counts(self) -> tuple[int, ...]:
         return self.goal.counts()
 
     def climbing(self, loss: Loss) -> _Gated:
-        return _Gated(self.goal.climbing(loss), self.weight)
+        return replace(self, goal=self.goal.climbing(loss))
+
+    def _above(self, outputs: Tensor) -> PerImage:
+        return self.weight * outputs[:, -1].clamp_min(0.0)
 
 
 @dataclass(frozen=True)
@@ -227,12 +286,15 @@ class _Averaged(ImageVictim):
     flip: bool = False
 
     def __call__(self, images: Images) -> Tensor:
-        return sum((super(_Averaged, self).__call__(view) for view in self._views(images)), start=torch.zeros(())) / (
-            self.samples
-        )
+        outputs = [super(_Averaged, self).__call__(view) for view in self._views(images)]
+        return torch.stack(outputs).mean(0)
+
+    def judge(self, images: Images, goal: Goal) -> tuple[Mask, PerImage]:
+        # The same draw again and again would have no average; single draws are what the model is judged by anyway.
+        return ImageVictim(self.answer, self.queries, self.seeds, self.rows).judge(images, goal)
 
     def ascend(self, images: Images, goal: Goal) -> tuple[Images, PerImage, Tensor]:
-        gradient, losses, outputs = torch.zeros_like(images), torch.zeros(len(images), device=images.device), None
+        gradient, losses, outputs = torch.zeros_like(images), images.new_zeros(len(images)), None
         for number, view in enumerate(self._views(images)):
             one, loss, output = super().ascend(view, goal)
             gradient += one.flip(3) if self._mirrored(number) else one
@@ -249,11 +311,7 @@ class _Averaged(ImageVictim):
         for number in range(self.samples):
             view = images
             if self.noise and self.seeds is not None and self.queries is not None:
-                rows = torch.arange(len(self.seeds)) if self.rows is None else self.rows
-                rows = rows[: len(images)]
-                asked = self.queries.forwards[rows] + self.queries.gradients[rows]
-                keys = fold(fold(self.seeds[rows], asked), _VIEWS)
-                view = view + self.noise * normal(keys, images.shape[1:], images.device)
+                view = view + self.noise * normal(fold(self.keys(), _VIEWS), images.shape[1:], images.device)
             yield view.flip(3) if self._mirrored(number) else view
 
     def _mirrored(self, number: int) -> bool:
@@ -278,11 +336,11 @@ def likeliest(logits: Logits, labels: Labels, count: int) -> list[Labels]:
     return list(ranked[:, : min(count, logits.shape[1] - 1)].unbind(1))
 
 
-def _asked(victim: ImageVictim, clean: Images, goal: Goal) -> tuple[Found, Tensor]:
+def _begun(victim: ImageVictim, clean: Images, goal: Goal) -> tuple[Found, Tensor]:
     """What is found before any attack (images that are beaten as they are), and the clean outputs."""
-    found = Found.nothing(clean)
-    outputs = victim(clean)
-    found.offer(found.open(), clean, goal.loss(outputs), goal.reached(outputs))
+    found, outputs = Found.nothing(clean, goal.ends), victim(clean)
+    unchanged = Made(clean, goal.won(outputs), goal.merit(outputs))
+    found.take(torch.arange(len(clean), device=clean.device), unchanged, victim, goal)
     return found, outputs
 
 
@@ -296,11 +354,13 @@ def _try(
     seeds: Seeds,
     way: Goal | None = None,
 ) -> None:
-    """Runs one attack on the images that still stand (with the goal `way`, if given); `goal` judges what it made."""
+    """Runs one attack on the images that still stand; what it made is taken into what was found.
+
+    Args:
+        way: the goal of the attack itself, where that is another way to win the same.
+    """
     rows = found.open()
-    if not len(rows):
-        return
-    asked = victim.at(rows)
-    made = attack(asked, clean[rows], (way or goal).at(rows), budget, seeds[rows.cpu()])
-    outputs = asked(made)
-    found.offer(rows, made, goal.at(rows).loss(outputs), goal.at(rows).reached(outputs))
+    if len(rows):
+        asked = victim.at(rows)
+        made = attack.craft(asked, clean[rows], (way or goal).at(rows), budget, seeds[rows])
+        found.take(rows, made, asked, goal.at(rows))

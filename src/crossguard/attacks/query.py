@@ -4,7 +4,6 @@ gradients, the gradients are masked."""
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -12,11 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim
-from crossguard.budgets import L2, Linf, PixelBudget
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, looks
+from crossguard.budgets import L2, Linf, PixelBudget, per_image
 from crossguard.errors import CrossguardError
-from crossguard.gallery import Away
-from crossguard.goals import Drift, Endless, Goal, Loss, Margin
+from crossguard.goals import Goal, Loss, Margin
 from crossguard.seeds import fold, uniform
 from crossguard.shapes import Images, Labels, Mask, PerImage, Seeds
 
@@ -58,15 +56,16 @@ class Square(ImageAttack):
                 f"Square(p={self.p}) is no share of an image; give more than 0 and at most 1, such as 0.8"
             )
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         if budget.eps == 0.0:
-            return clean.clone()
-        with suppress(CrossguardError):  # raised by goals that have a loss of their own
+            return Made(clean.clone())
+        if goal.classes:
             goal = goal.climbing(self.loss)
         start, move = (_stripes, _paint) if isinstance(budget, Linf) else (_tiles, _shift)
         clean = clean.contiguous()
-        found, rows = Found.nothing(clean), torch.arange(len(clean), device=clean.device)
+        found, rows = Found.nothing(clean, goal.ends), torch.arange(len(clean), device=clean.device)
         numbers = clean.new_empty(len(clean), 0)
+        best, highest = clean, clean.new_full((len(clean),), -torch.inf)  # the image whose squares are changed next
         for question in range(self.queries):
             if question == 0:
                 images = start(clean, budget.eps, seeds)
@@ -75,19 +74,23 @@ class Square(ImageAttack):
                 if number % TOGETHER == 0:
                     numbers = _numbers(seeds, question, clean.device)
                 area = self._share(number) * clean.shape[2] * clean.shape[3]
-                images = move(found.images[rows], clean, budget.eps, area, numbers[:, number % TOGETHER])
+                images = move(best, clean, budget.eps, area, numbers[:, number % TOGETHER])
             outputs = victim(images)
-            losses, won = goal.loss(outputs).float(), goal.reached(outputs)
-            if not bool(torch.isfinite(losses).all()):
-                raise CrossguardError("the victim answered with numbers that are not finite (NaN or infinity)")
-            found.offer(rows, images, losses, won)
-            if bool(won.any()):
-                keep = (~won).nonzero()[:, 0]
+            losses = goal.loss(outputs)
+            victim.note(~losses.isfinite())
+            better = losses > highest
+            best, highest = torch.where(per_image(better), images, best), torch.where(better, losses, highest)
+            found.offer(rows, images, goal.won(outputs), goal.merit(outputs))
+            if looks(question, clean.device):
+                victim.check()
+                keep = (~found.won[rows]).nonzero()[:, 0] if found.ends else rows
                 if len(keep) == 0:
                     break
-                rows, clean, numbers, seeds = rows[keep], clean[keep], numbers[keep], seeds[keep.cpu()]
-                victim, goal = victim.at(keep), goal.at(keep)
-        return found.images
+                if len(keep) < len(rows):
+                    rows, clean, numbers, seeds = rows[keep], clean[keep], numbers[keep], seeds[keep]
+                    best, highest = best[keep], highest[keep]
+                    victim, goal = victim.at(keep), goal.at(keep)
+        return found.made()
 
     def _share(self, number: int) -> float:
         """The share of the area that the squares of this iteration have."""
@@ -197,14 +200,15 @@ def _pyramid(height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RayS(ImageAttack):
-    """Searches for the ray of signs on which the boundary is nearest and sees nothing but where the goal is reached
-    (Chen and Gu 2020, algorithms 2 and 3): blocks of signs flip, halves at first, single pixels at last, and a flip
-    that brings the boundary nearer stays, at the radius that a binary search finds.
+    """Searches for the ray of signs on which the boundary is nearest and sees nothing but whether the goal is won (Chen
+    and Gu 2020, algorithms 2 and 3): blocks of signs flip, halves at first, single pixels at last, and a flip that
+    brings the boundary nearer stays, at the radius that a binary search finds.
 
     The search is deterministic. Every image has its own place in it, so that each forward asks one question about every
-    image that is left. An image leaves with the first answer that reaches the goal within the budget, or when a sweep
-    through all its single pixels has changed nothing; what is left in the end goes the whole budget along its ray.
-    Where the goal is `Endless`, no image leaves for having reached it, and all go the whole budget.
+    image that is left. An image leaves with the first answer that wins within the budget, or when a sweep through all
+    its single pixels has changed nothing; what is left in the end goes the whole budget along its ray. Where somebody
+    else judges (`Goal.lasting`), no image leaves for having won, all go the whole budget, and the last question is
+    whether they have won there: who has not, but had won on the way, keeps that.
 
     Args:
         queries: questions about each image, the first of which is the clean image itself.
@@ -217,44 +221,48 @@ class RayS(ImageAttack):
     def __post_init__(self) -> None:
         _check_queries(self)
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    @property
+    def draws(self) -> bool:
+        return False
+
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         del seeds
-        endless = isinstance(goal, Endless)
-        while isinstance(goal, Endless):
-            goal = goal.goal
-        if isinstance(goal, Drift | Away):
+        if not goal.wins:
             raise CrossguardError(
                 f"RayS needs to be told when it has won, and {type(goal).__name__} never says so; try Square instead"
             )
-        made = clean.clone()
-        if budget.eps == 0.0:
-            return made
-        eps = torch.full((len(clean),), budget.eps, device=clean.device)
-        # What is beaten unchanged stays as it is, unless another model is going to judge.
-        standing = ~_reached(victim, goal, clean) | endless
+        if budget.eps == 0.0 or len(clean) == 0:
+            return Made(clean.clone())
+        everyone = victim, goal
+        won = _won(victim, goal, clean)  # within the budget, so far
+        within, whole = clean.clone(), clean.clone()  # the image that won, and the one at the rim of the budget
         blocks, singles = _blocks(clean[0].numel(), self.queries)
         blocks = blocks.to(clean.device)
         rays = _Rays.start(clean)
-        for question in range(self.queries):
+        for question in range(self.queries if goal.ends else self.queries - 1):
             if question == 0:
-                gone = ~standing
+                # What is beaten unchanged stays as it is, unless another model is going to judge.
+                gone = won if goal.ends else torch.zeros_like(won)
             else:
                 signs, radii = rays.ask(blocks)
                 images = _along(rays.clean, signs, radii)
-                reached = _reached(victim, goal, images)
-                rays.learn(signs, radii, reached)
-                inside = reached & (radii <= budget.eps) & (not endless)
-                made[rays.rows[inside]] = images[inside]
-                stuck = rays.stuck(singles) & ~inside
-                made[rays.rows[stuck]] = _along(rays.clean[stuck], rays.signs[stuck], eps[rays.rows[stuck]])
-                gone = inside | stuck
+                hit = _won(victim, goal, images)
+                rays.learn(signs, radii, hit)
+                inside = hit & (radii <= budget.eps)
+                within[rays.rows[inside]] = images[inside]
+                won[rays.rows[inside]] = True
+                stuck = rays.stuck(singles)
+                whole[rays.rows[stuck]] = rays.whole(budget.eps)[stuck]
+                gone = inside | stuck if goal.ends else stuck
             if bool(gone.any()):
                 keep = (~gone).nonzero()[:, 0]
                 rays, victim, goal = rays.at(keep), victim.at(keep), goal.at(keep)
                 if len(keep) == 0:
                     break
-        made[rays.rows] = _along(rays.clean, rays.signs, eps[rays.rows])
-        return made
+        whole[rays.rows] = rays.whole(budget.eps)
+        if not goal.ends and self.queries > 1:
+            won = won & ~_won(*everyone, whole)
+        return Made(torch.where(per_image(won), within, whole))
 
 
 @dataclass
@@ -263,7 +271,7 @@ class _Rays:
 
     Attributes:
         signs: the best ray so far, of plus and minus 1.
-        radii: the smallest radius at which it reached the goal; infinite where no ray has reached it yet.
+        radii: the smallest radius at which it won; infinite where no ray has won yet.
         below: the largest radius at which it did not, in this binary search.
         searching: in a binary search, as opposed to trying another ray.
         block: the number of the block that is flipped next, or was flipped to get this ray.
@@ -321,6 +329,10 @@ class _Rays:
         """Where every pixel was flipped on its own, in vain, since the boundary came nearer last."""
         return self.block - (self.progress + 1).clamp_min(singles) >= self.clean[0].numel()
 
+    def whole(self, eps: float) -> Images:
+        """The images at the rim of the budget, along the best rays so far."""
+        return _along(self.clean, self.signs, torch.full_like(self.radii, eps))
+
     def at(self, keep: Tensor) -> _Rays:
         parts = {part.name: getattr(self, part.name) for part in fields(self)}
         return replace(self, **{name: part[keep] for name, part in parts.items() if isinstance(part, Tensor)})
@@ -330,11 +342,10 @@ def _along(clean: Images, signs: Images, radii: PerImage) -> Images:
     return clean.addcmul(signs, radii.view(-1, 1, 1, 1)).clamp_(0.0, 1.0)
 
 
-def _reached(victim: ImageVictim, goal: Goal, images: Images) -> Mask:
-    outputs = victim(images)
-    if bool(outputs.isnan().any()):
-        raise CrossguardError("the victim answered with numbers that are not finite (NaN)")
-    return goal.reached(outputs)
+def _won(victim: ImageVictim, goal: Goal, images: Images) -> Mask:
+    won = goal.won(victim(images))
+    victim.check()
+    return won
 
 
 def _blocks(pixels: int, count: int) -> tuple[Tensor, int]:

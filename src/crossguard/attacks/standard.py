@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crossguard.attacks.apgd import APGD
-from crossguard.attacks.base import ImageAttack, ImageVictim
+from crossguard.attacks.base import ImageAttack, ImageVictim, Made
 from crossguard.attacks.boundary import FAB
 from crossguard.attacks.meta import EOT, EachTarget, Restarts, Worst
 from crossguard.attacks.query import Square
@@ -23,19 +23,19 @@ class AutoAttack(ImageAttack):
     image and runs on the images that survived the ones before; `parts` shows the expression.
 
     'standard' is APGD-CE, APGD-T, FAB-T and Square, 'plus' adds untargeted APGD-DLR and FAB and 5 restarts, 'rand'
-    (for random models) is APGD-CE and APGD-DLR on the average of 20 draws. Per image never weaker than its first
-    attacks alone; beaten images leave within a run, which the reference code doesn't do.
+    (for random models) is APGD-CE and APGD-DLR on the average of 20 draws. As in any `Worst`, no image stands that one
+    of its attacks beats. Beaten images leave within a run, which they do not in the reference code.
     """
-
-    @property
-    def needs_classes(self) -> bool:
-        return True
 
     version: str = "standard"
 
     def __post_init__(self) -> None:
         if self.version not in VERSIONS:
             raise CrossguardError(f"AutoAttack(version={self.version!r}) is unknown; give one of {', '.join(VERSIONS)}")
+
+    @property
+    def needs_classes(self) -> bool:
+        return True
 
     def parts(self, budget: PixelBudget) -> tuple[ImageAttack, ...]:
         """The attacks in their order. In L1, APGD-CE has 5 restarts, APGD-T 5 targets, both the schedule of larger
@@ -50,14 +50,14 @@ class AutoAttack(ImageAttack):
             return (
                 Restarts(once, 5),
                 Restarts(APGD(loss=DLR(), large_eps=sparse), 5),
-                Restarts(FAB(targets=None), 5),
+                FAB(targets=None, restarts=5),
                 *black,
                 each,
                 FAB(),
             )
         return Restarts(once, 5) if sparse else once, each, FAB(), *black
 
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         return Worst(self.parts(budget)).search(victim, clean, goal, budget, seeds)
 
 
@@ -69,13 +69,13 @@ class RobustCLIP(ImageAttack):
     It has no black-box attack, so it can't notice masked gradients; use AutoAttack for a number to quote.
     """
 
+    steps: int = 100
+    targets: int = 9
+
     @property
     def needs_classes(self) -> bool:
         return True
 
-    steps: int = 100
-    targets: int = 9
-
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Images:
+    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         parts = APGD(steps=self.steps), EachTarget(APGD(steps=self.steps, loss=DLR()), self.targets)
         return Worst(parts).search(victim, clean, goal, budget, seeds)

@@ -183,7 +183,7 @@ class _RetrievalTrial(Trial):
     def answer(self, batch: Batch, seeds: Seeds) -> Answers:
         assert isinstance(batch, Pairs)
         images, texts = batch.images.to(self.model.device), batch.texts
-        queries = Queries.none(len(batch))
+        queries = Queries.none(len(batch), self.model.device)
         rows, captions, owners = self._places(batch)
         adversarial, made = images, texts
         if self.attack is not None and self.budget is not None:

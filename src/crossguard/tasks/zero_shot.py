@@ -17,7 +17,7 @@ from crossguard.budgets import Budget
 from crossguard.data import Batch, Dataset, Labelled, Prompts
 from crossguard.datasets.names import unspoken
 from crossguard.errors import CrossguardError
-from crossguard.goals import Endless, Goal, Mismatch, Untargeted, margin
+from crossguard.goals import Goal, Mismatch, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, Wrapper
 from crossguard.report import Outcomes
@@ -155,14 +155,13 @@ class _ZeroShotTrial(Trial):
         device = self.model.device
         labels = _labels(batch)
         images = batch.images.to(device)
-        queries = Queries.none(len(batch))
+        queries = Queries.none(len(batch), device)
         with torch.no_grad(), drawing(fold(seeds, CLEAN)) as lent:
             clean = finite(self.clean(images))
         adversarial, size = images, self.changed[labels]
         if self.attack is not None and self.budget is not None:
             # Who is judged by another model, or by another draw of a random one, must not stop at the first success.
-            goal: Goal = Untargeted(labels.to(device))
-            goal = Endless(goal) if self.elsewhere or lent.used else goal
+            goal = Untargeted(labels.to(device), ends=not (self.elsewhere or lent.used))
             adversarial = self.attack.perturb(self._victim(queries, seeds), images, goal, self.budget, seeds).to(device)
             if self.pixels is not None:
                 size = self.pixels.check(adversarial, images).cpu()

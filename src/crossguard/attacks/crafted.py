@@ -21,7 +21,7 @@ from crossguard.shapes import Images, Seeds
 
 
 @dataclass(frozen=True)
-class Once(Attack):
+class Crafted(Attack):
     """What the attack made is kept in a folder, a file for each batch, and given back when it is asked for again.
 
     On a surrogate an attack does not see who will judge it, and its noise hangs on the samples alone: what was made for

@@ -27,7 +27,7 @@ from crossguard import (
     ZeroShot,
     evaluate,
 )
-from crossguard.attacks import once
+from crossguard.attacks import crafted
 from crossguard.attacks.base import Attack
 from crossguard.budgets import Budget
 from crossguard.evaluate import craft_key, question
@@ -112,7 +112,7 @@ def test_a_disk_without_room_for_what_was_crafted_stops_nothing(
     def full(*_: object) -> None:
         raise WriteError("no space left on device")
 
-    monkeypatch.setattr(once, "save_tensors", full)
+    monkeypatch.setattr(crafted, "save_tensors", full)
     assert len(grid(*CASES[0], MODELS).run(tmp_path)) == 9
     assert searches == 9 * [4, 4, 2]
 
