@@ -682,7 +682,7 @@ NEED_CLASSES = [
     AutoAttack(),
     AutoAttack("rand"),
     RobustCLIP(),
-    Worst((PGD(), Restarts(FAB()))),
+    Worst((PGD(), Restarts(EachTarget()))),
     SGA(FAB()),
     PGD(loss=Margin()),
     EOT(APGD(loss=DLR())),

@@ -18,7 +18,7 @@ from crossguard.budgets import Budget, PixelBudget
 from crossguard.data import spread
 from crossguard.datasets.kept import FORMATS, Kept, begin, check_folder, finish
 from crossguard.datasets.kept import keep as store
-from crossguard.device import describe, precision
+from crossguard.device import check_gradients, describe, precision
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, check_writable, reason, write
@@ -132,6 +132,7 @@ def evaluate(
         out: a file for the report.
         overwrite: let the report and what is kept replace those of another question, which is refused otherwise.
     """
+    check_gradients()
     asked = question(task, model, attack, budget, surrogate, limit, seed)
     if len(task) == 0:
         raise CrossguardError(f"{show(task, short=True)} has no samples")

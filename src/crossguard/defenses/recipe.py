@@ -13,6 +13,7 @@ from pathlib import Path
 from crossguard.data import Dataset
 from crossguard.defenses.plan import Plan
 from crossguard.defenses.run import train
+from crossguard.device import check_gradients
 from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint, VisionLanguageModel
 from crossguard.processes import ALONE, joined
@@ -36,6 +37,7 @@ class Recipe(Plan, ABC):
         Raises:
             CrossguardError: the folder holds something else, or the data cannot be trained on; it says why.
         """
+        check_gradients()
         if not isinstance(model, Checkpoint):
             raise CrossguardError(
                 f"{show(model, short=True)} has no network of its own to train; train its base and wrap the result"
