@@ -638,6 +638,25 @@ def test_a_copy_as_the_hub_is_downloaded(tmp_path: Path) -> None:
     assert "several versions of CIFAR10 (other, plain_text)" in refused(lambda: len(crossguard.CIFAR10(str(tmp_path))))
 
 
+def test_a_file_of_several_splits_answers_for_one(tmp_path: Path) -> None:
+    held = {"image": [picture(number) for number in range(3)], "label": [0, 0, 0]}
+    path = table(tmp_path / "x.parquet", split=["train", "test", "train"], **held)
+    assert ids(crossguard.CIFAR10(path)) == ["1"] and len(crossguard.CIFAR10(path, split="train")) == 2
+    assert "its splits are test, train" in refused(lambda: len(crossguard.CIFAR10(path, split="val")))
+
+
+def test_tiny_imagenet_as_it_is_published(tmp_path: Path) -> None:
+    root = put(tmp_path, *(f"val/images/val_{number}.JPEG" for number in range(3)))
+    listed = [("val_0", "n12267677"), ("val_1", "n01443537"), ("val_2", "n12267677"), ("val_3", "n02123045")]
+    text = "".join(f"{name}.JPEG\t{wnid}\t0\t0\t62\t62\n" for name, wnid in listed)
+    (root / "val/val_annotations.txt").write_text(text)
+    data = crossguard.TinyImageNet(str(root))
+    assert data.names == ("goldfish", "tabby cat", "acorn") and data.labels().tolist() == [2, 0, 2]
+    assert data.id(1) == "images/val_1.JPEG"
+    put(root, "val/images/more.JPEG")
+    assert "does not list the image 'images/more.JPEG'" in refused(lambda: len(crossguard.TinyImageNet(str(root))))
+
+
 def test_data_that_nobody_can_name_is_noted(tmp_path: Path) -> None:
     root = put(tmp_path, "0/0.png", "1/1.png")
     report = crossguard.evaluate(crossguard.ZeroShot(Images(str(root), templates=("{} red",))), Painter())

@@ -20,7 +20,8 @@ class Images(Decoded):
     """A folder with one subfolder of images a class, sorted by name; `sea_lion/` is the class `sea lion`.
 
     Where the subfolders are the letters of the alphabet with the classes sorted into them (`a/abbey/`,
-    `b/bakery/shop/`), as in SUN397, the classes are those (`abbey`, `bakery shop`).
+    `b/bakery/shop/`), as in SUN397, the classes are those (`abbey`, `bakery shop`). Where all images lie in `images/`
+    beside a file `val_annotations.txt`, as in Tiny-ImageNet, this file says their classes.
 
     A sample's id is its path below the folder. Files that are no images by their ending, and what is hidden at any
     depth, are not looked at; links are followed.
@@ -47,7 +48,18 @@ class Images(Decoded):
             raise CrossguardError(f"the folder {self.path!r} {what}; give a folder that holds one subfolder a class")
         # Every file is listed anew for a new word: a folder's own date says nothing about what lies deeper.
         held = tuple(file for file in reading.below(root, SUFFIXES) if "/" in file.path)
-        return _opened(str(root), tuple(reading.folders(root)), held, class_list(self.classes), self.skip_broken)
+        folders = tuple(reading.folders(root))
+        listed = _annotated(root / ANNOTATED) if folders == ("images",) and (root / ANNOTATED).is_file() else ()
+        return _opened(str(root), folders, held, listed, class_list(self.classes), self.skip_broken)
+
+
+ANNOTATED = "val_annotations.txt"
+
+
+def _annotated(file: Path) -> tuple[tuple[str, str], ...]:
+    """The name and the class of each image that the list of Tiny-ImageNet has."""
+    rows = (line.split("\t") for line in reading.lines(reading.text(file, "fetch it again")))
+    return tuple((row[0], row[1]) for row in rows if len(row) > 1)
 
 
 @lru_cache(maxsize=8)
@@ -55,6 +67,7 @@ def _opened(
     root: str,
     folders: tuple[str, ...],
     files: tuple[reading.Found, ...],
+    annotated: tuple[tuple[str, str], ...],
     classes: tuple[str, ...],
     skip_broken: bool,
 ) -> Opened:
@@ -63,14 +76,22 @@ def _opened(
     paths = [file.path for file in files]
     _check_splits(root, folders, paths)
     inside = [path.rsplit("/", 1)[0] for path in paths]
-    if _by_letter(folders, inside):
+    if annotated:
+        classes_of = dict(annotated)
+        lacking = [path for path in paths if path.rsplit("/", 1)[1] not in classes_of]
+        if lacking:
+            raise CrossguardError(f"{ANNOTATED} of {root!r} does not list the image {lacking[0]!r}; list or remove it")
+        inside = [classes_of[path.rsplit("/", 1)[1]] for path in paths]
+        folders = tuple(sorted(set(classes_of.values())))
+        told = tuple(map(spoken, folders))
+    elif _by_letter(folders, inside):
         folders = tuple(sorted(set(inside), key=lambda folder: folder.split("/")))
         told = tuple(spoken(folder.split("/", 1)[1].replace("/", " ")) for folder in folders)
     else:
         inside = [path.split("/", 1)[0] for path in paths]
         told = tuple(map(spoken, folders))
     empty = sorted(set(folders) - set(inside))
-    if empty:
+    if empty and not annotated:
         raise CrossguardError(
             f"the class folder {str(Path(root) / empty[0])!r} holds no image ({', '.join(SUFFIXES)}); "
             "fill it or remove it"
@@ -88,7 +109,7 @@ def _opened(
         names=classes or told,
         read=lambda index: (Path(root) / paths[index]).read_bytes(),
         where=lambda index: f"the image {str(Path(root) / paths[index])!r}",
-        fingerprint=reading.fingerprint((*files, classes)),
+        fingerprint=reading.fingerprint((*files, annotated, classes)),
     )
     return source.whole(skip_broken)
 

@@ -19,7 +19,7 @@ from crossguard import reading
 from crossguard.data import Dataset
 from crossguard.datasets.folders import Images
 from crossguard.datasets.names import SPLITS, class_list, known_names, unspoken
-from crossguard.datasets.parquet import Parquet
+from crossguard.datasets.parquet import Parquet, split_column
 from crossguard.datasets.pixels import given
 from crossguard.datasets.shards import Shards
 from crossguard.errors import CrossguardError
@@ -195,7 +195,9 @@ class Known(Dataset):
         if not place.exists():
             raise CrossguardError(f"there is no {str(place)!r} to read {word} from; give the path of its local copy")
         if place.is_file():
-            return Parquet(str(place), **self._options())
+            told = split_column(str(place))
+            split = next((split for split in self._splits() if split in told), self.split) if told else None
+            return Parquet(str(place), split=split, **self._options())
         for split in self._splits():
             if any((place / split).glob("*.tar")):
                 return Shards(str(place), split, **self._options())

@@ -92,6 +92,21 @@ def parquet_files(path: str) -> list[reading.Found]:
     return sorted(listed, key=lambda file: file.path.split("/"))
 
 
+def split_column(file: str) -> tuple[str, ...]:
+    """The splits that the column `split` of a file tells apart; none without such a column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as handle:
+            if "split" not in handle.schema_arrow.names:
+                return ()
+            told = handle.read(columns=["split"])["split"].unique().to_pylist()
+    except (pa.ArrowException, OSError):  # whoever reads the images says what is wrong
+        return ()
+    return tuple(str(value) for value in told if value is not None)
+
+
 def _root(path: str) -> str:
     """The folder that the files of a path lie below: itself, or the part of a pattern that is the same for all."""
     place = Path(path).expanduser()
