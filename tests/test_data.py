@@ -315,7 +315,7 @@ def images(root: Path) -> Dataset:
         file = root / "images" / ("a cat", "a dog", "a hen")[number % 3] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"no image" if number == 5 else png(number))
-    return Images(str(root / "images"), ("seen: {}", "{}"), skip_broken=True)
+    return Images(str(root / "images"), templates=("seen: {}", "{}"), skip_broken=True)
 
 
 def parquet(root: Path) -> Dataset:
