@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,8 +19,10 @@ from typer.testing import CliRunner
 
 import crossguard
 from crossguard import cli, experiment
+from crossguard.device import Choice, best, chosen, describe
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Experiment, Watch
+from crossguard.processes import Processes
 from crossguard.report import Outcomes, Report
 
 evaluation = importlib.import_module("crossguard.evaluate")  # `crossguard.evaluate` is the function
@@ -161,7 +164,11 @@ def test_version():
 
 def test_the_module_is_the_command():
     done = subprocess.run(
-        [sys.executable, "-m", "crossguard", "table", "/nowhere/[b]"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "crossguard", "table", "/nowhere/[b]"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -209,7 +216,10 @@ def test_mistakes_of_usage(arguments: tuple[str, ...]):
         (CrossguardError("a [bold]sentence[/]"), 2, "crossguard: error: a [bold]sentence[/]\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "crossguard: error: /x: permission denied\n"),
         (OSError(28, "No space left on device"), 2, "crossguard: error: no space left on device\n"),
-        (KeyboardInterrupt(), 130, "crossguard: interrupted; run the same command to continue\n"),
+        (MemoryError(), 2, "crossguard: error: the memory of this machine is full; a smaller --batch needs less"),
+        (RuntimeError("mat1 and mat2\nmore"), 1, "crossguard: error: unexpected RuntimeError: mat1 and mat2; this may"),
+        (KeyError(), 1, "crossguard: error: unexpected KeyError; this may be a fault of Crossguard, and 'crossguard"),
+        (KeyboardInterrupt(), 130, "crossguard: interrupted before a batch was answered; the same command starts"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence(raised: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch):
@@ -218,7 +228,90 @@ def test_what_goes_wrong_is_one_sentence(raised: BaseException, code: int, said:
 
     monkeypatch.setattr(evaluation, "evaluate", fail)
     result = call(*EVAL)
-    assert (result.exit_code, result.stderr, result.stdout) == (code, said, "")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.startswith(said) and result.stderr.count("\n") == 1
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+
+    def terminated(*_: object, progress: Callable[[int, int], None], **__: object) -> None:
+        progress(128, 400)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(evaluation, "evaluate", terminated)
+    result = call(*EVAL)
+    assert (result.exit_code, result.stdout) == (143, "")
+    assert result.stderr == (
+        "crossguard: interrupted after 128 of 400 samples; run the same command to go on from there\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_nobody_expected_shows_its_traceback_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setenv("CROSSGUARD_DEBUG", "0")
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    assert "Traceback" not in call(*EVAL).stderr
+    shown = call("--debug", *EVAL)
+    assert shown.exit_code == 1 and "in fail" in shown.stderr and shown.stderr.splitlines()[-1].startswith("crossguard")
+
+
+SHORT = (*EVAL, "--limit", "12", "--batch", "4")
+
+
+@pytest.mark.parametrize("place", [(), ("--out", "report.json"), ("--keep", "kept")])
+def test_an_evaluation_that_was_stopped_goes_on(
+    place: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    told: list[int] = []
+
+    def stopping(_: object, done: int, total: int) -> None:
+        told.append(done)
+        bar(_, done, total)
+        if done == 8 and told != [8]:
+            raise KeyboardInterrupt
+
+    bar = cli._Bar.progress
+    monkeypatch.setattr(cli._Bar, "progress", stopping)
+    stopped = call(*SHORT, *place)
+    assert stopped.exit_code == 130 and told == [0, 4, 8]
+    assert stopped.stderr.endswith("interrupted after 8 of 12 samples; run the same command to go on from there\n")
+    told.clear()
+    assert call(*SHORT, "--seed", "1").exit_code == 130, "another question took what was not its own"
+    assert told == [0, 4, 8]
+    told.clear()
+    whole = call(*SHORT, *place)
+    assert whole.exit_code == 0, whole.output
+    assert told == [8, 12], "it began anew"
+    told.clear()
+    assert call(*SHORT, "--seed", "1").exit_code == 0 and told == [8, 12]
+    assert not (tmp_path / "runs/.partial").exists()
+
+
+def test_an_evaluation_where_nothing_can_be_written_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("")
+
+    def stop(*_: object, progress: Callable[[int, int], None], **options: object) -> None:
+        assert options["partial"] is None
+        progress(4, 12)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    assert "after 4 of 12 samples, which are lost, since nothing can be written here" in call(*SHORT).stderr
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    assert call(*SHORT).stderr == "", "nothing for less than a minute"
+    monkeypatch.setattr(cli, "EVERY", 0.0)
+    lines = call(*SHORT).stderr.splitlines()
+    assert [line.split(" samples")[0] for line in lines] == [f"evaluating: {done}/12" for done in (0, 4, 8, 12)]
+    assert not list(tmp_path.iterdir()), "an evaluation leaves nothing behind"
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
@@ -286,9 +379,81 @@ def test_a_cell_that_fails_does_not_stop_the_others(
 
     monkeypatch.setattr(evaluation, "evaluate", fail)
     result = call("run", "grid.toml", "--out", "out")
-    assert result.exit_code == 2 and len(asked) == 4 and result.stdout == ""
-    assert result.stderr.splitlines()[-1].startswith("crossguard: error: grid.toml: 2 of 6 cells could not be answered")
-    assert "the weights are damaged" in result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and len(asked) == 4
+    assert "| base (white box) | 100.0 % [34.2, 100.0] | 50.0 % [9.5, 90.5] |" in result.stdout
+    assert "2 of 6 cells are not answered yet" in result.stdout
+    assert result.stderr.count("not answered: the weights are damaged") == 1
+    assert result.stderr.splitlines()[-1] == (
+        "crossguard: error: grid.toml: 2 of 6 cells could not be answered: the weights are damaged "
+        "(base, PGD(steps=100) and 1 more)"
+    )
+
+
+def test_a_model_that_cannot_be_read_is_opened_once(
+    grid: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    opened: list[Any] = []
+
+    def unreadable(self: Any) -> Any:
+        opened.append(self)
+        raise CrossguardError("the weights are damaged")
+
+    monkeypatch.setattr(crossguard.Fresh, "open", unreadable)
+    grid.write_text(GRID.replace("coarse = ", "lost = 'BitDepth(Fresh(), bits=3)', fresh = 'Fresh()', coarse = "))
+    result = call("run", "grid.toml", "--out", "out")
+    assert opened == [crossguard.Fresh()] and len(asked) == 6
+    assert result.stderr.count("the weights are damaged") == 2, "once when it happens, once at the end"
+    assert "6 of 12 cells could not be answered: the weights are damaged (lost, " in result.stderr.splitlines()[-1]
+
+
+def test_answers_are_not_written_among_the_files_of_a_model(grid: Path, asked: list[dict[str, Any]]):
+    (grid.parent / "model").mkdir()
+    (grid.parent / "model" / "config.json").write_text("{}")
+    assert "model holds a model (config.json); give the answers another folder" in error(
+        "run", "grid.toml", "--out", "model"
+    )
+    assert not asked and len(list((grid.parent / "model").iterdir())) == 1
+
+
+def test_networks_live_where_the_options_and_the_file_say(
+    grid: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    places: list[str] = []
+    answer = evaluation.evaluate
+
+    def placed(*arguments: Any, **settings: Any) -> Report:
+        places.append(describe())
+        return answer(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "evaluate", placed)
+    assert call(*EVAL, "--device", "cpu", "--dtype", "bfloat16").exit_code == 0
+    assert "precision" in asked.pop()
+    assert call(*EVAL).exit_code == 0 and "precision" not in asked.pop()
+    grid.write_text(GRID + 'dtype = "bfloat16"\ndevice = "cpu"\n')
+    assert call("run", "grid.toml").exit_code == 0
+    assert {question.get("precision") for question in asked} == {"bfloat16"}
+    assert [place.split(", ")[-1] for place in places] == ["bfloat16", "cpu"] + 6 * ["bfloat16"]
+    asked.clear()
+    assert call("run", "grid.toml", "--dtype", "float32").exit_code == 0
+    assert len(asked) == 6 and not any("precision" in question for question in asked), "the answers are others"
+    assert chosen() == Choice(best())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--device", "cuda:99"), "'cuda:99'"),
+        (("--device", "tpu"), "give 'cpu'"),
+        (("--dtype", "float16"), "networks cannot compute in 'float16'; give one of float32, bfloat16"),
+    ],
+)
+def test_devices_that_are_not_there(options: tuple[str, ...], said: str, grid: Path, asked: list[dict[str, Any]]):
+    assert said in error(*EVAL, *options)
+    assert said in error("run", "grid.toml", *options)
+    assert said in error(*TRANSFER, *options)
+    training = ("train", "--recipe", "TeCoA()", "--model", "Tiny()", "--data", "Scenes()", "--out", "out")
+    assert said in error(*training, *options)
+    assert not asked and not (grid.parent / "out").exists()
 
 
 def test_an_interrupted_run_goes_on(grid: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
@@ -345,9 +510,90 @@ def test_a_full_disk_stops_the_run(grid: Path, asked: list[dict[str, Any]], monk
     assert not [path for path in (grid.parent / "out").glob("*.json") if path.name != "experiment.json"]
 
 
+TRAINED = """
+task      = "ZeroShot(Scenes('object'))"
+model     = ["Tiny()", "BitDepth(Fit(FTStandard(), Tiny(), Scenes()))", "Fit(TeCoA(), Tiny(), Scenes())"]
+attack    = ["None", "PGD(steps=100)", "PGD(steps=7)"]
+budget    = "Linf(8/255)"
+surrogate = ["None", "Fresh()"]
+"""
+
+
+def test_every_cell_is_in_one_shard_and_what_is_shared_in_the_same(grid: Path):
+    grid.write_text(TRAINED)
+    cells = Experiment.load(grid).cells()
+    shards = [experiment.dealt(cells, (number, 3)) for number in (1, 2, 3)]
+    assert sorted(cell.key for shard in shards for cell in shard) == sorted(cell.key for cell in cells)
+    assert len(experiment.dealt(cells, (1, 1))) == len(cells)
+    # All that is crafted on Fresh() for one attack is one part, and with it all that a trained model is asked.
+    assert sorted(len(shard) for shard in shards) == [1, 2, len(cells) - 3]
+    grid.write_text(GRID)
+    cells = Experiment.load(grid).cells()
+    assert [len(experiment.dealt(cells, (number, 4))) for number in (1, 2, 3, 4)] == [2, 2, 1, 1]
+    two = [experiment.dealt(cells, (2, 2), Processes(rank, 2)) for rank in (0, 1)]
+    assert sorted(cell.key for part in two for cell in part) == sorted(
+        cell.key for cell in [*experiment.dealt(cells, (3, 4)), *experiment.dealt(cells, (4, 4))]
+    )
+
+
+def test_shards_answer_the_grid_without_locks(grid: Path, asked: list[dict[str, Any]]):
+    first = call("run", "grid.toml", "--shard", "1/2")
+    assert first.exit_code == 0, first.output
+    assert len(asked) == 3 and "3 cells, 0 answered already" in first.stderr
+    assert "3 of 6 cells are not answered yet" in first.stdout
+    assert not list((grid.parent / "runs/grid/.locks").iterdir())
+    second = call("run", "grid.toml", "--shard", "2/2")
+    assert len(asked) == 6 and "not answered" not in second.stdout
+    assert second.stdout == call("run", "grid.toml").stdout and len(asked) == 6
+    late = call("run", "grid.toml", "--shard", "9/9", "--out", "late")
+    assert late.exit_code == 0 and late.stdout == "" and "0 cells" in late.stderr
+    for text, said in (
+        ("2", "such as 2/8"),
+        ("0/3", "no shard 0 of 3"),
+        ("4/3", "no shard 4 of 3"),
+        ("x/3", "not 'x/3'"),
+    ):
+        assert said in error("run", "grid.toml", "--shard", text)
+
+
+def test_a_model_is_trained_by_one_process_while_others_take_other_cells(
+    grid: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(experiment, "POLL", 0.01)
+    monkeypatch.setenv("CROSSGUARD_FITS", str(grid.parent / "fits"))
+    grid.write_text(TRAINED.replace("surrogate", "# "))
+    training: list[str] = []
+    trained: list[str] = []
+    meet = threading.Barrier(2, timeout=20)
+
+    def train(self: Any) -> None:
+        if not self.trained:
+            name = type(self.recipe).__name__
+            assert name not in [*training, *trained], "two processes train the same model"
+            training.append(name)
+            meet.wait()  # both models are trained at the same time, by two processes
+            training.remove(name)
+            trained.append(name)
+            self.folder.mkdir(parents=True)
+            (self.folder / "crossguard.json").write_text("{}")
+
+    monkeypatch.setattr(crossguard.Fit, "open", train)
+    monkeypatch.setattr(crossguard.Tiny, "open", lambda self: None)
+    wanted = Experiment.load(grid)
+    results: list[list[Report]] = []
+    threads = [threading.Thread(target=lambda: results.append(wanted.run(grid.parent / "out"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(trained) == ["FTStandard", "TeCoA"]
+    assert len(asked) == 9 and [len(result) for result in results] == [9, 9]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ("device = 3", "grid.toml: device must be a text in quotes, not 3"),
         ("modle = 'Tiny()'", "grid.toml: unknown key 'modle'; did you mean 'model'?"),
         ("limit = 0", "grid.toml: limit must be a whole number of at least 1, not 0"),
         ("limit = true", "grid.toml: limit must be a whole number of at least 1, not True"),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossguard import files
+from crossguard import HuggingFace, files
 from crossguard.files import WriteError
-from fixtures import save_tokenizer, small
+from fixtures import save_clip, save_tokenizer, small
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077])
@@ -36,6 +36,15 @@ def test_a_checkpoint_can_be_read_by_whom_the_umask_allows(tmp_path: Path, umask
     save_tokenizer(tmp_path / "words")
     small(tmp_path / "words").load().save(tmp_path / "out")
     assert {mode(path) for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+
+
+def test_a_checkpoint_is_written_by_whoever_saves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = HuggingFace(str(save_clip(tmp_path / "clip"))).load()
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    network.save(tmp_path / "out")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert "should_save_on_this_rank" not in vars(network.model)
 
 
 def test_tensors_come_back_with_what_was_said_of_them(tmp_path: Path) -> None:

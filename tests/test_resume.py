@@ -51,7 +51,7 @@ class Killed(Exception):
 def killing_after(batches: int):
     def progress(done: int, total: int) -> None:
         nonlocal batches
-        batches -= 1
+        batches -= done > 0
         if not batches:
             raise Killed
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,11 +31,15 @@ from typer.core import TyperGroup
 
 from crossguard import __version__, files
 from crossguard.errors import CrossguardError
-from crossguard.experiment import Cell, Experiment, Watch, read
+from crossguard.experiment import Cell, Experiment, Unanswered, Watch, read
+from crossguard.processes import leads, several, speaks
 
 if TYPE_CHECKING:
     from crossguard.report import Report
 
+
+PARTIAL = Path("runs/.partial")  # the outcomes so far of evaluations without a file for their report
+EVERY = 60.0  # seconds between lines about progress where there is no terminal
 
 _UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy of click inside newer typers
 
@@ -40,25 +49,71 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _stoppable():
+                return super().invoke(ctx)
         except BrokenPipeError:  # the reader (`| head`) has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _say("crossguard: interrupted; run the same command to continue")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            sentence, code = f"interrupted{stop}", 143 if isinstance(stop, _Terminated) else 130
         except _UsageError as error:
             command = error.ctx.command_path if error.ctx is not None else "crossguard"
-            sentence = f"{' '.join(error.format_message().split()).rstrip('.')}; see '{command} --help'"
-        except CrossguardError as error:
-            sentence = str(error)
+            sentence = f"error: {' '.join(error.format_message().split()).rstrip('.')}; see '{command} --help'"
+            code = 2
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
             _debug()
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            sentence = f"{where}{files.reason(error)}"
-            _debug()
-        _say(f"crossguard: error: {sentence}")
-        raise typer.Exit(2)
+            sentence, code = _explained(error)
+        if speaks():
+            _say(f"crossguard: {sentence}")
+        raise typer.Exit(code)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What went wrong, and the exit code: 2 where the user can mend it, 1 for what nobody expected."""
+    if isinstance(error, CrossguardError):
+        return f"error: {error}", 2
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{files.reason(error)}", 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's, of a GPU
+        what = "the GPU" if not isinstance(error, MemoryError) else "this machine"
+        return f"error: the memory of {what} is full; a smaller --batch needs less, and changes no result", 2
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    return (
+        f"error: unexpected {type(error).__name__}{': ' * bool(first)}{first.rstrip('.')}; this may be a fault of "
+        "Crossguard, and 'crossguard --debug COMMAND ...' shows where it happened",
+        1,
+    )
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it: it ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGTERM ends the command in order. `torchrun` ends its processes itself, where they wait for others and
+    would not hear."""
+    usual = signal.getsignal(signal.SIGTERM)
+    if several() or usual is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    mine = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        if os.getpid() != mine:  # a worker that was forked from here
+            os.kill(os.getpid(), number)
+            return
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 app = typer.Typer(
@@ -90,6 +145,11 @@ _KeepOrNot = Annotated[
     Path | None, typer.Option(help="A folder for the images and texts under attack, as for 'attack'.")
 ]
 _KeepAs = Annotated[str, typer.Option(help="How to keep images: safetensors (exact) or png (8 bits).")]
+_Device = Annotated[
+    str | None,
+    typer.Option(help="Where networks live: cpu, cuda, cuda:1; the first GPU, if not given and there is one."),
+]
+_Dtype = Annotated[str | None, typer.Option(help="The precision of networks: float32 (the default) or bfloat16.")]
 _SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Go on without images that cannot be read, and count them.")
 ]
@@ -102,7 +162,8 @@ _Overwrite = Annotated[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 if all is well, 2 with a sentence if the input is wrong, 130 if stopped."""
+    """Runs a command and exits: 0 if all is well, 2 with a sentence if the input is wrong, 1 with a sentence if
+    something happened that nobody expected, 130 or 143 if stopped by Ctrl-C or SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
@@ -121,8 +182,12 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, as CROSSGUARD_DEBUG=1 does.")
+    ] = False,
 ) -> None:
-    pass
+    if debug:
+        os.environ["CROSSGUARD_DEBUG"] = "1"
 
 
 @app.command("eval")
@@ -141,11 +206,14 @@ def evaluate_command(
     keep_as: _KeepAs = "safetensors",
     skip_broken: _SkipBroken = False,
     overwrite: _Overwrite = False,
+    device: _Device = None,
+    dtype: _Dtype = None,
 ) -> None:
     """Answer one question: how often is the model right, clean and under attack?"""
     words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
     reports = [] if out is None else [out]
-    _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken, overwrite)
+    with _placed(device, dtype):
+        _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken, overwrite)
 
 
 @app.command("attack")
@@ -164,6 +232,8 @@ def attack_command(
     keep_as: _KeepAs = "safetensors",
     skip_broken: _SkipBroken = False,
     overwrite: _Overwrite = False,
+    device: _Device = None,
+    dtype: _Dtype = None,
     first: Annotated[int, typer.Option("--show", help="How many samples to print at the end.")] = 3,
 ) -> None:
     """Keep what an attack makes, with the report, in a folder, and print its first samples."""
@@ -175,7 +245,9 @@ def attack_command(
     from crossguard.datasets.kept import REPORT
 
     reports = [keep / REPORT] if out is None else [keep / REPORT, out]
-    if _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken, overwrite):
+    with _placed(device, dtype):
+        told = _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken, overwrite)
+    if told:
         if first:
             typer.echo()
             _print_samples(keep, first)
@@ -242,14 +314,18 @@ def _ask(
     for path in reports:
         check_place(path, asked, overwrite)
 
-    with _Bar() as bar:
+    with _partial(reports, {**asked, "keep": str(keep)}) as partial, _Bar() as bar:
         bar.step("evaluating")
-        report = evaluate(
-            chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-            limit=limit, seed=seed, batch=batch, progress=bar.progress, keep=keep, keep_as=keep_as, doubt=doubt,
-            out=reports[0] if reports else None, overwrite=overwrite,
-        )  # fmt: skip
-    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the first process speaks for all
+        try:
+            report = evaluate(
+                chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
+                limit=limit, seed=seed, batch=batch, progress=bar.progress, keep=keep, keep_as=keep_as, doubt=doubt,
+                partial=partial, out=reports[0] if reports else None, overwrite=overwrite,
+            )  # fmt: skip
+        except KeyboardInterrupt as stop:
+            stop.args = (bar.stopped(bool(reports) or partial is not None),)
+            raise
+    if not leads():
         return False
     for path in reports[1:]:
         report.save(path, overwrite)
@@ -259,6 +335,30 @@ def _ask(
     return True
 
 
+@contextmanager
+def _partial(reports: Sequence[Path], asked: Mapping[str, str]) -> Iterator[Path | None]:
+    """A place for the outcomes so far where no report is written, beside which they would lie: in a folder here that
+    goes away with the last of them. None where nothing can be written."""
+    if reports:
+        yield None
+        return
+    from crossguard.report import key
+
+    made = not PARTIAL.parent.exists()
+    try:
+        files.check_writable(PARTIAL)
+    except files.WriteError:
+        yield None
+        return
+    try:
+        yield PARTIAL / key(asked)
+    finally:
+        with suppress(OSError):  # something is left in them
+            PARTIAL.rmdir()
+            if made:
+                PARTIAL.parent.rmdir()
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Option(help="How to train: MMCoA(), TeCoA(epochs=3).")],
@@ -266,6 +366,8 @@ def train(
     data: Annotated[str, typer.Option(help="What to learn from: Scenes('object', 'train').")],
     out: Annotated[Path, typer.Option(help="The folder of the checkpoint; a run that was stopped goes on there.")],
     skip_broken: _SkipBroken = False,
+    device: _Device = None,
+    dtype: _Dtype = None,
 ) -> None:
     """Train a model, or go on with a run that was stopped; prints the word that reads the result."""
     from crossguard.words import show
@@ -276,8 +378,37 @@ def train(
     chosen_data = _read("--data", "Dataset", data)
     if skip_broken:
         chosen_data = _skipping("--data", chosen_data)
-    trained = chosen_recipe.fit(chosen_model, chosen_data, out)
-    typer.echo(show(trained, short=True))
+    with _placed(device, dtype):
+        try:
+            trained = chosen_recipe.fit(chosen_model, chosen_data, out)
+        except KeyboardInterrupt as stop:
+            stop.args = (_saved(out),)
+            raise
+    if leads():
+        if told := _trained(out):
+            _say(f"crossguard: {told}")
+        typer.echo(show(trained, short=True))
+
+
+def _saved(out: Path) -> str:
+    """Where a training that was stopped goes on."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(out / "training.safetensors", "pt") as file:
+            return f"; run the same command to go on behind step {file.metadata()['step']}"
+    except Exception:  # it is not there, or damaged in one of the many ways of safetensors
+        return " before a step was saved; the same command starts from the beginning"
+
+
+def _trained(out: Path) -> str:
+    """What a finished training cost, and where it got to; empty where it does not say so."""
+    try:
+        record = json.loads((out / "crossguard.json").read_text())
+    except FileNotFoundError:  # a recipe of somebody's own
+        return ""
+    loss = f", loss {record['loss']:.4g}" if "loss" in record else ""
+    return f"{record['steps']} steps in {record['seconds']:.0f} seconds{loss}"
 
 
 @app.command()
@@ -286,13 +417,45 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="The folder of the answers; runs/<name of the file>, if not given.")
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer the i-th of n parts of the grid, without file locks: for many machines.", metavar="I/N"
+        ),
+    ] = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
 ) -> None:
     """Answer every question of an experiment; what was answered is not asked again."""
+    numbers = re.fullmatch(r"(\d+)/(\d+)", shard or "1/1")
+    if numbers is None:
+        raise CrossguardError(f"--shard must be such as 2/8, the second of eight parts, not {shard!r}")
+    part = int(numbers[1]), int(numbers[2])
     experiment = Experiment.load(file)
+    given = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
     folder = Path("runs") / file.stem if out is None else out
+    _run(dataclasses.replace(experiment, **given), folder, None if shard is None else part)
+
+
+def _run(experiment: Experiment, folder: Path, shard: tuple[int, int] | None = None, crossed: bool = False) -> None:
+    """Answers an experiment and prints its table, also where some cells could not be answered."""
+    failure: Unanswered | None = None
     with _Bar() as bar:
-        experiment.run(folder, bar)
-    _print_table(folder, None, False)
+        try:
+            experiment.run(folder, bar, shard)
+        except Unanswered as error:
+            failure = error
+        except KeyboardInterrupt as stop:
+            stop.args = (f" after {bar.done} of {bar.total} cells; run the same command to go on" if bar.total else "",)
+            raise
+    if leads():
+        try:
+            _print_table(folder, None, False, crossed)
+        except CrossguardError:  # nothing is answered yet
+            if failure is None and shard is None:
+                raise
+    if failure is not None:
+        raise failure
 
 
 @app.command()
@@ -324,6 +487,8 @@ def transfer(
     seed: _Seed = 0,
     batch: _Batch = 128,
     out: Annotated[Path, typer.Option(help="The folder of the answers.")] = Path("runs/transfer"),
+    device: _Device = None,
+    dtype: _Dtype = None,
 ) -> None:
     """Attack every model with what was crafted on every other: a matrix of pairs, the white boxes on its diagonal."""
     _at_least("--limit", limit, 1)
@@ -351,9 +516,7 @@ def transfer(
         "budget": {budget: _read("--budget", "budget", budget)},
         "surrogate": models,
     }
-    with _Bar() as bar:
-        Experiment(grid, seed, limit, batch, "transfer").run(out, bar)
-    _print_table(out, None, False, True)
+    _run(Experiment(grid, seed, limit, batch, device, dtype, "transfer"), out, crossed=True)
 
 
 @app.command()
@@ -386,7 +549,10 @@ class _Bar(Watch):
             transient=True,
         )
         self.cells = self.samples = None
-        self.done = self.total = 0
+        self.done = self.total = 0  # cells
+        self.answered = self.asked = 0  # samples of the cell at hand
+        self.doing, self.began, self.spoke = "", 0.0, 0.0
+        self.reasons: set[str] = set()
 
     def __enter__(self) -> _Bar:
         self.bar.start()
@@ -400,6 +566,8 @@ class _Bar(Watch):
         if self.samples is not None:
             self.bar.remove_task(self.samples)
         self.samples = self.bar.add_task(description, total=None)
+        self.doing, self.answered, self.asked = description, 0, 0
+        self.began = self.spoke = time.monotonic()
 
     def start(self, cells: int, answered: int) -> None:
         self.cells = self.bar.add_task("cells", total=cells, completed=answered)
@@ -410,8 +578,26 @@ class _Bar(Watch):
         self.step(cell.label)
 
     def progress(self, done: int, total: int) -> None:
+        self.answered, self.asked = done, total
         if self.samples is not None:
             self.bar.update(self.samples, completed=done, total=total)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.spoke >= EVERY:
+            self.spoke = now
+            self.line(f"{self.doing}: {done}/{total} samples after {now - self.began:.0f} seconds")
+
+    def stopped(self, kept: bool) -> str:
+        """Where an evaluation that was stopped goes on.
+
+        Args:
+            kept: whether the outcomes so far are on the disk.
+        """
+        if not self.answered:
+            return " before a batch was answered; the same command starts from the beginning"
+        after = f" after {self.answered} of {self.asked} samples"
+        if kept:
+            return f"{after}; run the same command to go on from there"
+        return f"{after}, which are lost, since nothing can be written here; give --out for a place that can"
 
     def answers(self, cell: Cell, report: Report) -> None:
         self.advance()
@@ -419,7 +605,9 @@ class _Bar(Watch):
 
     def fails(self, cell: Cell, error: CrossguardError) -> None:
         self.advance()
-        self.line(f"[{self.done}/{self.total}] {cell.label}: not answered: {error}")
+        reason = "for the same reason" if str(error) in self.reasons else str(error)
+        self.reasons.add(str(error))
+        self.line(f"[{self.done}/{self.total}] {cell.label}: not answered: {reason}")
 
     def waits(self, cells: int) -> None:
         self.step(f"waiting for another process ({cells} cells)")
@@ -521,6 +709,18 @@ def _read(option: str, kind: str, text: str) -> Any:
         return read(kind, text)
     except CrossguardError as error:
         raise CrossguardError(f"{option}: {error}") from error
+
+
+@contextmanager
+def _placed(device: str | None, dtype: str | None) -> Iterator[None]:
+    """Inside, networks live where and are as precise as the options say."""
+    if device is None and dtype is None:
+        yield
+        return
+    from crossguard.device import choosing
+
+    with choosing(device, dtype or "float32"):
+        yield
 
 
 def _check_file(option: str, path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from crossguard.attacks.base import Attack
 from crossguard.attacks.crafted import Crafted
 from crossguard.budgets import Budget, PixelBudget
+from crossguard.data import spread
 from crossguard.datasets.kept import FORMATS, Kept, begin, check_folder, finish
 from crossguard.datasets.kept import keep as store
 from crossguard.device import check_gradients, describe, precision
@@ -116,10 +117,9 @@ def evaluate(
         attack: None asks the clean question alone.
         surrogate: craft on this model instead, which alone says what the adversary knows: nothing given is a white
             box, the undefended base of a wrapper a gray box, any other model a transfer attack.
-        limit: that many samples, evenly divided among the classes and the same ones whatever the order of the data
-            (`Dataset.chosen`).
+        limit: that many samples, spread evenly over the task.
         seed: of all noise; each sample draws its own, so `batch` changes nothing but speed and memory.
-        progress: is told (samples done, samples in all) after each batch.
+        progress: is told (samples done, samples in all) at the start and after each batch.
         partial: a file for the outcomes so far; an evaluation that was killed goes on after its last whole batch and
             ends in the same report. Beside `out`, if not given; removed at the end, when the report is saved.
         keep: a folder for the images and texts under attack, which `Kept(folder)` reads; the report then also says
@@ -150,7 +150,7 @@ def evaluate(
         if file is not None:
             check_place(file, asked, overwrite)
             check_writable(file.parent)
-        indices = task.chosen(limit)
+        indices = spread(len(task), limit)
         ids = _ids(task, indices)
     if partial is None and file is not None:
         partial = file.with_name(f".{file.name}.part")
@@ -165,9 +165,9 @@ def evaluate(
     carried = attack
     if attack is not None and surrogate is not None and crafts is not None:
         carried = Crafted(attack, Path(crafts) / craft_key(asked))
+    if progress is not None:
+        progress(len(record.rows), len(indices))  # before the texts are attacked, which may take long
     trial = task.prepare(model, carried, budget, None if attack is None else surrogate, indices, seed)
-    if progress is not None and record.rows:
-        progress(len(record.rows), len(indices))
     done = len(record.rows)
     for samples in task.batches(batch, mine):
         here, mine = mine[: len(samples)], mine[len(samples) :]
@@ -325,5 +325,5 @@ def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: Vis
 
 
 def _skipped(task: Task) -> list[str]:
-    skipped = task.data.skipped
+    skipped = getattr(getattr(task, "data", None), "skipped", 0)
     return [f"{skipped} broken file(s) were left out of the data"] if skipped else []

@@ -9,22 +9,28 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import secrets
 import shutil
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from crossguard import files, signatures, words
 from crossguard.errors import CrossguardError
+from crossguard.processes import ALONE, Processes, joined
 from crossguard.report import Report, ReportError, key
+from crossguard.words import within
+
+if TYPE_CHECKING:
+    from crossguard.models.base import Checkpoint, VisionLanguageModel
 
 INDEX = "experiment.json"  # beside the answers: which label stands for which word
 POLL = 1.0  # seconds between looks at a cell that another process is working on
@@ -37,6 +43,7 @@ _KINDS = {
     "surrogate": "VisionLanguageModel",
 }
 _OPTIONAL = ("attack", "budget", "surrogate")  # may be None: a clean evaluation, no budget, a white box
+_PLACES = ("device", "dtype")
 _SETTINGS = {"seed": 0, "limit": 1, "batch": 1}  # whole numbers and the least that they may be
 
 
@@ -81,6 +88,10 @@ class Cell:
         return self.key if alone else craft_key(self.question)
 
 
+class Unanswered(CrossguardError):
+    """Some cells of an experiment could not be answered; the others are."""
+
+
 class Watch:
     """What is told how a run gets on; this one listens to nothing."""
 
@@ -112,6 +123,9 @@ class Experiment:
         seed: of all noise.
         limit: how many samples of each task; all, if None.
         batch: samples at once; results do not depend on it.
+        device: where networks live, such as 'cpu' or 'cuda:1'; as `device.choose` was told, if neither this nor
+            `dtype` is given.
+        dtype: the precision of networks, 'float32' or 'bfloat16'.
         source: where the grid comes from, for messages.
     """
 
@@ -119,13 +133,15 @@ class Experiment:
     seed: int = 0
     limit: int | None = None
     batch: int = 128
+    device: str | None = None
+    dtype: str | None = None
     source: str = "the experiment"
 
     @staticmethod
     def load(path: str | Path) -> Experiment:
         """Reads a TOML file: task, model, attack, budget and surrogate, each a word, a list of words or a
-        table of label = word; and seed, limit, batch. Task and model must be there. A table `let` may give
-        names to words, which the words after it may use."""
+        table of label = word; and seed, limit, batch, device, dtype. Task and model must be there. A table `let` may
+        give names to words, which the words after it may use."""
         path = Path(path)
         try:
             content = tomllib.loads(path.read_bytes().decode())
@@ -137,7 +153,7 @@ class Experiment:
             raise CrossguardError(f"{path} is not a text file in UTF-8") from None
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise CrossguardError(f"{path} is not valid TOML: {error}") from None
-        known = ("let", *_KINDS, *_SETTINGS)
+        known = ("let", *_KINDS, *_SETTINGS, *_PLACES)
         for name in content:
             if name not in known:
                 near = words.nearest(name, known)
@@ -149,18 +165,36 @@ class Experiment:
         settings = {
             name: _number(path, name, content[name], least) for name, least in _SETTINGS.items() if name in content
         }
+        places = {name: _text(path, name, content[name]) for name in _PLACES if name in content}
         named = _let(path, content.get("let", {}))
         return Experiment(
             grid={kind: _axis(path, kind, content.get(kind, "None"), named) for kind in _KINDS},
             seed=settings.get("seed", 0),
             limit=settings.get("limit"),
             batch=settings.get("batch", 128),
+            device=places.get("device"),
+            dtype=places.get("dtype"),
             source=str(path),
         )
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Inside, networks live on the device and in the precision of the experiment, where it names one."""
+        if self.device is None and self.dtype is None:
+            yield
+            return
+        from crossguard.device import choosing
+
+        with choosing(self.device, self.dtype or "float32"):
+            yield
 
     def cells(self) -> list[Cell]:
         """Every question once: cells that differ only in what does not matter to them are one (a clean
         evaluation has no budget)."""
+        with self.placed():
+            return self._cells()
+
+    def _cells(self) -> list[Cell]:
         from crossguard.evaluate import question
 
         found: dict[str, Cell] = {}
@@ -182,88 +216,39 @@ class Experiment:
             found.setdefault(cell.key, cell)
         return list(found.values())
 
-    def run(self, out: str | Path, watch: Watch | None = None) -> list[Report]:
-        """Answers every question that has no answer in the folder yet; returns all, in the grid's order.
+    def run(self, out: str | Path, watch: Watch | None = None, shard: tuple[int, int] | None = None) -> list[Report]:
+        """Answers every question that has no answer in the folder yet; returns all answers, in the grid's order.
 
-        A cell that cannot be answered does not stop the others; what went wrong is raised at the end.
+        Processes on one folder share the cells by file locks, those of `torchrun` too, each with a GPU of its own.
+
+        Args:
+            shard: (i, n) answers the i-th of n parts of the grid and no other, without locks: for machines between
+                which file locks cannot be trusted. Returns what is answered so far, by whomever.
+
+        Raises:
+            Unanswered: some cells cannot be answered; they do not stop the others.
         """
-        out, watch = Path(out), watch or Watch()
+        with self.placed():
+            return self._run(Path(out), watch, shard)
+
+    def _run(self, out: Path, watch: Watch | None, shard: tuple[int, int] | None) -> list[Report]:
+        group = joined()
+        check_folder(out)
         cells = self.cells()
         files.check_writable(out / ".locks")
-        files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
-        reports: dict[str, Report] = {}
-        failures: list[tuple[Cell, CrossguardError]] = []
+        if group.first:
+            files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
         with _logging(out / "log.txt") as log:
-            waiting = []
-            for cell in cells:
-                answer = _answer(out, cell, log)
-                if answer is None:
-                    waiting.append(cell)
-                else:
-                    reports[cell.key] = answer
-            log.info("%s: %d cells, %d answered", self.source, len(cells), len(reports))
-            watch.start(len(cells), len(reports))
-            # Cells that share what is crafted on a surrogate come one after the other; behind the last it is dropped.
-            sharing = Counter(cell.craft for cell in waiting)
-            order = {craft: place for place, craft in enumerate(sharing)}
-            waiting.sort(key=lambda cell: order[cell.craft])
-            for stale in (out / ".crafts").glob("*"):  # of a run that was killed behind its last answer
-                if stale.name not in sharing:
-                    shutil.rmtree(stale, ignore_errors=True)
-            while waiting:
-                busy: list[Cell] = []
-                for cell in waiting:
-                    lock = FileLock(out / ".locks" / cell.key)
-                    crafting = any(cell.craft == other.craft for other in busy)  # another process
-                    if crafting or not _acquired(lock):
-                        busy.append(cell)
-                        continue
-                    crafts = out / ".crafts" / cell.craft
-                    try:
-                        watch.asks(cell)
-                        shared = crafts.parent if sharing[cell.craft] > 1 or crafts.exists() else None
-                        report = _answer(out, cell, log) or self._ask(out, cell, log, watch.progress, shared)
-                    except files.WriteError:
-                        raise
-                    except CrossguardError as error:
-                        log.error("%s: %s", cell.label, error)
-                        watch.fails(cell, error)
-                        failures.append((cell, error))
-                    else:
-                        reports[cell.key] = report
-                        watch.answers(cell, report)
-                    finally:
-                        lock.release()
-                    sharing[cell.craft] -= 1
-                    if not sharing[cell.craft]:
-                        shutil.rmtree(crafts, ignore_errors=True)
-                if len(busy) == len(waiting):
-                    watch.waits(len(busy))
-                    time.sleep(POLL)
-                waiting = busy
+            work = _Work(self, out, watch if watch and group.first else Watch(), log, group)
+            work.go(cells if shard is None else dealt(cells, shard, group), shard is None)
+            failures = work.failures
+            if group.world > 1:
+                failures = [failure for part in group.gather(failures) for failure in part]
+            answers = [work.known(cell) for cell in cells]
+        work.close()
         if failures:
-            cell, error = failures[0]
-            count = f"{len(failures)} of {len(cells)} cells" if len(failures) > 1 else f"the cell ({cell.label})"
-            first = f" (first: {cell.label})" if len(failures) > 1 else ""
-            raise CrossguardError(f"{self.source}: {count} could not be answered{first}: {error}")
-        return [reports[cell.key] for cell in cells]
-
-    def _ask(
-        self, out: Path, cell: Cell, log: logging.Logger, progress: Callable[[int, int], None], crafts: Path | None
-    ) -> Report:
-        from crossguard.evaluate import evaluate
-
-        log.info("asking %s (%s)", cell.label, cell.key)
-        chosen = cell.words
-        report = evaluate(
-            chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-            limit=self.limit, seed=self.seed, batch=self.batch, progress=progress,
-            processes=False, crafts=crafts, out=out / f"{cell.key}.json", overwrite=True,
-        )  # fmt: skip
-        log.info("%s: %s, %.1f s", cell.label, report.headline, report.seconds)
-        for note in report.notes:
-            log.warning("%s: %s", cell.label, note)
-        return report
+            raise Unanswered(f"{self.source}: {_told(failures, len(cells))}")
+        return [answer for answer in answers if answer is not None]
 
     def _index(self, cells: list[Cell]) -> dict[str, Any]:
         """What the table needs to print labels: label -> word, as reports spell it."""
@@ -271,12 +256,195 @@ class Experiment:
         return {"source": self.source, "labels": axes, "cells": [cell.key for cell in cells]}
 
 
-def _acquired(lock: FileLock) -> bool:
-    """Takes the lock, unless another process has it; whether it did."""
+class _Work:
+    """What one process does for an experiment."""
+
+    def __init__(self, experiment: Experiment, out: Path, watch: Watch, log: logging.Logger, group: Processes) -> None:
+        self.experiment, self.out, self.watch, self.log, self.group = experiment, out, watch, log, group
+        self.reports: dict[str, Report] = {}
+        self.failures: list[tuple[str, str]] = []  # the label of a cell, and what went wrong
+        self.unreadable: dict[VisionLanguageModel, CrossguardError] = {}
+        # What one process of `torchrun` could not answer, no other tries again.
+        self.failed = out / ".failed" / group.tell(secrets.token_hex(4))
+
+    def go(self, cells: Sequence[Cell], shared: bool) -> None:
+        """Answers the cells, in an order of its own.
+
+        Args:
+            shared: other processes may work on the same cells; locks tell who works on which.
+        """
+        out, log, watch = self.out, self.log, self.watch
+        waiting = [cell for cell in cells if self.known(cell) is None]
+        log.info("%s: %d cells, %d answered", self.experiment.source, len(cells), len(cells) - len(waiting))
+        watch.start(len(cells), len(cells) - len(waiting))
+        # Cells that share what is crafted on a surrogate come one after the other; behind the last it is dropped.
+        sharing = Counter(cell.craft for cell in waiting)
+        order = {craft: place for place, craft in enumerate(sharing)}
+        waiting.sort(key=lambda cell: order[cell.craft])
+        for stale in (out / ".crafts").glob("*") if shared else ():  # of a run that was killed behind its last answer
+            if stale.name not in sharing:
+                shutil.rmtree(stale, ignore_errors=True)
+        while waiting:
+            busy: list[Cell] = []
+            for cell in waiting:
+                crafting = any(cell.craft == other.craft for other in busy)  # another process
+                with ExitStack() as locks:
+                    if shared and (crafting or not all(_taken(lock, locks) for lock in self._locks(cell))):
+                        busy.append(cell)
+                        continue
+                    crafts = out / ".crafts" / cell.craft
+                    self._answer(cell, crafts.parent if sharing[cell.craft] > 1 or crafts.exists() else None)
+                sharing[cell.craft] -= 1
+                if not sharing[cell.craft]:
+                    shutil.rmtree(crafts, ignore_errors=True)
+            if len(busy) == len(waiting):
+                watch.waits(len(busy))
+                time.sleep(POLL)
+            waiting = busy
+
+    def _locks(self, cell: Cell) -> Iterator[Path]:
+        """Who works on a cell holds these locks: that of the cell, and those of the models that are to be trained for
+        it, so that other processes take other cells meanwhile."""
+        from crossguard.defenses.fit import Fit
+
+        yield self.out / ".locks" / cell.key
+        for fit in within(tuple(cell.words.values()), Fit):
+            if not fit.trained:
+                yield self.out / ".locks" / fit.folder.name
+
+    def known(self, cell: Cell) -> Report | None:
+        """The answer that is there already; None if there is none."""
+        if cell.key not in self.reports and (report := _answer(self.out, cell, self.log)) is not None:
+            self.reports[cell.key] = report
+        return self.reports.get(cell.key)
+
+    def _answer(self, cell: Cell, crafts: Path | None) -> None:
+        log, watch = self.log, self.watch
+        failed = self.failed / cell.key
+        try:
+            watch.asks(cell)
+            if failed.exists():  # said by the process that tried
+                raise CrossguardError(failed.read_text())
+            report = self.known(cell)
+            if report is None:
+                self._open(cell)
+                report = self.reports[cell.key] = self._ask(cell, crafts)
+        except files.WriteError:
+            raise
+        except CrossguardError as error:
+            watch.fails(cell, error)
+            if not failed.exists():
+                log.error("%s: %s", cell.label, error)
+                self.failures.append((cell.label, str(error)))
+                if self.group.world > 1:
+                    files.write(failed, str(error))
+        else:
+            watch.answers(cell, report)
+
+    def _open(self, cell: Cell) -> None:
+        """Opens the models, and trains those that are to be trained; what cannot be read is tried once, however many
+        cells ask for it."""
+        for model in _checkpoints((cell.words["model"], cell.words["surrogate"])):
+            if model in self.unreadable:
+                raise self.unreadable[model]
+            try:
+                model.open()
+            except files.WriteError:
+                raise
+            except CrossguardError as error:
+                self.unreadable[model] = error
+                raise
+
+    def _ask(self, cell: Cell, crafts: Path | None) -> Report:
+        from crossguard.evaluate import evaluate
+
+        log, chosen, experiment = self.log, cell.words, self.experiment
+        log.info("asking %s (%s)", cell.label, cell.key)
+        report = evaluate(
+            chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
+            limit=experiment.limit, seed=experiment.seed, batch=experiment.batch, progress=self.watch.progress,
+            processes=False, crafts=crafts, out=self.out / f"{cell.key}.json", overwrite=True,
+        )  # fmt: skip
+        log.info("%s: %s, %.1f s", cell.label, report.headline, report.seconds)
+        for note in report.notes:
+            log.warning("%s: %s", cell.label, note)
+        return report
+
+    def close(self) -> None:
+        if self.group.first:
+            shutil.rmtree(self.failed.parent, ignore_errors=True)
+
+
+def dealt(cells: Sequence[Cell], shard: tuple[int, int], group: Processes = ALONE) -> list[Cell]:
+    """The cells of shard (i, n), from 1 to n; each is in one shard, whatever is answered already.
+
+    Cells that share what is crafted on a surrogate, or a model that is trained for them, are in the same one. Where
+    `torchrun` started several processes on a shard, they share its part in the same way.
+    """
+    from crossguard.defenses.fit import Fit
+
+    number, of = shard
+    if not 1 <= number <= of:
+        raise CrossguardError(f"there is no shard {number} of {of}; they are numbered from 1")
+    parts: list[list[Cell]] = []
+    homes: dict[str, int] = {}  # in which part is what cells share
+    for cell in cells:
+        shares = {cell.craft, *(words.show(fit) for fit in within(tuple(cell.words.values()), Fit))}
+        met = sorted({homes[one] for one in shares if one in homes})
+        home = met[0] if met else len(parts)
+        if not met:
+            parts.append([])
+        for other in met[1:]:  # what was apart so far is one part, since this cell belongs to both
+            parts[home] += parts[other]
+            parts[other] = []
+            homes |= {name: home for name, part in homes.items() if part == other}
+        parts[home].append(cell)
+        homes |= dict.fromkeys(shares, home)
+    first, step = (number - 1) * group.world + group.rank, of * group.world
+    return [cell for part in [part for part in parts if part][first::step] for cell in part]
+
+
+def check_folder(out: Path) -> None:
+    """Raises where answers would be written among the files of a model."""
+    for name in ("crossguard.json", "training.safetensors", "config.json", "model.safetensors"):
+        if (out / name).exists():
+            raise CrossguardError(f"{out} holds a model ({name}); give the answers another folder")
+
+
+def _checkpoints(word: object) -> Iterator[Checkpoint]:
+    """The networks behind model words; what a network was trained from is not looked at."""
+    from crossguard.models.base import Checkpoint
+
+    if isinstance(word, Checkpoint):
+        yield word
+        return
+    parts: Iterable[object] = word if isinstance(word, tuple) else ()
+    if is_dataclass(word):
+        parts = [getattr(word, field.name) for field in fields(word)]
+    for part in parts:
+        yield from _checkpoints(part)
+
+
+def _told(failures: Sequence[tuple[str, str]], cells: int) -> str:
+    """What could not be answered and why, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for label, reason in failures:
+        reasons.setdefault(reason, []).append(label)
+    told = [
+        f"{reason} ({labels[0]}{f' and {len(labels) - 1} more' if len(labels) > 1 else ''})"
+        for reason, labels in reasons.items()
+    ]
+    return f"{len(failures)} of {cells} cells could not be answered: {'; '.join(told)}"
+
+
+def _taken(path: Path, locks: ExitStack) -> bool:
+    """Takes a lock until `locks` ends, unless another process has it; whether it did."""
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return False
+    locks.callback(lock.release)
     return True
 
 
@@ -347,6 +515,12 @@ def _axis(path: Path, kind: str, value: object, known: Mapping[str, Any]) -> dic
             raise CrossguardError(f"{path}: {kind}: {error}") from error
         axis.setdefault(words.show(word, short=True) if label is None else label, word)
     return axis
+
+
+def _text(path: Path, name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise CrossguardError(f"{path}: {name} must be a text in quotes, not {value!r}")
+    return value
 
 
 def _number(path: Path, name: str, value: object, least: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,13 +80,51 @@ class Processes:
 ALONE = Processes()
 
 
+def several() -> bool:
+    """Whether `torchrun` started this process as one of several. Loads nothing."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" in os.environ and "RANK" in os.environ
+
+
+def leads() -> bool:
+    """Whether this process is the one that prints and writes for all. Loads nothing."""
+    return not several() or os.environ["RANK"] == "0"
+
+
 def joined() -> Processes:
     """The processes that `torchrun` started, joined into a group if they are not yet; `ALONE` where it started none."""
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+    if not several():
         return ALONE
     import torch
     from accelerate import PartialState
 
+    from crossguard.device import chosen
+
     # They meet at the end of long work, and whose part takes longer comes later.
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    PartialState(cpu=chosen().device.type == "cpu", timeout=timedelta(days=7))
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def speaks(patience: float = 5.0) -> bool:
+    """Whether it is this process that says why the work ends: one of them does. It is the first one, or another that
+    failed while the first goes on.
+
+    Args:
+        patience: seconds in which the others wait for the first one.
+    """
+    if not several():
+        return True
+    import torch.distributed as dist
+
+    try:  # the store that `torchrun` keeps outlives a process that failed
+        store: dist.Store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
+        )
+        store = dist.PrefixStore(f"crossguard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        until = time.monotonic() + (0.0 if leads() else patience)
+        while time.monotonic() < until and not store.check(["said"]):
+            time.sleep(0.05)
+        alone = store.add("speakers", 1) == 1
+        store.set("said", "")
+    except (RuntimeError, KeyError, ValueError, OSError):  # nobody to ask: said twice is better than never
+        return True
+    return alone

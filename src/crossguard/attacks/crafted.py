@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ class Crafted(Attack):
         victim: TextVictim,
         texts: Sequence[str],
         budget: Budget,
-        rivals: Sequence[AbstractSet[str]],
+        rivals: Sequence[frozenset[str]],
         goal: Goal | None = None,
     ) -> list[str]:
         def craft() -> tuple[dict[str, Tensor], list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -50,7 +49,7 @@ class JointAttack(Attack):
         victim: TextVictim,
         texts: Sequence[str],
         budget: Budget,
-        rivals: Sequence[AbstractSet[str]],
+        rivals: Sequence[frozenset[str]],
         goal: Goal | None = None,
     ) -> list[str]:
         return self.text.rewrite(victim, texts, budget, rivals, goal)

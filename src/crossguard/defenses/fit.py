@@ -32,6 +32,11 @@ class Fit(Checkpoint):
     def folder(self) -> Path:
         return Path(os.environ.get("CROSSGUARD_FITS", "runs/fits")) / f"{type(self.recipe).__name__}-{self.fingerprint}"
 
+    @property
+    def trained(self) -> bool:
+        """Whether the training is finished, so that the model can be read at once."""
+        return (self.folder / "crossguard.json").exists()
+
     def load(self) -> DualEncoder:
         """Under `torchrun` each process trains on its own, and waits where another one trains the same."""
         return self.recipe.fit(self.model, self.data, self.folder, processes=False).load()

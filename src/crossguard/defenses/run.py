@@ -85,7 +85,7 @@ class Run:
         self.feed = Feed(recipe, data, group, device)
         self.learner = Learner(recipe, model.load().to(device), self.feed, group)
         self.notes = self._doubts() if group.first else []
-        self.seconds = 0.0
+        self.seconds, self.loss = 0.0, 0.0
 
     @property
     def total(self) -> int:
@@ -144,6 +144,7 @@ class Run:
             if stopped:
                 return step
             values = self.learner.take(step)
+            self.loss = values["loss"]
             if not main:
                 continue
             if step == start and values.get("texts changed") == 0.0:
@@ -263,6 +264,7 @@ class Run:
             **self.question,
             "steps": self.total,
             "seconds": round(self.seconds, 1),
+            "loss": self.loss,
             "processes": self.group.world,
             "notes": self.notes,
             "versions": _versions(),
@@ -281,6 +283,8 @@ def _finished(folder: Path, question: dict[str, str]) -> bool:
     """
     before, finished = _run_in(folder)
     if before is None:
+        if (folder / "experiment.json").exists():
+            raise CrossguardError(f"{folder} holds the answers of an experiment; train into another folder")
         if any(folder.glob("*.safetensors")) and not (folder / "log.txt").exists():
             raise CrossguardError(
                 f"{folder} holds a model that was not trained there; give another folder, so that it is not lost"
