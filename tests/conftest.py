@@ -1,13 +1,55 @@
-"""What all tests share: with CROSSGUARD_STRICT=1 (as in CI) a package that is missing fails its tests, which otherwise
-skip."""
+"""What all tests share.
+
+With CROSSGUARD_STRICT=1 (as in CI) a package that is missing fails its tests, which otherwise skip.
+
+jaxtyping checks the shapes of what goes in and out of every function of the package. A check takes far longer than most
+calls, and the thousandth call of a loop says nothing that the first did not: in each test, the first calls of a
+function are checked, and a sample of those that follow.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import Any
 
+import jaxtyping
 import pytest
+
+FIRST, EVERY = 32, 32  # so many calls of a function are checked in each test, and of those that follow each so-manieth
+
+_check = jaxtyping.jaxtyped
+_tests = 0  # that have begun
+
+
+def sampled(function: Any = None, *, typechecker: Any = None) -> Any:
+    """`jaxtyping.jaxtyped`, which checks a sample of the calls."""
+    if function is None:
+        return functools.partial(sampled, typechecker=typechecker)
+    checked = _check(function, typechecker=typechecker)
+    if not isinstance(function, FunctionType):
+        return checked
+    test = calls = 0
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal test, calls
+        if test != _tests:
+            test, calls = _tests, 0
+        calls += 1
+        return (checked if calls <= FIRST or not calls % EVERY else function)(*args, **options)
+
+    return call
+
+
+jaxtyping.jaxtyped = sampled  # the import hook decorates with what stands here
+
+
+def pytest_runtest_setup() -> None:
+    global _tests
+    _tests += 1
 
 
 def needed(name: str, *_: object, **__: object) -> ModuleType:
