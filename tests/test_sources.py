@@ -350,6 +350,12 @@ def test_the_kinds_of_bytes_that_arrow_has(tmp_path: Path) -> None:
     assert [opened.read(row) for row in range(1, 601)] == many
 
 
+def test_texts_of_another_encoding_in_a_column(tmp_path: Path) -> None:
+    latin = pa.array(["café".encode("latin-1")]).view(pa.string())  # as a careless writer leaves them
+    path = table(tmp_path / "x.parquet", image=[picture()], caption=latin)
+    assert "column 'caption' of" in (message := refused(lambda: len(Parquet(path)))) and "not UTF-8" in message
+
+
 # --- rows for captions ---
 
 

@@ -68,13 +68,13 @@ def folders(root: Path) -> list[str]:
 
 
 def below(root: Path, endings: Sequence[str]) -> list[Found]:
-    """The files with one of these (lower-case) endings in a folder and in the folders inside it, sorted by path.
+    """The files with one of these (lower-case) endings in a folder and in the folders inside it, in the order of their
+    names, folder by folder.
 
     Links are followed, round trips excepted. What is hidden is not looked at, at any depth.
     """
     own = root.stat()
-    found = _below(root, "", frozenset({(own.st_dev, own.st_ino)}), tuple(endings))
-    return sorted(found, key=lambda file: file.path.split("/"))
+    return list(_below(root, "", frozenset({(own.st_dev, own.st_ino)}), tuple(endings)))
 
 
 def _below(folder: Path, inside: str, above: frozenset[tuple[int, int]], endings: tuple[str, ...]) -> Iterator[Found]:

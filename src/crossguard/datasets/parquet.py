@@ -268,14 +268,20 @@ class _Table:
             wanted = [name for name in (label, "name", captions, "key", "domain", "split") if name in schema.names]
             try:
                 rest = handle.read(columns=wanted) if wanted else None
-            except (pa.ArrowException, OSError) as error:
+                groups = [handle.metadata.row_group(group) for group in range(handle.num_row_groups)]
+                sizes = tuple(_size(group, image) for group in groups)
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise CrossguardError(f"{file!r} is damaged ({error}); fetch it again") from error
-            groups = [handle.metadata.row_group(group) for group in range(handle.num_row_groups)]
             counts = [group.num_rows for group in groups]
             rows = handle.metadata.num_rows
 
         def column(name: str | None) -> list[Any] | None:
-            return rest[name].to_pylist() if rest is not None and name in wanted else None
+            try:
+                return rest[name].to_pylist() if rest is not None and name in wanted else None
+            except UnicodeDecodeError as error:
+                raise CrossguardError(
+                    f"the column {name!r} of {file!r} holds texts that are not UTF-8; write the file again"
+                ) from error
 
         texts = column(captions)
         return _Table(
@@ -284,7 +290,7 @@ class _Table:
             column=image,
             starts=tuple(np.cumsum([0, *counts]).tolist()),
             modified=modified,
-            sizes=tuple(_size(group, image) for group in groups),
+            sizes=sizes,
             labels=column(label),
             named=column("name"),
             schema_names=_schema_names(schema.metadata or {}, label),
