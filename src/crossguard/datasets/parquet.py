@@ -102,7 +102,7 @@ def split_column(file: str) -> tuple[str, ...]:
             if "split" not in handle.schema_arrow.names:
                 return ()
             told = handle.read(columns=["split"])["split"].unique().to_pylist()
-    except (pa.ArrowException, OSError):  # whoever reads the images says what is wrong
+    except (pa.ArrowException, OSError, UnicodeDecodeError):  # whoever reads the images says what is wrong
         return ()
     return tuple(str(value) for value in told if value is not None)
 
@@ -248,7 +248,7 @@ class _Table:
 
         try:
             handle = pq.ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise CrossguardError(f"{file!r} is not a whole Parquet file; check the path or fetch it again") from error
         with handle:
             schema = handle.schema_arrow
@@ -328,7 +328,7 @@ class _Table:
                 for batch in handle.iter_batches(batch_size=256, row_groups=[group], columns=[self.column]):
                     for value in batch.column(0).to_pylist():
                         yield value["bytes"] if isinstance(value, dict) else value
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise CrossguardError(f"{self.file!r} is damaged or gone ({error}); fetch it again") from error
 
     def digests(self) -> Sequence[bytes]:
