@@ -32,7 +32,6 @@ from torch import Tensor
 
 from crossguard.attacks.candidates import EMBEDDED, MaskedLM, Proposals, attackable, forget
 from crossguard.attacks.text import Substitute
-from crossguard.data import spread
 from crossguard.models.base import VisionLanguageModel
 
 Victim = Callable[[Sequence[str]], Tensor]
@@ -166,7 +165,7 @@ def compare(model: VisionLanguageModel, clean: list[str], options: argparse.Name
         fast["warm"] = median(options.runs, lambda: attack(victim, clean), nothing)
     changed = sum(new != old for new, old in zip(found, clean, strict=False))
     print(f"{len(clean)} texts, {changed} changed, such as {clean[0]!r} -> {found[0]!r}")
-    rows = spread(len(clean), options.sample)
+    rows = range(len(clean))[:: max(1, len(clean) // (options.sample or len(clean)))]
     some, expected = [clean[row] for row in rows], [found[row] for row in rows]
     remembered = dict(zip(some, attack.source.propose(some), strict=True))
     ratios: dict[str, float] = {}

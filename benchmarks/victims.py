@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossguard import CIFAR10, PGD, Adam, Fit, Linf, Scenes, TeCoA, Tiny, ZeroShot
-from crossguard.data import spread
 from crossguard.models.base import VisionLanguageModel
 from crossguard.seeds import by_position, fold, uniform
 
@@ -122,7 +121,7 @@ def train(
 def pictures(split: str, count: int) -> tuple[Tensor, Tensor]:
     """Images and labels of CIFAR-10, spread over its classes."""
     data = CIFAR10(str(DATA), split)
-    batches = list(data.batches(500, spread(len(data), count)))
+    batches = list(data.batches(500, data.chosen(count)))
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
@@ -148,7 +147,7 @@ def answered(name: str, count: int) -> tuple[Counted, Tensor, Tensor]:
     """A victim and, of so many images, those that it answers rightly, with their labels."""
     if name in ("tiny", "tecoa"):
         task = ZeroShot(Scenes("object", "test"))
-        batch = next(task.batches(count, spread(len(task), count)))
+        batch = next(task.batches(count, task.chosen(count)))
         answer, images, labels = clip(name).classifier(task.data.prompts()), batch.images, batch.labels
     else:
         answer = hardened() if name == "hardened" else resnet(int(name[-2:]))

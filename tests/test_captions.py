@@ -211,9 +211,11 @@ def test_a_new_word_sees_what_has_changed(folder: Path) -> None:
 def test_captions_go_on_through_other_datasets(folder: Path) -> None:
     data = Captions(str(folder), written(folder, karpathy()), split="all")
     part = Subset(data, 2)
-    assert [part.captions(index) for index in range(2)] == [("blue", "sea"), ("red",)] and part.id(1) == "a.png"
+    rows = data.chosen(2)
+    assert [part.captions(place) for place in range(2)] == [data.captions(row) for row in rows]
+    assert [part.id(place) for place in range(2)] == [data.id(row) for row in rows]
     both = Concat((part, Prompted(data)))
-    assert [both.captions(index) for index in range(5)][1:3] == [("red",), ("blue", "sea")]
+    assert [both.captions(index) for index in range(5)][1:3] == [data.captions(rows[1]), ("blue", "sea")]
     assert both.labels().tolist() == [-1] * 5 and both.names == () and both.id(2) == "1/c.png"
 
 

@@ -7,7 +7,10 @@ import json
 import os
 import pickle
 import tarfile
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +121,41 @@ def test_resizing_is_pillows(shape: tuple[int, int]) -> None:
 
 
 def test_memory_is_bounded_and_forgets_the_oldest() -> None:
-    memory: Memory[str] = Memory(limit=10)
+    memory: Memory[str] = Memory(limit=10, size=lambda held: 11 if held == "huge" else 4)
     made: list[str] = []
 
-    def get(key: str, size: int = 4) -> str:
-        return memory.get(key, lambda: made.append(key) or key, lambda _: size)
+    def get(key: str) -> str:
+        return memory.get(key, lambda: made.append(key) or key)
 
     assert [get(key) for key in "abaca"] == list("abaca")
     assert "".join(made) == "abc" and memory.size == 8
-    get("huge", 11)
+    get("huge")
     get("b")
     assert made[-2:] == ["huge", "b"] and memory.size == 8
     memory.clear()
     assert memory.size == 0
+
+
+def test_memory_makes_a_thing_once_for_all_threads_that_ask() -> None:
+    memory: Memory[str] = Memory(limit=100, size=len)
+    made: list[str] = []
+    together = threading.Barrier(4)
+
+    def make(key: str) -> str:
+        made.append(key)
+        time.sleep(0.02)
+        return key
+
+    def ask(key: str) -> str:
+        together.wait()
+        return memory.get(key, lambda: make(key))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, "aaab")) == list("aaab")
+    assert sorted(made) == ["a", "b"]
+    with pytest.raises(KeyError):
+        memory.get("c", lambda: {}["c"])
+    assert memory.get("c", lambda: "c") == "c"  # who failed leaves nothing behind
 
 
 # --- folders ---

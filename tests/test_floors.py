@@ -13,7 +13,7 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, listed in enumerate(
         (
-            "shapes words signatures errors seeds files reading hub checkpoints processes device",
+            "shapes words signatures errors seeds files reading hub checkpoints processes device threads",
             "budgets goals gallery data opening report",
             "models attacks datasets",
             "defenses tasks",

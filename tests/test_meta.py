@@ -43,7 +43,7 @@ from crossguard import (
 )
 from crossguard.attacks.base import ImageAttack, ImageVictim, Made, Queries
 from crossguard.attacks.meta import likeliest
-from crossguard.data import Prompts, spread
+from crossguard.data import Prompts
 from crossguard.diagnose import _Case
 from crossguard.goals import Towards
 from crossguard.models.base import VisionLanguageModel
@@ -406,7 +406,7 @@ def test_an_attack_in_bfloat16_is_judged_in_float32_and_its_survivors_are_tried_
 
 
 def case(model: VisionLanguageModel, attack: ImageAttack, surrogate: VisionLanguageModel | None = None) -> _Case:
-    return _Case(TASK, model, attack, BUDGET, surrogate, 0, spread(48, 12))
+    return _Case(TASK, model, attack, BUDGET, surrogate, 0, TASK.chosen(12))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from crossguard.datasets.known import Known
 from crossguard.datasets.names import check_order, class_list, known_names, split_of, spoken, unspoken
 from crossguard.datasets.packed import Lazy, Packed
 from crossguard.datasets.parquet import Parquet
+from crossguard.datasets.pixels import Memory
 from crossguard.datasets.shards import Shards
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel, cosine
@@ -445,7 +446,7 @@ def test_a_row_group_that_memory_does_not_hold(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CROSSGUARD_CACHE", str(tmp_path / "cache"))
     images = [None if number == 5 else picture(number, 16) for number in range(40)]
     path = table(tmp_path / "x.parquet", image=pa.array(images, pa.binary()), label=[0] * 40, name=["a"] * 40)
-    monkeypatch.setattr(parquet.GROUPS, "limit", 5_000)
+    monkeypatch.setattr(parquet, "GROUPS", Memory(5_000, parquet._bytes))
     reads: list[int] = []
     whole = parquet._Table._images
     monkeypatch.setattr(parquet._Table, "_images", lambda self, group: reads.append(group) or whole(self, group))
@@ -458,7 +459,6 @@ def test_a_row_group_that_memory_does_not_hold(tmp_path: Path, monkeypatch: pyte
             assert data.opened.read(place) == images[place]
     assert reads == [0] and parquet.GROUPS.size < 5_000
     assert list((tmp_path / "cache").iterdir()) == []  # the file has no name
-    parquet.GROUPS.clear()
 
 
 # --- shards ---

@@ -21,7 +21,7 @@ from crossguard.attacks.meta import EOT
 from crossguard.attacks.query import Square
 from crossguard.attacks.standard import AutoAttack
 from crossguard.budgets import Both, Budget, Linf, PixelBudget
-from crossguard.data import Batch, spread
+from crossguard.data import Batch
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, Wrapper, layers
 from crossguard.report import Report
@@ -50,8 +50,8 @@ def diagnose(
     """
     doubts = list(_of_the_report(report))
     limit = report.question.get("limit", "None")
-    asked = spread(len(task), None if limit == "None" else int(limit))
-    indices = [asked[place] for place in spread(len(asked), max(samples, 2))]  # one alone has no rank
+    few = max(samples, 2)  # one alone has no rank
+    indices = task.chosen(few if limit == "None" else min(few, int(limit)))  # some of those that were asked about
     case = _Case(task, model, attack, budget, surrogate, seed, indices)
     if attack is not None and case.pixels is None:
         doubts.append(

@@ -15,7 +15,6 @@ from typing import Any
 from crossguard.attacks.base import Attack
 from crossguard.attacks.crafted import Crafted
 from crossguard.budgets import Budget, PixelBudget
-from crossguard.data import spread
 from crossguard.datasets.kept import FORMATS, Kept, begin, check_folder, finish
 from crossguard.datasets.kept import keep as store
 from crossguard.device import check_gradients, describe, precision
@@ -117,7 +116,8 @@ def evaluate(
         attack: None asks the clean question alone.
         surrogate: craft on this model instead, which alone says what the adversary knows: nothing given is a white
             box, the undefended base of a wrapper a gray box, any other model a transfer attack.
-        limit: that many samples, spread evenly over the task.
+        limit: that many samples, evenly divided among the classes and the same ones whatever the order of the data
+            (`Dataset.chosen`).
         seed: of all noise; each sample draws its own, so `batch` changes nothing but speed and memory.
         progress: is told (samples done, samples in all) at the start and after each batch.
         partial: a file for the outcomes so far; an evaluation that was killed goes on after its last whole batch and
@@ -150,7 +150,7 @@ def evaluate(
         if file is not None:
             check_place(file, asked, overwrite)
             check_writable(file.parent)
-        indices = spread(len(task), limit)
+        indices = task.chosen(limit)
         ids = _ids(task, indices)
     if partial is None and file is not None:
         partial = file.with_name(f".{file.name}.part")
@@ -325,5 +325,5 @@ def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: Vis
 
 
 def _skipped(task: Task) -> list[str]:
-    skipped = getattr(getattr(task, "data", None), "skipped", 0)
+    skipped = task.data.skipped
     return [f"{skipped} broken file(s) were left out of the data"] if skipped else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, runtime_checkable
@@ -365,7 +366,7 @@ class Attack(ABC):
         victim: TextVictim,
         texts: Sequence[str],
         budget: Budget,
-        rivals: Sequence[frozenset[str]],
+        rivals: Sequence[AbstractSet[str]],
         goal: Goal | None = None,
     ) -> list[str]:
         """The texts after the attack; unchanged, unless the attack is on texts. Without a goal, they drift."""
@@ -516,7 +517,7 @@ class TextAttack(Attack):
         victim: TextVictim,
         texts: Sequence[str],
         budget: Budget,
-        rivals: Sequence[frozenset[str]],
+        rivals: Sequence[AbstractSet[str]],
         goal: Goal | None = None,
     ) -> list[str]:
         _, words = self.spends(budget)
@@ -535,7 +536,7 @@ class TextAttack(Attack):
         clean: Sequence[str],
         goal: Goal | None = None,
         budget: TextBudget | None = None,
-        rivals: Sequence[frozenset[str]] | None = None,
+        rivals: Sequence[AbstractSet[str]] | None = None,
     ) -> list[str]:
         """Adversarial strings, one for each clean one.
 
@@ -567,7 +568,7 @@ class TextAttack(Attack):
         clean: list[str],
         goal: Goal,
         budget: TextBudget,
-        rivals: Sequence[frozenset[str]],
+        rivals: Sequence[AbstractSet[str]],
     ) -> list[str]: ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Crafted(Attack):
         victim: TextVictim,
         texts: Sequence[str],
         budget: Budget,
-        rivals: Sequence[frozenset[str]],
+        rivals: Sequence[AbstractSet[str]],
         goal: Goal | None = None,
     ) -> list[str]:
         def craft() -> tuple[dict[str, Tensor], list[str]]:

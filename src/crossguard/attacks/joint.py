@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,7 +50,7 @@ class JointAttack(Attack):
         victim: TextVictim,
         texts: Sequence[str],
         budget: Budget,
-        rivals: Sequence[frozenset[str]],
+        rivals: Sequence[AbstractSet[str]],
         goal: Goal | None = None,
     ) -> list[str]:
         return self.text.rewrite(victim, texts, budget, rivals, goal)

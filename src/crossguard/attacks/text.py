@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import lru_cache
 from string import ascii_lowercase, digits, punctuation
@@ -21,6 +22,7 @@ from crossguard.attacks.base import TextAttack, TextVictim, spelled
 from crossguard.attacks.candidates import STOP_WORDS, CandidateSource, MaskedLM, Proposals, core
 from crossguard.attacks.synonyms import AnyOf, CharacterEdits, fingerprint, word_list
 from crossguard.budgets import Characters, TextBudget, Words, WordShare
+from crossguard.data import all_rivals
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal
 from crossguard.words import Reads
@@ -112,7 +114,7 @@ class Substitute(TextAttack):
         clean: list[str],
         goal: Goal,
         budget: TextBudget,
-        rivals: Sequence[frozenset[str]],
+        rivals: Sequence[AbstractSet[str]],
     ) -> list[str]:
         in_words = isinstance(budget, Words | WordShare)
         if not in_words and not (isinstance(budget, Characters) and self.source.edits_characters):
@@ -165,7 +167,7 @@ class Substitute(TextAttack):
             text.order = _ranked(importance)
 
     def _options(
-        self, text: str, proposals: Proposals, rivals: frozenset[str], alone: Callable[[str], bool]
+        self, text: str, proposals: Proposals, rivals: AbstractSet[str], alone: Callable[[str], bool]
     ) -> dict[int, list[str]]:
         """For each word that can be replaced: what it can become, with the punctuation around it glued
         back."""
@@ -199,7 +201,7 @@ class _Setting(TextAttack):
         clean: list[str],
         goal: Goal,
         budget: TextBudget,
-        rivals: Sequence[frozenset[str]],
+        rivals: Sequence[AbstractSet[str]],
     ) -> list[str]:
         return self.greedy.search(victim, clean, goal, budget, rivals)
 
@@ -348,7 +350,7 @@ class Charmer(TextAttack, Reads):
         clean: list[str],
         goal: Goal,
         budget: TextBudget,
-        rivals: Sequence[frozenset[str]],
+        rivals: Sequence[AbstractSet[str]],
     ) -> list[str]:
         if not isinstance(budget, Characters | Words | WordShare):
             raise CrossguardError(
@@ -398,7 +400,7 @@ class Charmer(TextAttack, Reads):
         ]
 
 
-def collisions(texts: Sequence[str], clean: Sequence[str], rivals: Sequence[frozenset[str]]) -> list[bool]:
+def collisions(texts: Sequence[str], clean: Sequence[str], rivals: Sequence[AbstractSet[str]]) -> list[bool]:
     """Which attacked texts now name another class, so that to answer with that class is no mistake of the
     model.
 
@@ -478,7 +480,7 @@ class _Edited:
     text: str
     left: int
     before: frozenset[str]  # the words it had
-    rivals: frozenset[str]  # the words it must not get
+    rivals: AbstractSet[str]  # the words it must not get
     loss: float = 0.0
 
     def take(self, strings: list[str], losses: list[float]) -> bool:
@@ -532,8 +534,11 @@ class _Rules:
         found.pop(text.text, None)
         if not self.english and not text.rivals:
             return list(found)
-        barred = self.english | text.rivals
-        return [string for string in found if barred.isdisjoint(_words(string) - text.before)]
+
+        def barred(string: str) -> bool:
+            return any(word in self.english or word in text.rivals for word in _words(string) - text.before)
+
+        return [string for string in found if not barred(string)]
 
 
 def _probed(text: str, place: int) -> str:
@@ -546,11 +551,11 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(core(word)[1].lower() for word in text.split(" "))
 
 
-def _left_alone(protect: str, protected: Sequence[str], rivals: Sequence[frozenset[str]]) -> Callable[[str], bool]:
+def _left_alone(protect: str, protected: Sequence[str], rivals: Sequence[AbstractSet[str]]) -> Callable[[str], bool]:
     """Whether a word of a text must stay as it is."""
     kept = {word.lower() for word in protected}
-    classes = frozenset[str]().union(*rivals)
-    if protect != "none" and len(set(rivals)) < 2:
+    classes = all_rivals(rivals) if protect != "none" else frozenset[str]()
+    if protect != "none" and all(one == rivals[0] for one in rivals):
         raise CrossguardError(
             f"protect={protect!r} needs to know which words name classes: give the prompts of all classes at once, "
             "with rivals=prompts.rivals(); or list the words in 'protected'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from crossguard import files
 from crossguard.data import Dataset, Prompts
 from crossguard.datasets.pixels import decode
 from crossguard.errors import CrossguardError
+from crossguard.reading import fingerprint
 from crossguard.report import differs
 from crossguard.shapes import Images, Labels
 
@@ -43,11 +45,17 @@ class Kept(Dataset):
     path: str
     rewritten: bool = True
 
-    @cached_property
+    @property
     def _index(self) -> Any:
+        return self._told[0]
+
+    @cached_property
+    def _told(self) -> tuple[Any, str]:
+        """The index, and a hash of it."""
         path = Path(self.path) / INDEX
         try:
-            content = json.loads(path.read_bytes())
+            written = path.read_bytes()
+            content = json.loads(written)
             if missing := {"samples", "names", "texts", "clean_texts"} - set(content):
                 raise ValueError(f"{missing} is missing")
             for sample in content["samples"]:
@@ -61,7 +69,7 @@ class Kept(Dataset):
             raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CrossguardError(f"{path} is broken; run the evaluation with --keep again") from None
-        return content
+        return content, hashlib.sha256(written).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._index["samples"])
@@ -96,10 +104,16 @@ class Kept(Dataset):
         texts = self._index["texts" if self.rewritten else "clean_texts"]
         return Prompts(self.names, tuple(tuple(one) for one in texts))
 
-    def image(self, index: int) -> Tensor:
-        return (self._stored(index) * 255.0).round().to(torch.uint8)
+    @property
+    def fingerprint(self) -> str:
+        """Says what the index holds, and how large the files of the images are."""
+        sizes = {file: _size(Path(self.path) / file) for file in {sample["file"] for sample in self.samples}}
+        return fingerprint((self._told[1], *sorted(sizes.items())))
 
-    def _stored(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
+        return (self.stored(index) * 255.0).round().to(torch.uint8)
+
+    def stored(self, index: int) -> Tensor:
         sample = self._index["samples"][index]
         path = Path(self.path) / sample["file"]
         if path.suffix == ".png":
@@ -108,28 +122,25 @@ class Kept(Dataset):
             except OSError as error:
                 raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
             return decode(content).to(torch.float32) / 255.0
-        images = self._shard(str(path))
-        if not 0 <= sample["row"] < len(images):
-            raise CrossguardError(
-                f"{path} is damaged (it has {len(images)} images); run the evaluation with --keep again"
-            )
-        return images[sample["row"]]
+        from safetensors import safe_open
 
-    def _shard(self, path: str) -> Images:
-        cache: dict[str, Images] = self._shards
-        if path not in cache:
-            from safetensors.torch import load_file
+        try:
+            with safe_open(path, "pt") as file:  # reads no more than the row
+                images, row = file.get_slice("images"), sample["row"]
+                count = images.get_shape()[0]
+                if 0 <= row < count:
+                    return images[row : row + 1][0]
+        except Exception as error:  # safetensors has one error for every kind of damage
+            raise CrossguardError(f"{path} is damaged ({error}); run the evaluation with --keep again") from error
+        raise CrossguardError(f"{path} is damaged (it has {count} images); run the evaluation with --keep again")
 
-            try:
-                cache.clear()
-                cache[path] = load_file(path)["images"]
-            except Exception as error:  # safetensors has one error for every kind of damage
-                raise CrossguardError(f"{path} is damaged ({error}); run the evaluation with --keep again") from error
-        return cache[path]
 
-    @cached_property
-    def _shards(self) -> dict[str, Images]:
-        return {}
+def _size(path: Path) -> int:
+    """In bytes; -1 where there is no file, which is said when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def check_folder(folder: Path, question: Mapping[str, str], overwrite: bool = False) -> bool:

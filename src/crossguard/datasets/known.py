@@ -20,7 +20,6 @@ from crossguard.data import Dataset
 from crossguard.datasets.folders import Images
 from crossguard.datasets.names import SPLITS, class_list, known_names, unspoken
 from crossguard.datasets.parquet import Parquet, split_column
-from crossguard.datasets.pixels import given
 from crossguard.datasets.shards import Shards
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Labels
@@ -128,7 +127,7 @@ class Known(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        return self.copy.opened.fingerprint
+        return self.copy.fingerprint
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -150,9 +149,6 @@ class Known(Dataset):
 
     def labels(self) -> Labels:
         return self.copy.labels()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return given(self)
 
     def _splits(self) -> tuple[str, ...]:
         return (self.split, *self.published().also.get(self.split, ()))

@@ -28,7 +28,6 @@ IMAGE = ("image", "img")
 LABEL = ("label", "labels", "fine_label")
 CAPTIONS = ("captions", "caption")
 
-GROUPS: Memory[Sequence[bytes | None]] = Memory(limit=1_000_000_000)  # encoded images of whole row groups
 ON_DISK = 20  # as much again may lie unpacked in files of its own, for row groups too large to be held
 WORTH_KEEPING = 100_000_000  # bytes of images: below that, they are hashed faster than anybody notices
 
@@ -303,7 +302,7 @@ class _Table:
     def read(self, row: int) -> bytes:
         """The encoded image of a row; its row group is read whole and remembered for its neighbors."""
         group = _group(self.starts, row)
-        held = GROUPS.get((self.file, self.modified, self.column, group), partial(self._read_group, group), _bytes)
+        held = GROUPS.get((self.file, self.modified, self.column, group), partial(self._read_group, group))
         data = held[row - self.starts[group]]
         if data is None:
             raise CrossguardError(
@@ -426,6 +425,9 @@ def _bytes(group: Sequence[bytes | None]) -> int:
     if isinstance(group, _Unpacked):
         return int(group.ends[-1]) // ON_DISK
     return sum(len(data) for data in group if data is not None) + 64 * len(group)
+
+
+GROUPS: Memory[Sequence[bytes | None]] = Memory(limit=1_000_000_000, size=_bytes)  # encoded images of whole row groups
 
 
 def _first(candidates: Iterable[str], names: Sequence[str]) -> str | None:

@@ -1,25 +1,27 @@
-"""Encoded images become pixels: decoding, resizing, a bounded memory of what was decoded, and the part of a
-dataset that is the same whatever the images were stored in."""
+"""Encoded images become pixels: decoding, resizing, a bounded memory of what was decoded, and the part of a dataset
+that is the same whatever the images were stored in."""
 
 from __future__ import annotations
 
 import io
 import threading
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from crossguard.data import Dataset
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Labels
+from crossguard.threads import ahead
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # never EPS and the like, which run other programs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -31,43 +33,57 @@ Held = TypeVar("Held")
 
 
 class Memory(Generic[Held]):
-    """What was used last, as long as it fits into `limit` bytes; shared by all threads."""
+    """What was used last, as long as it fits into `limit` bytes; shared by all threads.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.size = 0
-        self._held: OrderedDict[Hashable, tuple[Held, int]] = OrderedDict()
+    Args:
+        size: of a thing that is held, in bytes.
+    """
+
+    def __init__(self, limit: int, size: Callable[[Held], int]) -> None:
+        self._held: LRUCache[Hashable, Held] = LRUCache(limit, size)
+        self._making: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], Held], size: Callable[[Held], int]) -> Held:
-        """What is held under `key`, made (and measured in bytes) when it is not there."""
+    @property
+    def limit(self) -> int:
+        """How many bytes may be held."""
+        return int(self._held.maxsize)
+
+    @property
+    def size(self) -> int:
+        """How many bytes are held."""
+        return int(self._held.currsize)
+
+    def get(self, key: Hashable, make: Callable[[], Held]) -> Held:
+        """What is held under `key`, made when it is not there: once, however many threads ask for it."""
         with self._lock:
             if key in self._held:
-                self._held.move_to_end(key)
-                return self._held[key][0]
-        made = make()
-        cost = size(made)
-        with self._lock:
-            if key not in self._held and cost <= self.limit:
-                self._held[key] = (made, cost)
-                self.size += cost
-                while self.size > self.limit:
-                    self.size -= self._held.popitem(last=False)[1][1]
+                return self._held[key]
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                if key in self._held:  # made by another thread in the meantime
+                    return self._held[key]
+            try:
+                made = make()
+            finally:
+                with self._lock:
+                    self._making.pop(key, None)
+            with self._lock, suppress(ValueError):  # larger than all that may be held
+                self._held[key] = made
         return made
 
     def clear(self) -> None:
         """Forgets everything."""
         with self._lock:
             self._held.clear()
-            self.size = 0
 
 
-DECODED: Memory[Tensor] = Memory(limit=1_500_000_000)
+DECODED: Memory[np.ndarray] = Memory(limit=1_500_000_000, size=lambda pixels: pixels.nbytes)
 
 
 def decode(data: bytes, size: int | None = None) -> Tensor:
-    """The pixels of an encoded image as uint8 RGB, shape (3, h, w): upright, the first frame, transparency on
-    white.
+    """The pixels of an encoded image as uint8 RGB, shape (3, h, w): upright, the first frame, transparency on white.
 
     Raises whatever Pillow raises when the bytes are no whole image.
     """
@@ -95,8 +111,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def fitted(image: Image.Image, size: int | None) -> Image.Image:
-    """The short side brought to `size` (bicubic) and the middle square cut out, as CLIP's own preprocessing
-    does."""
+    """The short side brought to `size` (bicubic) and the middle square cut out, as CLIP's own preprocessing does."""
     if size is None or image.size == (size, size):
         return image
     short = min(image.size)
@@ -116,7 +131,20 @@ def check_size(size: int | None) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """What a source turned out to hold when it was opened; one for all equal words of a process."""
+    """What a source turned out to hold when it was opened; one for all equal words of a process.
+
+    Args:
+        ids: of the samples.
+        labels: of the samples; -1 without a class.
+        names: of the classes.
+        read: the encoded image of a sample; called by several threads at once.
+        where: names the image of a sample to its owner.
+        captions: of the samples; empty where there are none at all.
+        templates: prompt templates that come with the data.
+        skipped: where the broken images are that were left out.
+        notes: what a report should say of the data.
+        fingerprint: of the files read: another one when they have changed.
+    """
 
     ids: Sequence[str]
     labels: Labels
@@ -145,19 +173,14 @@ class Opened:
             ) from error
 
     def whole(self, skip_broken: bool) -> Opened:
-        """This source, with what is broken left out where that was asked for: every image is decoded once to
-        know it. Otherwise only the first one is tried, which tells images from other bytes."""
+        """This source, with what is broken left out where that was asked for: every image is decoded once to know it.
+        Otherwise only the first one is tried, which tells images from other bytes."""
         if not skip_broken:
             self.pixels(0)
             return self
-        keep: list[int] = []
-        skipped: list[str] = []
-        for index in range(len(self.ids)):
-            try:
-                self.pixels(index)
-                keep.append(index)
-            except CrossguardError:
-                skipped.append(self.where(index))
+        tried = list(ahead(self._is_whole, range(len(self.ids)), 256))
+        keep = [index for index, whole in enumerate(tried) if whole]
+        skipped = [self.where(index) for index, whole in enumerate(tried) if not whole]
         if not keep:
             raise CrossguardError(
                 f"none of the {len(self.ids)} images can be read, the first being {skipped[0]}; "
@@ -173,18 +196,16 @@ class Opened:
             skipped=tuple(skipped),
         )
 
-
-def given(word: Any) -> dict[str, Any]:
-    """The fields of a word alone: a copy in another process opens its source itself."""
-    return {item.name: word.__dict__[item.name] for item in fields(word)}
+    def _is_whole(self, index: int) -> bool:
+        try:
+            self.pixels(index)
+        except CrossguardError:
+            return False
+        return True
 
 
 class Decoded(Dataset):
-    """A dataset of encoded images, opened on first use; decoded images are remembered, `DECODED.limit` bytes
-    a process.
-
-    A word keeps what it has opened; a new word sees a file that has changed since.
-    """
+    """A dataset of encoded images; decoded ones are remembered, `DECODED.limit` bytes a process."""
 
     size: int | None
     skip_broken: bool
@@ -197,9 +218,6 @@ class Decoded(Dataset):
         """The source behind the word."""
         check_size(self.size)
         return self._open()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return given(self)
 
     def __len__(self) -> int:
         return len(self.opened.ids)
@@ -217,15 +235,18 @@ class Decoded(Dataset):
     def notes(self) -> tuple[str, ...]:
         return self.opened.notes
 
+    @property
+    def fingerprint(self) -> str:
+        return self.opened.fingerprint
+
     def id(self, index: int) -> str:
         return self.opened.ids[index]
 
     def image(self, index: int) -> Tensor:
         opened, size = self.opened, self.size
         index = range(len(opened.ids))[index]
-        return DECODED.get(
-            (opened, index, size), lambda: opened.pixels(index, size), lambda image: image.nbytes
-        ).clone()
+        held = DECODED.get((opened, index, size), lambda: opened.pixels(index, size).numpy())
+        return torch.from_numpy(held.copy())  # torch would start threads of its own to copy it, in each that decodes
 
     def labels(self) -> Labels:
         return self.opened.labels

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from crossguard.data import Dataset
+from crossguard.data import Dataset, in_floats
 from crossguard.defenses.plan import Plan
 from crossguard.defenses.terms import OverClasses
 from crossguard.errors import CrossguardError
@@ -40,14 +41,14 @@ class Batch:
     own: Labels
     all_own: Tensor
     texts: list[str]
-    rivals: list[frozenset[str]]
+    rivals: list[AbstractSet[str]]
     classes: list[str]
     label: Labels
     seeds: Seeds
 
 
 class Feed:
-    """The batches of a training, each a function of (seed, step) alone. While a step is taken, a thread reads the
+    """The batches of a training, each a function of (seed, step) alone. While a step is taken, threads read the
     images of the next one.
 
     Raises:
@@ -104,9 +105,7 @@ class Feed:
             self._ahead = step + 1, self._thread.submit(self._pictures, self._share(self.chosen(step + 1)))
         texts, own, rivals, classes, label = self._texts(step, chosen)
         seeds = keys((self.data.id(index) for index in mine), self.recipe.seed, step)
-        images = torch.stack(pictures).to(self.device)
-        if images.dtype == torch.uint8:
-            images = images.to(torch.float32).div_(255.0)
+        images = in_floats(torch.stack(pictures).to(self.device))
         if self.recipe.augment is not None:
             images = self.recipe.augment(images, seeds)
         first = self.group.rank * len(mine)
@@ -138,7 +137,7 @@ class Feed:
 
     def _pictures(self, indices: Sequence[int]) -> list[Tensor]:
         """The images as they are stored, all of one size."""
-        pictures = [self.data.image(index) for index in indices]
+        pictures = self.data.load(indices)
         if len({picture.shape for picture in pictures}) > 1:
             raise CrossguardError(
                 f"the images of {show(self.data, short=True)} have different sizes; "
@@ -148,7 +147,7 @@ class Feed:
 
     def _texts(
         self, step: int, chosen: Sequence[int]
-    ) -> tuple[list[str], Labels, list[frozenset[str]], list[str], Labels]:
+    ) -> tuple[list[str], Labels, list[AbstractSet[str]], list[str], Labels]:
         """The distinct texts of the step, which of them each sample owns, their rivals, and what the image attack
         tells the right one from, with each sample's place there."""
         if self.prompts is None:
@@ -156,7 +155,7 @@ class Feed:
             texts = list(dict.fromkeys(captions))
             place = {text: row for row, text in enumerate(texts)}
             own = torch.tensor([place[caption] for caption in captions])
-            return texts, own, [frozenset()] * len(texts), texts, own
+            return texts, own, [frozenset[str]()] * len(texts), texts, own
         templates = len(self.prompts.texts[0])
         template = derive(self.recipe.seed, step, "template") % templates
         classes = [texts[template] for texts in self.prompts.texts]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossguard.attacks.base import Attack
 from crossguard.budgets import Budget, PixelBudget
-from crossguard.data import Batch, Prompts
+from crossguard.data import Batch, Dataset, Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal
 from crossguard.models.base import VisionLanguageModel
@@ -82,13 +82,19 @@ class Task(ABC):
     """Data with a victim and a score. A task prepares a trial; it does not know which attack or defense takes part in
     it."""
 
-    @abstractmethod
+    data: Dataset
+
     def __len__(self) -> int:
         """How many samples there are."""
+        return len(self.data)
 
-    @abstractmethod
     def id(self, index: int) -> str:
-        """A name of the sample at `index` that stays the same whatever else is asked about."""
+        """The name of a sample, which stays the same whatever the order of the data."""
+        return self.data.id(index)
+
+    def chosen(self, limit: int | None) -> list[int]:
+        """The indices of the samples that a limit asks about (`Dataset.chosen`)."""
+        return self.data.chosen(limit)
 
     @abstractmethod
     def batches(self, size: int, indices: Sequence[int]) -> Iterator[Batch]:

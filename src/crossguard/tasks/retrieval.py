@@ -58,12 +58,6 @@ class Retrieval(Task):
         if self.gallery not in ("adversarial", "clean"):
             raise CrossguardError(f"Retrieval(gallery={self.gallery!r}) is unknown; give 'adversarial' or 'clean'")
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def id(self, index: int) -> str:
-        return self.data.id(index)
-
     def batches(self, size: int, indices: Sequence[int]) -> Iterator[Pairs]:
         left = list(indices)
         for batch in self.data.batches(size, indices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,12 +49,6 @@ class ZeroShot(Task):
         if self.text_goal not in ("drift", "mismatch"):
             raise CrossguardError(f"ZeroShot(text_goal={self.text_goal!r}) is unknown; give 'drift' or 'mismatch'")
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def id(self, index: int) -> str:
-        return self.data.id(index)
-
     def batches(self, size: int, indices: Sequence[int]) -> Iterator[Labelled]:
         return self.data.batches(size, indices)
 
@@ -74,14 +69,15 @@ class ZeroShot(Task):
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(prompts.names):
             wrong = int(labels.max()) if int(labels.max()) >= len(prompts.names) else int(labels.min())
             raise CrossguardError(f"label {wrong} is outside the list of {len(prompts.names)} class names")
-        notes = [*self.data.notes, *_doubts(prompts, model)]
+        asked = range(len(self)) if indices is None else indices
+        notes = [*self.data.notes, *_doubts(prompts, model), *_unasked(self.data, asked)]
         if attack is None:
             return _ZeroShotTrial(prompts, prompts, model, None, None, False, notes)
         if budget is None:
             raise CrossguardError(f"{attack} needs a budget, such as 'Linf(8/255)'")
         _, words = attack.spends(budget)
         crafting = model if surrogate is None else surrogate
-        rivals = prompts.rivals()
+        rivals = [] if words is None else prompts.rivals()  # an attack on images asks for none
         goal = None
         if words is not None and self.text_goal == "mismatch":
             goal = self._mismatch(crafting, prompts, indices, seed)
@@ -247,7 +243,17 @@ def _doubts(prompts: Prompts, model: VisionLanguageModel) -> list[str]:
     ]
 
 
-def _text_notes(flat: list[str], prompts: Prompts, rivals: Sequence[frozenset[str]]) -> list[str]:
+def _unasked(data: Dataset, indices: Sequence[int]) -> list[str]:
+    missing = data.missing(indices)
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} of {len(data.names)} classes have no sample among the {len(indices)} that were asked about "
+        f"({', '.join(missing[:3])}{', ...' * (len(missing) > 3)}): the number says nothing about them"
+    ]
+
+
+def _text_notes(flat: list[str], prompts: Prompts, rivals: Sequence[AbstractSet[str]]) -> list[str]:
     clean, notes = prompts.flat, []
     struck = collisions(flat, clean, rivals)
     if any(struck):
