@@ -125,8 +125,9 @@ def contents(word: object) -> str:
     """What the files behind a word hold, in one short text: a word of the same text whose files have changed has
     another. Looks at every word inside (the base of a wrapper, the language model of an attack, the data of a `Fit`).
     """
-    found = [(type(part).__name__, part.fingerprint) for part in within(word, Reads)]
-    told = sorted({f"{name}:{fingerprint}" for name, fingerprint in found if fingerprint})
+    # What a word over data says is what the data say: the innermost speaks.
+    found = {part.fingerprint: type(part).__name__ for part in within(word, Reads)}
+    told = sorted(f"{name}:{fingerprint}" for fingerprint, name in found.items() if fingerprint)
     return " ".join(told)
 
 
