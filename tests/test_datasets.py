@@ -134,6 +134,8 @@ def test_memory_is_bounded_and_forgets_the_oldest() -> None:
     assert made[-2:] == ["huge", "b"] and memory.size == 8
     memory.clear()
     assert memory.size == 0
+    memory.limit = 5
+    assert [get(key) for key in "de"] == ["d", "e"] and memory.size == 4 and memory.limit == 5
 
 
 def test_memory_makes_a_thing_once_for_all_threads_that_ask() -> None:

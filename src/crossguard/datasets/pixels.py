@@ -49,6 +49,12 @@ class Memory(Generic[Held]):
         """How many bytes may be held."""
         return int(self._held.maxsize)
 
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        """Forgets everything as well."""
+        with self._lock:
+            self._held = LRUCache(limit, self._held.getsizeof)
+
     @property
     def size(self) -> int:
         """How many bytes are held."""
