@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import crossguard
 
 SOURCE = Path(crossguard.__file__).parent
 
-FLOORS: dict[str, int] = {
-    name: floor
-    for floor, listed in enumerate(
-        (
-            "shapes words signatures errors seeds files reading hub checkpoints processes device threads",
-            "budgets goals gallery data opening report",
-            "models attacks datasets",
-            "defenses tasks",
-            "diagnose testing",
-            "evaluate",
-            "experiment look page table",
-            "cli __main__",
-        )
-    )
-    for name in listed.split()
-}
+PICTURE = re.findall(r"^(\d)  (.+)$", (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(), re.MULTILINE)
+
+FLOORS = {name: int(floor) for floor, names in PICTURE for name in names.partition("#")[0].split()}
 
 # These look names up in the vocabulary, which is not a module that they depend on.
 VOCABULARY = {"words", "signatures", "report", "experiment", "cli"}
@@ -33,7 +21,7 @@ VOCABULARY = {"words", "signatures", "report", "experiment", "cli"}
 def place(module: str) -> tuple[str, int]:
     """The wing of a module (its folder, or itself) and the floor."""
     wing = module.split(".")[0]
-    assert wing in FLOORS, f"{module} has no floor; give it one in tests/test_floors.py"
+    assert wing in FLOORS, f"{module} has no floor; give it one in docs/architecture.md"
     return wing, FLOORS[wing]
 
 
@@ -56,6 +44,11 @@ def imports(path: Path) -> set[str]:
 def modules() -> list[str]:
     paths = [path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if "assets" not in path.parts]
     return sorted(".".join(path.with_suffix("").parts) for path in paths if str(path) != "__init__.py")
+
+
+def test_the_picture_shows_what_is_there():
+    assert set(FLOORS) == {module.split(".")[0] for module in modules()}
+    assert sorted(set(FLOORS.values())) == list(range(8))
 
 
 def test_imports_point_down():
