@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -103,4 +106,25 @@ def test_float32_stays_float32_unless_tf32_is_chosen(allowed: bool) -> None:
         torch.backends.cudnn.allow_tf32 = before[2]
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the allocator of glibc")
+def test_freed_memory_is_kept_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that is repeated then gets no new pages from the system."""
+    for name in ("MALLOC_ARENA_MAX", "CROSSGUARD_KEEP_MEMORY"):
+        monkeypatch.setenv(name, "0")
+        assert not device.keep_memory.__wrapped__()
+        monkeypatch.delenv(name)
+    assert device.keep_memory.__wrapped__()
+    code = (
+        "import resource, sys, torch; from crossguard import device; torch.set_num_threads(1)\n"
+        "if sys.argv[1] == 'keep': assert device.keep_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20): torch.ones(64_000_000 // 4)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); print(faults())"
+    )
+    faults = {
+        way: int(subprocess.run([sys.executable, "-c", code, way], capture_output=True, text=True, check=True).stdout)
+        for way in ("keep", "leave")
+    }
+    assert faults["keep"] < 200 and faults["keep"] < faults["leave"] / 2

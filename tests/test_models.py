@@ -17,20 +17,23 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import models as tokenizers_models
 from torch import Tensor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import crossguard
 from crossguard.attacks.base import ImageVictim
 from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
-from crossguard.models.base import VisionLanguageModel, frozen
+from crossguard.models.base import VisionLanguageModel, alike, frozen
 from crossguard.models.embedded import WEIGHTS, Tiny
 from crossguard.models.fresh import Fresh
-from crossguard.models.huggingface import HuggingFace, TransformersEncoder
+from crossguard.models.huggingface import _PROBES, HuggingFace, TransformersEncoder, _check_reading
 from crossguard.models.wrapper import BitDepth
 from crossguard.testing import check_model
-from fixtures import change_config, floats, pictures, save_clip, save_siglip, save_tokenizer, small
+from fixtures import TOWER, WORDS, change_config, floats, pictures, save_clip, save_siglip, save_tokenizer, small
 
 FAMILIES = ("clip", "siglip", "dual")
 TEXTS = ["a photo of a red circle", "square", "the picture of two blue stars and a green box"]
@@ -455,3 +458,153 @@ def test_an_image_processor_that_does_something_else_is_refused(tmp_path: Path, 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CrossguardError, match="prepares images in a way that is not known here"):
         HuggingFace(str(tmp_path)).load()
+
+
+# --- A model that reads or sees nothing ---
+
+
+def test_a_tokenizer_that_never_writes_the_end_of_text_is_refused(copy: Path) -> None:
+    change_config(copy, text_config__eos_token_id=51)
+    assert "read at its end-of-text, token 51, and the tokenizer does not write it" in refused(copy)
+    change_config(copy, text_config__eos_token_id=53)
+    HuggingFace(str(copy)).load()
+    change_config(copy, text_config__eos_token_id=2)  # configurations of old: the highest token is pooled
+    network = HuggingFace(str(copy)).load()
+    assert isinstance(network, TransformersEncoder)
+    ids, mask = network.tokens(_PROBES)
+    network.tokens = lambda texts: (ids.where(ids < 52, 0), mask)  # type: ignore[assignment]
+    with pytest.raises(CrossguardError, match="which is the one of the highest number, and the tokenizer does not"):
+        _check_reading(network, "x")
+
+
+def test_a_text_tower_that_hears_nothing_is_refused(tmp_path: Path) -> None:
+    save_siglip(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("text_model.head.weight"))
+    save_file(weights | {name: torch.zeros_like(weights[name])}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "gives all texts the same embedding, so it reads nothing" in refused(tmp_path)
+
+
+def test_an_image_processor_of_another_resolution_is_refused(tmp_path: Path) -> None:
+    save_clip(tmp_path, size=32)
+    path = tmp_path / "preprocessor_config.json"
+    size = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 40}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | size))
+    said = refused(tmp_path)
+    assert "makes images of 48 x 40 pixels, and its image tower reads 32 x 32" in said
+
+
+def test_texts_that_cannot_be_told_apart_are_grouped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 16, generator=generator)
+    rows[7], rows[200], rows[3] = 2 * rows[50], rows[50] * (1 + 1e-7), rows[299]
+    assert alike(rows) == [[3, 299], [7, 50, 200]]
+    assert alike(torch.eye(5)) == [] and alike(torch.ones(3, 4)) == [[0, 1, 2]]
+    near = torch.randn(1, 64, generator=generator) + 0.01 * torch.randn(200, 64, generator=generator)
+    assert alike(near) == []  # a tower of random weights, whose texts all have a cosine of 0.9999
+    assert alike(torch.zeros(0, 3)) == []
+
+
+# --- Families that need care, and files that are none ---
+
+
+def test_a_pointer_of_git_lfs_is_no_weights(copy: Path) -> None:
+    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    said = refused(copy)
+    assert "is a pointer of git-lfs and not the weights" in said and "git lfs pull" in said
+
+
+def test_a_home_folder_is_found(copy: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(copy.parent))
+    home, there = HuggingFace(f"~/{copy.name}"), HuggingFace(str(copy))
+    assert torch.equal(home.encode_text(["a red box"]), there.encode_text(["a red box"]))
+    assert home.fingerprint == there.fingerprint != ""
+    save_tokenizer(copy.parent / "words")
+    assert small(Path("~/words")).load() is not None
+    assert small(Path("~/words")).fingerprint == small(copy.parent / "words").fingerprint
+    assert "there is no folder" in refused("~nobody-of-this-name/model")
+
+
+def save_words(folder: Path, special: tuple[str, str, str, str], single: str) -> int:
+    """A tokenizer that tells no longest length; how many words it has."""
+    vocabulary = {token: number for number, token in enumerate((*special, *WORDS))}
+    made = Tokenizer(tokenizers_models.WordLevel(vocabulary, unk_token=special[3]))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    used = [(token, vocabulary[token]) for token in single.split() if token != "$A"]
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=used)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, cls_token=special[0], pad_token=special[1], sep_token=special[2], unk_token=special[3]
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.mark.parametrize("positions", [20, 40])
+def test_texts_as_long_as_the_positions_of_roberta(tmp_path: Path, positions: int) -> None:
+    """Its positions begin behind the padding token: of `positions`, two are never used."""
+    words = save_words(tmp_path, ("<s>", "<pad>", "</s>", "<unk>"), "<s> $A </s>")
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    towers = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        transformers.ViTConfig(**TOWER, image_size=32, patch_size=8),  # type: ignore[arg-type]
+        transformers.RobertaConfig(
+            **TOWER, vocab_size=words, max_position_embeddings=positions, pad_token_id=1, initializer_range=0.5
+        ),  # type: ignore[arg-type]
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    transformers.VisionTextDualEncoderModel(towers).save_pretrained(tmp_path)
+    model = HuggingFace(str(tmp_path))
+    network = model.network
+    assert isinstance(network, TransformersEncoder) and network.length == positions - 2
+    fits, longer = "red " * (positions - 4), "red " * (positions - 4) + "star"
+    assert model.cut([fits]) == 0 and model.cut([longer]) == 1
+    with torch.no_grad():
+        assert torch.allclose(model.encode_text([fits]), model.encode_text([longer + " blue" * 50]), atol=1e-5)
+        assert not torch.allclose(model.encode_text([fits]), model.encode_text([fits[:-4]]), atol=1e-5)
+
+
+def test_families_that_are_not_read_say_what_they_are(tmp_path: Path) -> None:
+    words = save_words(tmp_path, ("[CLS]", "[PAD]", "[SEP]", "[UNK]"), "[CLS] $A [SEP]")
+    text = TOWER | {"vocab_size": words}
+    vision = TOWER | {"image_size": 32, "patch_size": 8}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    flava = transformers.FlavaConfig(
+        text_config=text, image_config=vision, multimodal_config=TOWER, hidden_size=32, projection_dim=16
+    )
+    naflex = transformers.Siglip2Config(
+        text_config=text | {"max_position_embeddings": 64, "pad_token_id": 1},
+        vision_config=TOWER | {"num_patches": 16, "patch_size": 8},
+    )
+    for model, sentence in (
+        (transformers.FlavaModel(flava), "FLAVA, which has an embedding for every token"),
+        (transformers.Siglip2Model(naflex), "SigLIP 2 NaFlex, which cuts every image into patches"),
+    ):
+        model.save_pretrained(tmp_path)
+        assert sentence in refused(tmp_path)
+
+
+# --- Float32 where it matters ---
+
+
+def test_logits_are_float32_under_autocast(folders: dict[str, Path]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(2, 64, generator=generator), torch.randn(1000, 64, generator=generator)
+    network = word(folders, "clip").network
+    expected = network.scale.float() * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network.logits(images, texts)
+        assert (images @ texts.T).dtype == torch.bfloat16  # what it would be otherwise
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-4)
+    assert len(found[0].unique()) > 990
+
+
+def test_half_precision_checkpoints_answer_in_float32(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["clip"], tmp_path / "half")
+    weights = load_file(tmp_path / "half/model.safetensors")
+    halved = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
+    save_file(halved, tmp_path / "half/model.safetensors", {"format": "pt"})
+    images, prompts = floats(pictures(2, 32, 32)), Prompts.of(("red circle", "star"), ("a {}",))
+    with torch.no_grad():
+        found, expected = (
+            model.classifier(prompts)(images) for model in (HuggingFace(str(tmp_path / "half")), word(folders, "clip"))
+        )
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=0.05)

@@ -87,14 +87,23 @@ def stock(network: TransformersEncoder, texts: Sequence[str]) -> Tensor:
 
 def read(network: TransformersEncoder, texts: Sequence[str]) -> tuple[Tensor, int]:
     """The features and how many tokens the tower read for them."""
-    counts: list[int] = []
-    embedding = network.model.text_model.embeddings.token_embedding
-    handle = embedding.register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].numel()))
-    try:
-        with torch.no_grad():
-            return network.encode_text(texts), sum(counts)
-    finally:
-        handle.remove()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        given = watched(network, patch)
+        return network.encode_text(texts), sum(named["input_ids"].numel() for named in given)
+
+
+def watched(network: TransformersEncoder, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the text tower is given from here on; without a hook, since packing keeps away from these."""
+    given: list[dict[str, Any]] = []
+    tower = network.model.text_model
+    own = tower.forward
+
+    def forward(**named: Any) -> Any:
+        given.append(named)
+        return own(**named)
+
+    patch.setattr(tower, "forward", forward)
+    return given
 
 
 def width(network: TransformersEncoder, texts: Sequence[str]) -> int:
@@ -191,15 +200,10 @@ def test_strings_that_share_little_take_the_stock_path(networks: dict[str, Trans
 
 
 def test_rows_are_no_longer_than_the_context(networks: dict[str, TransformersEncoder]) -> None:
-    shapes: list[tuple[int, ...]] = []
-    model = networks["clip"].model.text_model
-    handle = model.register_forward_pre_hook(
-        lambda module, inputs, named: shapes.append(named["attention_mask"].shape), with_kwargs=True
-    )
-    with torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        given = watched(networks["clip"], patch)
         networks["clip"].encode_text([f"a red {one}{two}" for one in "abcdefgh" for two in "abcdefgh"])
-    handle.remove()
-    rows, one, height, across = shapes[-1]
+    rows, one, height, across = given[-1]["attention_mask"].shape
     assert one == 1 and rows > 1 and height == across <= 24
 
 
@@ -283,3 +287,28 @@ def test_strings_pooled_at_padding_take_the_stock_path(folders: dict[str, Path])
     network.tokenizer.padding_side = "left"
     found, _ = read(network, TEXTS)
     assert torch.equal(found, stock(network, TEXTS))
+
+
+@pytest.mark.parametrize("place", ["embeddings.token_embedding", "", "encoder.layers.0"])
+def test_tokens_that_a_hook_splices_in_take_the_stock_path(folders: dict[str, Path], place: str) -> None:
+    """As learned prompts do: the second token of each string becomes another vector, while all weights are frozen."""
+    network = encoder(folders["clip"]).requires_grad_(False)
+    assert isinstance(network, TransformersEncoder) and network.packing is not None
+    learned = torch.randn(32, requires_grad=True)
+
+    def splice(module: Any, inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return torch.cat([output[:, :1], learned.expand(len(output), 1, -1), output[:, 2:]], 1)
+        return output
+
+    module = network.model.text_model.get_submodule(place)
+    with torch.no_grad():
+        before = network.encode_text(TEXTS)
+        handle = module.register_forward_hook(splice)
+        assert not network.packing.usable()
+        together = network.encode_text(TEXTS)
+        alone = torch.cat([network.encode_text([text]) for text in TEXTS])
+        handle.remove()
+        assert network.packing.usable()
+    close(together, alone)
+    assert torch.allclose(before, together, atol=1e-5) == (place == "")  # the hook there sees no tensor

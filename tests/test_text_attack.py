@@ -29,11 +29,14 @@ from crossguard.attacks.candidates import (
     forget,
     likeliest,
 )
+from crossguard.attacks.synonyms import AnyOf
 from crossguard.attacks.text import Substitute, collisions
 from crossguard.budgets import Characters, Words
 from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Drift, Untargeted
+from crossguard.opening import opening
+from crossguard.words import contents
 
 LIKE = {
     "photo": ("picture", "photo", "image", "the"),
@@ -443,7 +446,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
     forget()
     save_file({**weights, first: weights[first] * torch.nan}, file, {"format": "pt"})
-    refused("not finite")
+    refused("NaN or infinite")
     save_file({name: weight for name, weight in weights.items() if name != first}, file, {"format": "pt"})
     refused("missing")
     save_file({**weights, first: weights[first][:, :-1].clone()}, file, {"format": "pt"})
@@ -454,7 +457,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     refused("cannot read")
     file.unlink()
     torch.save(weights, good / "pytorch_model.bin")
-    refused("pickled")
+    refused("a pickle file")
     save_file(weights, file, {"format": "pt"})
     config = json.loads((good / "config.json").read_text())
     (good / "config.json").write_text(json.dumps({**config, "model_type": "clip", "architectures": ["CLIPModel"]}))
@@ -464,6 +467,28 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     for path in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", ""):
         with pytest.raises(CrossguardError, match="no folder"):
             MaskedLM(path).propose(["a photo"])
+
+
+def test_a_language_model_that_was_trained_again_is_read_again(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    make_lm(tmp_path)
+    source, file = MaskedLM(str(tmp_path)), tmp_path / "model.safetensors"
+    before, held = source.propose(TEXTS, 60, 0.0), contents(AnyOf((source,)))
+    assert len(source.fingerprint) == 12 and source.fingerprint in held
+    weights = load_file(file)
+    save_file({name: weight.flip(0) for name, weight in weights.items()}, file, {"format": "pt"})
+    assert contents(AnyOf((source,))) != held
+    assert source.propose(TEXTS, 60, 0.0) != before
+    save_file(weights, file, {"format": "pt"})
+    assert contents(AnyOf((source,))) == held and source.propose(TEXTS, 60, 0.0) == before
+    with opening():
+        source.propose(["a red cat"], 60, 0.0)
+        file.unlink()
+        assert source.propose(["a blue cat"], 60, 0.0)  # held open, whatever becomes of the file
+    with pytest.raises(CrossguardError, match="holds no weights"):
+        source.propose(["a blue circle"])
+    assert MaskedLM().fingerprint
 
 
 def test_a_name_that_the_hub_does_not_give_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

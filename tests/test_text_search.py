@@ -601,10 +601,10 @@ def test_what_costs_nothing_is_not_remembered(thesaurus: str) -> None:
     candidates_module.forget()
     for source in (Synonyms(thesaurus), CharacterEdits(), AnyOf((Synonyms(thesaurus),))):
         source.propose(["red cat"])
-    assert not candidates_module._remembered.kept
+    assert not candidates_module._remembered
     if (candidates_module.EMBEDDED / "config.json").is_file():
         AnyOf((MaskedLM(),)).propose(["red cat"])
-        assert len(candidates_module._remembered.kept) == 1
+        assert len(candidates_module._remembered) == 1
 
 
 def test_what_cannot_be_meant_is_refused(thesaurus: str) -> None:

@@ -126,6 +126,7 @@ from .tasks.retrieval import Retrieval as Retrieval
 from .tasks.zero_shot import ZeroShot as ZeroShot
 from .testing import check_attack as check_attack
 from .testing import check_model as check_model
+from .testing import check_wrapper as check_wrapper
 from .words import WordError as WordError
 from .words import build as build
 from .words import show as show

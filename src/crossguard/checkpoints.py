@@ -21,7 +21,12 @@ _KINDS = (".safetensors", ".model")
 
 def located(path: str) -> str:
     """The path with the user's home folder in place of a `~` at its start; hub ids stay as they are."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # of a user who is not known here
+        return path
 
 
 def parts(folder: Path) -> list[Path]:

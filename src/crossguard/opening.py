@@ -12,7 +12,7 @@ import torch
 from cachetools import LRUCache
 from torch import nn
 
-from crossguard.device import Choice, chosen, exact, memory
+from crossguard.device import Choice, chosen, exact, keep_memory, memory
 from crossguard.errors import CrossguardError
 from crossguard.words import Reads, contents
 
@@ -145,6 +145,8 @@ def _shared(
             kept = _kept.get(choice.device)
             if kept is not None and key in kept:
                 return kept[key].network
+        if choice.device.type == "cpu":
+            keep_memory()
         network = load(choice)
         limit = int(_SHARE * memory(choice.device))
         # One that is larger than the limit is kept alone, and not read again at each question.

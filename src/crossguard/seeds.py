@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,14 +46,16 @@ def fold(seeds: Seeds, number: int | Tensor) -> Seeds:
 
 @dataclass
 class Lent:
-    """Keys that a model may draw from, and how often it did."""
+    """Keys that a model may draw from in one answer, and how often each name has drawn."""
 
     seeds: Seeds
-    calls: int = 0
+    used: bool = False
+    draws: Counter[str] = field(default_factory=Counter)
 
-    @property
-    def used(self) -> bool:
-        return self.calls > 0
+    def next(self, name: str) -> Seeds:
+        """The keys of the next draw under this name."""
+        self.draws[name] += 1
+        return fold(fold(self.seeds, derive(name)), self.draws[name])
 
 
 _drawing: ContextVar[Lent | None] = ContextVar("crossguard_drawing", default=None)
@@ -61,26 +64,63 @@ _drawing: ContextVar[Lent | None] = ContextVar("crossguard_drawing", default=Non
 @contextmanager
 def drawing(seeds: Seeds) -> Iterator[Lent]:
     """Inside, a random model draws its noise from these keys, one for each sample of the batch it is asked about."""
-    lent = Lent(seeds)
+    lent, outer = Lent(seeds), _drawing.get()
     token = _drawing.set(lent)
     try:
         yield lent
     finally:
         _drawing.reset(token)
+        if outer is not None and lent.used:  # an attack inside a defense lends to what lies below it
+            outer.used = True
 
 
-def drawn(count: int) -> Seeds:
+@contextmanager
+def same_draw() -> Iterator[None]:
+    """Inside, all noise is that which the answer began with: for what belongs to one answer but is asked apart, such as
+    what a gate says and what acts behind it."""
+    lent = _drawing.get()
+    if lent is None:
+        yield
+        return
+    with drawing(lent.seeds):
+        yield
+
+
+def drawn(count: int, name: str = "") -> Seeds:
     """The keys a random model draws from for a batch of `count` images; fresh ones of torch's generator outside
     `drawing`.
 
     A batch that is a multiple of the samples (several views of each) has a key for each image, in the order
     (sample, view).
+
+    Args:
+        name: who draws, and what for. What others draw in between changes nothing; who draws again under the same name
+            gets other noise, as a vote over several answers of a random base needs.
     """
     lent = _drawing.get()
     if lent is None:
         return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64)
-    lent.calls += 1  # a model that draws twice for one answer has two kinds of noise
-    seeds = fold(lent.seeds, lent.calls)
+    lent.used = True
+    return _views(lent.next(name), count)
+
+
+def inherited(count: int, name: str, draws: bool = True) -> Seeds:
+    """The keys of an attack that was given none: inside a defense they follow from those that the defense was lent, so
+    that its noise belongs to the samples; elsewhere from the place in the batch.
+
+    Args:
+        name: of the attack.
+        draws: whether it makes use of them.
+    """
+    lent = _drawing.get()
+    if lent is None:
+        return by_position(count)
+    lent.used |= draws
+    return _views(lent.next(name), count)
+
+
+def _views(seeds: Tensor, count: int) -> Tensor:
+    """A key for each of `count` images, which are the samples or as many views of each."""
     if len(seeds) == count:
         return seeds
     if not len(seeds) or count % len(seeds):

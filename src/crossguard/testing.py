@@ -1,4 +1,5 @@
-"""The contract every attack and every model must meet, ours and yours: `check_attack(mine)`, `check_model(mine)`.
+"""The contract every attack and every model must meet, ours and yours: `check_attack(mine)`, `check_model(mine)`,
+`check_wrapper(mine)`.
 
 Each check raises an AssertionError that says what was broken. They need no data, no network and a few seconds.
 """
@@ -16,8 +17,11 @@ from crossguard import words
 from crossguard.attacks.base import Attack, ImageAttack, ImageVictim, Queries, TextAttack
 from crossguard.budgets import L1, L2, Characters, Linf, Words
 from crossguard.data import Prompts
+from crossguard.errors import CrossguardError
 from crossguard.goals import Drift, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
+from crossguard.models.wrapper import Purifier, Wrapper
+from crossguard.seeds import drawing, same_draw
 from crossguard.shapes import Embeddings, Images, Logits
 
 PIXEL_BUDGETS: tuple[Linf | L2 | L1, ...] = (Linf(8 / 255), L2(0.5), L1(2.0))
@@ -43,27 +47,66 @@ def check_attack(attack: Attack, text_budgets: Sequence[Words | Characters] = (W
 
 def check_model(model: VisionLanguageModel, size: int = 32) -> None:
     """The contract of a model or wrapper: pixels in [0, 1] in, finite embeddings out, a gradient to the pixels, a
-    batch that equals its singles, and a classifier with one logit per class."""
+    batch that equals its singles, and a classifier with one logit per class.
+
+    A random model is lent a key for each image, as in an evaluation, and must answer the same under the same keys: it
+    draws from `seeds.drawn`, not from torch's generator, and an image's noise doesn't depend on its batch.
+    """
     if type(model).__name__ in words.names():
         assert words.build(words.show(model)) == model, f"{model} does not survive being written and read"
-    images = _pictures(3, size)
+    images, seeds = _pictures(3, size), torch.arange(3) + 100
     prompts = Prompts.of(("circle", "square", "star"), ("a photo of a {}", "a picture of a {}"))
-    embeddings = model.encode_image(images)
+
+    def encoded(rows: slice) -> Embeddings:
+        with drawing(seeds[rows]):
+            return model.encode_image(images[rows])
+
+    embeddings = encoded(slice(3))
     texts = model.encode_text(prompts.flat)
     assert embeddings.ndim == 2 and len(embeddings) == 3, f"embeddings of 3 images have shape {tuple(embeddings.shape)}"
     assert texts.shape == (6, embeddings.shape[1]), f"6 texts have shape {tuple(texts.shape)}"
     assert bool(torch.isfinite(embeddings).all() and torch.isfinite(texts).all()), "an embedding is not finite"
-    singles = torch.cat([model.encode_image(images[i : i + 1]) for i in range(3)])
+    assert torch.allclose(embeddings, encoded(slice(3)), rtol=1e-3, atol=1e-4), (
+        "the same images under the same keys have other embeddings; draw noise from seeds.drawn"
+    )
+    singles = torch.cat([encoded(slice(i, i + 1)) for i in range(3)])
     assert torch.allclose(embeddings, singles, rtol=1e-3, atol=1e-4), "a batch of images does not equal its singles"
     single_texts = torch.cat([model.encode_text([text]) for text in prompts.flat])
     assert torch.allclose(texts, single_texts, rtol=1e-3, atol=1e-4), "a batch of texts does not equal its singles"
     other = model.encode_image(_pictures(1, size + 8))
     assert other.shape == (1, embeddings.shape[1]), "an image of another size has embeddings of another shape"
     answer = model.classifier(prompts)
-    logits = answer(images)
+    with drawing(seeds):
+        logits = answer(images)
     assert logits.shape == (3, 3), f"the classifier of 3 classes gave {tuple(logits.shape)} for 3 images"
-    gradient, _, _ = ImageVictim(answer).ascend(images, Untargeted(logits.argmax(1).detach()))
+    victim = ImageVictim(answer, Queries.none(3), seeds)
+    gradient, _, _ = victim.ascend(images, Untargeted(logits.argmax(1).detach()))
     assert bool(gradient.flatten(1).any(1).all()), "the gradient with respect to the pixels is zero"
+
+
+def check_wrapper(wrapper: Wrapper, size: int = 32) -> None:
+    """The contract of a defense around a model: that of a model, purified images that are images, and a gate, where it
+    has one, that is the same before and after the defense acts."""
+    check_model(wrapper, size)
+    images, seeds = _pictures(3, size), torch.arange(3) + 100
+    if isinstance(wrapper, Purifier):
+        with drawing(seeds), torch.no_grad():
+            pure = wrapper.purify(images)
+        assert pure.shape == images.shape, f"purified images have shape {tuple(pure.shape)}, not {tuple(images.shape)}"
+        assert float(pure.min()) >= 0.0 and float(pure.max()) <= 1.0, "purified images leave the range of pixels"
+    try:
+        with drawing(seeds), torch.no_grad():
+            with same_draw():
+                before = wrapper.gate(images)
+            wrapper.encode_image(images)
+            with same_draw():
+                after = wrapper.gate(images)
+    except CrossguardError:  # it has none
+        return
+    assert before.shape == (3,), f"the gate of 3 images has shape {tuple(before.shape)}"
+    assert torch.equal(before, after), (
+        "the gate of one answer has two values; let its noise come from self.keys, under a use of its own"
+    )
 
 
 class LinearVictim(nn.Module):

@@ -18,7 +18,7 @@ from crossguard.device import check_gradients
 from crossguard.errors import CrossguardError
 from crossguard.gallery import Gallery
 from crossguard.goals import Drift, Goal, Untargeted
-from crossguard.seeds import by_position, drawing, fold
+from crossguard.seeds import drawing, fold, inherited
 from crossguard.shapes import Embeddings, Images, Labels, Mask, Owners, PerImage, Seeds, TextEmbeddings
 from crossguard.words import WordError, show
 
@@ -440,7 +440,8 @@ class ImageAttack(Attack):
             victim: any callable on images.
             clean: float32 in [0, 1].
             goal: labels alone stand for `Untargeted(labels)`.
-            seeds: one key per sample for its noise; by position in the batch, if not given.
+            seeds: one key per sample for its noise; if not given, by position in the batch, or inside a defense that
+                was lent keys, of these.
         """
         return self.craft(victim, clean, goal, budget, seeds).images
 
@@ -489,8 +490,8 @@ class ImageAttack(Attack):
             raise CrossguardError(f"{goal!r} is no goal; give labels, or a goal such as Untargeted(labels)")
         _check_counts(goal, len(clean), "images")
         clean = clean.clone() if clean.is_inference() else clean.detach()
-        seeds = (by_position(len(clean)) if seeds is None else seeds).to(clean.device)
-        return Case(victim.drawing_from(seeds), clean, goal, seeds)
+        seeds = inherited(len(clean), type(self).__name__, self.draws) if seeds is None else seeds
+        return Case(victim.drawing_from(seeds.to(clean.device)), clean, goal, seeds.to(clean.device))
 
     @abstractmethod
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:

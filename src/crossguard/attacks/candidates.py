@@ -10,21 +10,22 @@ import re
 import threading
 import unicodedata
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from cachetools import LRUCache
 from torch import Tensor
 
+from crossguard.checkpoints import check_finite, check_tokenizer, check_weights, content, located, quiet
 from crossguard.errors import CrossguardError
 from crossguard.hub import ask_hub, cached
-from crossguard.words import within
+from crossguard.opening import Opens, opening, release
+from crossguard.words import contents, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,10 +122,11 @@ class CandidateSource(ABC):
         self, texts: Sequence[str], top: int = 10, threshold: float = 0.3, compat: bool = False
     ) -> list[Proposals]:
         """For each string and each of its words, the admissible candidates, best first (see `admissible`)."""
-        request = (self, top, threshold, compat)
+        request = (self, contents(self), top, threshold, compat)
         known: dict[str, Proposals] = {}
         for text in dict.fromkeys(texts):
-            proposals = _remembered.get((request, text)) if self.remembered else None
+            with _lock:
+                proposals = _remembered.get((request, text)) if self.remembered else None
             if proposals is not None:
                 known[text] = proposals
         new = [text for text in dict.fromkeys(texts) if text not in known]
@@ -138,7 +140,8 @@ class CandidateSource(ABC):
                     for word, candidates in zip(words, raw, strict=True)
                 )
                 if self.remembered:
-                    _remembered.put((request, text), known[text])
+                    with _lock:
+                        _remembered[request, text] = known[text]
         return [known[text] for text in texts]
 
 
@@ -195,7 +198,7 @@ def admissible(candidate: str, word: str, compat: bool = False) -> bool:
 
 
 @dataclass(frozen=True)
-class MaskedLM(CandidateSource):
+class MaskedLM(CandidateSource, Opens):
     """What a masked language model predicts at a word's place when it reads the sentence unmasked
     (BERT-Attack, Li et al. 2020).
 
@@ -213,11 +216,19 @@ class MaskedLM(CandidateSource):
 
     path: str = "embedded"
 
+    def content(self) -> str:
+        return content(str(EMBEDDED) if self.path == "embedded" else self.path)
+
+    @property
+    def _network(self) -> _Network:
+        with opening() as held:
+            return held.network(self, lambda choice: _load(self.path).to(choice.device), lambda found: found.model)
+
     def doubts(self, texts: Sequence[str]) -> list[str]:
         words = [*dict.fromkeys(core(word)[1] for text in texts for word in text.split(" ") if attackable(word))]
         if not words:
             return []
-        tokenizer = _load(self.path).tokenizer
+        tokenizer = self._network.tokenizer
         pieces = tokenizer(words, add_special_tokens=False)["input_ids"]
         unknown = tokenizer.unk_token_id
         # a word that it can only spell, in pieces of one or two letters, it has hardly ever seen
@@ -236,7 +247,7 @@ class MaskedLM(CandidateSource):
         ]
 
     def read(self, texts: Sequence[str], top: int, threshold: float, compat: bool) -> list[Proposals]:
-        network = _load(self.path)
+        network = self._network
         found: list[Proposals] = [()] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths waste no padding
         sentences = network.encode([texts[i] for i in order], compat)
@@ -268,6 +279,10 @@ class _Network:
     tokenizer: PreTrainedTokenizerBase
     pieces: list[str]
     special: frozenset[int]  # which pieces are no text
+
+    def to(self, device: torch.device) -> _Network:
+        """The same network on the device."""
+        return replace(self, model=self.model.to(device))  # type: ignore[arg-type]
 
     def encode(self, texts: Sequence[str], compat: bool) -> list[_Sentence]:
         """The ids of each string, and where to read the predictions for each of its words.
@@ -399,46 +414,20 @@ def likeliest(options: Sequence[Sequence[tuple[float, int]]], count: int) -> lis
     return found
 
 
-class _Memory:
-    """The proposals for the strings asked about last; about 2 KB each."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.kept: OrderedDict[object, Proposals] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, key: object) -> Proposals | None:
-        with self.lock:
-            found = self.kept.get(key)
-            if found is not None:
-                self.kept.move_to_end(key)
-            return found
-
-    def put(self, key: object, proposals: Proposals) -> None:
-        with self.lock:
-            self.kept[key] = proposals
-            while len(self.kept) > self.size:
-                self.kept.popitem(last=False)
-
-    def clear(self) -> None:
-        with self.lock:
-            self.kept.clear()
-
-
-_remembered = _Memory(50_000)
+_remembered: LRUCache[object, Proposals] = LRUCache(50_000)  # for the strings asked about last; about 2 KB each
+_lock = threading.Lock()
 
 
 def forget() -> None:
-    """Empties the memory of proposals: for measurements, or after a model was trained again into the same
-    folder."""
-    _remembered.clear()
-    _load.cache_clear()
+    """Empties the memory of proposals and closes the language models, for measurements."""
+    with _lock:
+        _remembered.clear()
+    release()
 
 
-@lru_cache(maxsize=4)
 def _load(path: str) -> _Network:
-    """A masked language model from a folder or the hub; everything that can be wrong with it is said in one
-    sentence."""
+    """A masked language model from a folder or the hub, on the CPU; everything that can be wrong with it is said in
+    one sentence."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
     where, shown = _place(path)
@@ -454,7 +443,7 @@ def _load(path: str) -> _Network:
             f"{shown} holds a {name}, not a masked language model; try 'bert-base-uncased' or 'embedded'"
         )
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForMaskedLM.from_pretrained(
                 where, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
@@ -468,15 +457,12 @@ def _load(path: str) -> _Network:
             f"the weights in {shown} do not fit its config.json: {first} ({len(missing)} missing, "
             f"{len(unexpected)} unexpected); save the model again with save_pretrained"
         )
-    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
-    if broken:
-        raise CrossguardError(
-            f"the weights in {shown} hold numbers that are not finite (NaN or infinity): {broken[0]!r}"
-        )
+    check_finite(model, shown)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as problem:
         raise CrossguardError(_unreadable(path, where, "the files of its tokenizer", problem)) from problem
+    check_tokenizer(tokenizer, shown)
     vocabulary = tokenizer.get_vocab()
     needed = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id)
     if None in needed or not any(piece.startswith("##") for piece in vocabulary):
@@ -495,8 +481,7 @@ def _load(path: str) -> _Network:
         pieces[number] = piece
     unused = [number for number, piece in enumerate(pieces) if not piece or piece.startswith("[unused")]
     special = frozenset([*unused, *tokenizer.all_special_ids])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _Network(model.eval().requires_grad_(False).to(device), tokenizer, pieces, special)
+    return _Network(model.eval().requires_grad_(False), tokenizer, pieces, special)
 
 
 def _place(path: str) -> tuple[str, str]:
@@ -505,15 +490,9 @@ def _place(path: str) -> tuple[str, str]:
         if not (EMBEDDED / "config.json").is_file():
             raise CrossguardError("the masked language model of the package is missing; install crossguard again")
         return str(EMBEDDED), "the embedded masked language model"
-    folder = Path(path).expanduser()
+    folder = Path(located(path))
     if path and folder.is_dir():
-        if not any(folder.glob("*.safetensors")):
-            pickled = any(folder.glob("*.bin"))
-            why = "; pickled weights (*.bin) are not read, since they can run code" if pickled else ""
-            raise CrossguardError(
-                f"the folder {path!r} has no *.safetensors file{why}; "
-                f"save the model with save_pretrained, or try MaskedLM('embedded')"
-            )
+        check_weights(folder)
         return str(folder), f"the folder {path!r}"
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         raise CrossguardError(f"there is no folder {path!r} with a masked language model; try MaskedLM('embedded')")
@@ -529,22 +508,6 @@ def _unreadable(path: str, where: str, what: str, problem: Exception) -> str:
         f"download it with 'hf download {path}' where there is a network, or pass the path of a folder with "
         f"config.json, *.safetensors and the tokenizer, or 'embedded' ({reason})"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bar and the loading report of transformers: what matters of it is raised."""
-    from transformers.utils import logging
-
-    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _id(number: object) -> int:

@@ -283,7 +283,7 @@ class SGA(JointAttack):
 
         def answer(images: Images) -> Embeddings:
             found, size = [encode(images)], images.shape[-2:]
-            seeds = drawn(len(images)) if self.noise else None
+            seeds = drawn(len(images), "SGA") if self.noise else None
             for number, scale in enumerate(self.scales):
                 view = images
                 if seeds is not None:

@@ -15,7 +15,7 @@ from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Budget, PixelBudget
 from crossguard.errors import CrossguardError
 from crossguard.goals import DLR, Goal, Loss, Towards, Untargeted, classification
-from crossguard.seeds import fold, normal
+from crossguard.seeds import fold, normal, same_draw
 from crossguard.shapes import Images, Labels, Logits, Mask, PerImage, Seeds
 
 
@@ -232,7 +232,10 @@ class AtGate(ImageAttack):
         before, gate = victim.before.answer, victim.gate.answer
 
         def both(images: Images) -> Tensor:
-            return torch.cat([before(images), gate(images)[:, None]], 1)
+            with same_draw():
+                outputs = before(images)
+            with same_draw():
+                return torch.cat([outputs, gate(images)[:, None]], 1)
 
         aim = _Gated(goal, self.weight, ends=goal.ends)
         return self.attack(replace(victim.before, answer=both), images, aim, pixels, seeds)

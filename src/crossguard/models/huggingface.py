@@ -22,6 +22,7 @@ from crossguard.shapes import Embeddings, Images
 from crossguard.words import Reads
 
 _STRINGS = 256  # read at once: the states of many more fall out of the caches
+_PROBES = ("a photo of a cat", "two dogs", "red", "a", "the sky over the sea at night")  # no two of them alike
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class TransformersEncoder(DualEncoder):
         self.processor = processor
         self.preprocess = _preprocess(processor)
         self.padded = getattr(model.config, "model_type", "") in ("siglip", "siglip2")
-        self.length = _context_length(model.config, tokenizer)
+        self.length = _context_length(model, tokenizer)
         self.tokens = Tokens(tokenizer, self.length, self.padded)
         self.packing = PrefixPacking(model) if PrefixPacking.knows(model) else None
+        self.first = next(name for name, _ in model.named_parameters() if name.startswith("vis"))  # of the image tower
 
     def encode_image(self, images: Images) -> Embeddings:
-        pixels = self.preprocess(images).to(self.dtype)
+        pixels = self.preprocess(images).to(self.model.get_parameter(self.first).dtype)
         return _features(self.model.get_image_features(pixel_values=pixels))
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
@@ -84,11 +86,7 @@ class TransformersEncoder(DualEncoder):
         return _features(self.model.get_text_features(input_ids=ids.to(device), **seen))
 
     def cut(self, texts: Sequence[str]) -> int:
-        if not texts:
-            return 0
-        with quiet():
-            whole = self.tokenizer(list(texts), truncation=False)["input_ids"]
-        return sum(len(tokens) > self.length for tokens in whole)
+        return self.tokens.cut(texts)
 
     @property
     def scale(self) -> Tensor:
@@ -98,11 +96,6 @@ class TransformersEncoder(DualEncoder):
     def bias(self) -> Tensor:
         bias, scale = getattr(self.model, "logit_bias", None), self.model.logit_scale
         return constant((0.0,), scale.device, scale.dtype)[0] if bias is None else bias
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the towers."""
-        return self.model.dtype
 
     def towers(self) -> dict[str, dict[str, nn.Parameter]]:
         towers: dict[str, dict[str, nn.Parameter]] = {"image": {}, "text": {}, "head": {}}
@@ -155,9 +148,11 @@ def _read(path: str, local: bool) -> DualEncoder:
         dtype=torch.float32,
         local_files_only=local,
     )
+    kind = getattr(config, "model_type", type(model).__name__)
     speaks = all(callable(getattr(model, name, None)) for name in ("get_image_features", "get_text_features"))
+    if speaks and kind in _STRANGE:
+        raise CrossguardError(f"{path} holds {_STRANGE[kind]}; give a CLIP or SigLIP checkpoint")
     if not speaks or getattr(model, "logit_scale", None) is None:
-        kind = getattr(config, "model_type", type(model).__name__)
         raise CrossguardError(
             f"{path} holds a {kind!r} model, which is no dual encoder; give a CLIP or SigLIP checkpoint"
         )
@@ -171,9 +166,10 @@ def _read(path: str, local: bool) -> DualEncoder:
     check_tokenizer(tokenizer, path)
     processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=local)
     encoder = TransformersEncoder(model, tokenizer, processor).eval()
-    with torch.no_grad():
-        encoder.encode_text(["a photo"])  # a tokenizer of another model often breaks only when it is used
     _check_preprocess(encoder.preprocess, processor, path)
+    with torch.no_grad():
+        _check_reading(encoder, path)
+        _check_seeing(encoder, path)
     return encoder
 
 
@@ -190,7 +186,7 @@ def _check_source(path: str) -> None:
         if not (here / "config.json").is_file():
             raise CrossguardError(f"{path} has no config.json, so it is no transformers checkpoint")
         check_weights(here)
-    elif path.startswith(("/", "./", "../")) or path.count("/") > 1:
+    elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise CrossguardError(f"there is no folder {path!r}; give the folder of a checkpoint or a hub id")
 
 
@@ -204,7 +200,70 @@ def _explain(path: str, error: Exception) -> str:
 def _features(output: Any) -> Embeddings:
     """Since transformers 5 `get_*_features` returns an output object whose pooled part holds the features; before, a
     tensor."""
-    return output if isinstance(output, Tensor) else output.pooler_output
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    if features.ndim != 2:
+        raise CrossguardError(
+            f"this model has features of shape {tuple(features.shape[1:])} for an image or a text, one for each token; "
+            "give a dual encoder with a single embedding of each, such as CLIP or SigLIP"
+        )
+    return features
+
+
+def _check_reading(encoder: TransformersEncoder, path: str) -> None:
+    """Raises where the tower does not hear its texts: with the tokenizer of another model it may pool a token that is
+    never written, and then the first one, so that all texts are one."""
+    ids, mask = encoder.tokens(_PROBES)
+    end = getattr(getattr(encoder.model, "text_model", None), "eos_token_id", None)
+    legacy = end == 2 and encoder.model.config.model_type != "metaclip_2"  # pools the highest token, whatever it is
+    if end is not None:
+        heard = len(ids.max(1).values.unique()) == 1 if legacy else bool((ids == end).any(1).all())
+        if not heard:
+            token = "which is the one of the highest number" if legacy else f"token {end}"
+            raise CrossguardError(
+                f"the text tower of {path} is read at its end-of-text, {token}, and the tokenizer does not write it; "
+                "fetch the tokenizer and config.json from one place"
+            )
+    found = encoder._text(ids, mask)
+    if float((found - found[0]).abs().max()) <= 1e-6 * float(found.abs().max()):
+        raise CrossguardError(
+            f"the text tower of {path} gives all texts the same embedding, so it reads nothing; fetch the weights, the "
+            "tokenizer and config.json from one place"
+        )
+
+
+def _check_seeing(encoder: TransformersEncoder, path: str) -> None:
+    """Raises where the image tower cannot take what the image processor makes."""
+    height, width = encoder.preprocess.height, encoder.preprocess.width
+    try:
+        found = encoder.encode_image(torch.full((1, 3, height, width), 0.5))
+    except CrossguardError:
+        raise
+    except Exception as error:  # towers refuse images of another size in many ways
+        size = getattr(getattr(encoder.model.config, "vision_config", None), "image_size", None)
+        if size in (None, height, (height, width), [height, width]):
+            raise
+        read = f"{size} x {size}" if isinstance(size, int) else " x ".join(map(str, size))
+        raise CrossguardError(
+            f"the image processor of {path} makes images of {height} x {width} pixels, and its image tower reads "
+            f"{read}; fetch preprocessor_config.json and config.json from one place"
+        ) from error
+    texts = encoder.encode_text(_PROBES[:1])
+    if found.shape != texts.shape:
+        raise CrossguardError(
+            f"the towers of {path} have embeddings of {found.shape[1]} and {texts.shape[1]} numbers, so images and "
+            "texts cannot be compared; give a CLIP or SigLIP checkpoint"
+        )
+
+
+# Two towers each, which are not read here, and why.
+_STRANGE = {
+    "align": "ALIGN, a dual encoder whose logits are divided by a temperature and whose images are prepared in its own "
+    "way, which is not known here yet",
+    "flava": "FLAVA, which has an embedding for every token and patch instead of one for each text and image",
+    "siglip2": "SigLIP 2 NaFlex, which cuts every image into patches by its own shape; its checkpoints of a fixed size "
+    "(google/siglip2-base-patch16-224) are read",
+    "xclip": "X-CLIP, whose images are videos",
+}
 
 
 def _preprocess(processor: Any) -> Preprocess:
@@ -248,7 +307,12 @@ def _check_preprocess(preprocess: Preprocess, processor: Any, path: str) -> None
         )
 
 
-def _context_length(config: Any, tokenizer: Any) -> int:
+def _context_length(model: Any, tokenizer: Any) -> int:
     """The longest text the tower can read: what the positions allow, or what the tokenizer says if that is less."""
-    positions = int(getattr(config.text_config, "max_position_embeddings", 77))
+    positions = int(getattr(model.config.text_config, "max_position_embeddings", 77))
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from behind its padding token, so that some are never used.
+        behind = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
+        if behind is not None and not name.startswith("vis"):
+            positions -= int(behind) + 1
     return min(positions, int(tokenizer.model_max_length))

@@ -37,11 +37,13 @@ class PrefixPacking:
         return getattr(model.config, "model_type", "") in ("clip", "metaclip_2")
 
     def usable(self) -> bool:
-        """Whether nothing asks for what only the stock path gives: gradients, dropout, or its roundings in less than
-        float32."""
+        """Whether nothing asks for what only the stock path gives: gradients, dropout, its roundings in less than
+        float32, or a hook, which expects one string in each row."""
         tower = self.model.text_model
         device = self.model.logit_scale.device.type
-        if tower.training or self.model.dtype != torch.float32 or torch.is_autocast_enabled(device):
+        if tower.training or next(tower.parameters()).dtype != torch.float32 or torch.is_autocast_enabled(device):
+            return False
+        if any(module._forward_hooks or module._forward_pre_hooks for module in tower.modules()):
             return False
         return not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters()))
 

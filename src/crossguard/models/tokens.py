@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossguard.checkpoints import quiet
+
 # What tokenizers disagree about: case, accents, runs of spaces, signs, emoji, special tokens, and nothing at all.
 _PROBES = ("a photo of a cat", "", "  Two  spaces,Naïve 😀!", "<|endoftext|> [SEP] </s>", "word " * 200)
+
+# A tokenizer is told how to cut and to pad before it is asked, so threads must take turns.
+_turn = threading.Lock()
 
 
 class Tokens:
@@ -32,9 +38,18 @@ class Tokens:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, each of shape (strings, tokens), on the CPU."""
-        if self.direct is None:
-            self.direct = self._agrees()
-        return self._direct(texts) if self.direct and texts else self._stock(texts)
+        with _turn:
+            if self.direct is None:
+                self.direct = self._agrees()
+            return self._direct(texts) if self.direct and texts else self._stock(texts)
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the strings have more tokens than are read."""
+        if not texts:
+            return 0
+        with _turn, quiet():
+            whole = self.tokenizer(list(texts), truncation=False)["input_ids"]
+        return sum(len(tokens) > self.length for tokens in whole)
 
     def _stock(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokens = self.tokenizer(

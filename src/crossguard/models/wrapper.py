@@ -13,11 +13,16 @@ from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
 from crossguard.seeds import drawn, normal
-from crossguard.shapes import Embeddings, Images, Logits, PerImage, TextEmbeddings
+from crossguard.shapes import Embeddings, Images, Logits, PerImage, Seeds, TextEmbeddings
 
 
 class Wrapper(VisionLanguageModel):
-    """A defended model is a model: whatever a wrapper does not change is its base's."""
+    """A defended model is a model: whatever a wrapper does not change is its base's.
+
+    A wrapper that changes how images are embedded can stand around any model whose classes are told apart by
+    embeddings. One that needs the prompts, or votes over logits, writes `classifier` itself, starting from
+    `self.base.classifier(prompts)`; what such a defense does is lost around it, so that is refused.
+    """
 
     base: VisionLanguageModel
 
@@ -36,6 +41,19 @@ class Wrapper(VisionLanguageModel):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
+        _check_kept(self, self.base)
+        return super().classifier(prompts)
+
+    def keys(self, count: int, use: str = "") -> Seeds:
+        """The keys that this wrapper draws its noise from for `count` images (see `seeds.drawn`). Its gate and its
+        images each begin anew (`seeds.same_draw`), so what opens the gate is what acts behind it.
+
+        Args:
+            use: tells apart several kinds of noise of one answer.
+        """
+        return drawn(count, f"{type(self).__name__} {len(layers(self))} {use}")
 
     def smooth(self) -> VisionLanguageModel:
         """A stand-in whose gradients are its true ones, every hard step (a sign, a rounding, a gate) replaced by a
@@ -61,10 +79,27 @@ def layers(model: VisionLanguageModel) -> list[VisionLanguageModel]:
     return found
 
 
+def _check_kept(outer: VisionLanguageModel, base: VisionLanguageModel) -> None:
+    """Raises where the outer model would ask what is inside for embeddings only, and something in there answers
+    otherwise than by them."""
+    for inner in layers(base):
+        for name in ("classifier", "class_embeddings"):
+            if getattr(type(inner), name) not in (getattr(VisionLanguageModel, name), getattr(Wrapper, name)):
+                around, lost = type(outer).__name__, type(inner).__name__
+                raise CrossguardError(
+                    f"{around} around {lost} would lose what {lost} does with the prompts (its {name}); put {lost} "
+                    f"around {around}, or give {around} a {name} of its own"
+                )
+
+
 class Purifier(Wrapper):
     """A wrapper that cleans the pixels first. Attacks see through it by BPDA (Athalye et al. 2018): the forward uses
     the purified image, the backward treats purifying as the identity. So a purifier is attacked adaptively unless a
-    surrogate says otherwise."""
+    surrogate says otherwise.
+
+    Purifying is done without gradients, so a long chain of steps costs no memory; a purifier that needs some for steps
+    of its own turns them on (`torch.enable_grad`) for pixels of its own.
+    """
 
     differentiable = False
 
@@ -73,7 +108,13 @@ class Purifier(Wrapper):
         """Cleaner images, same shape, in [0, 1]."""
 
     def encode_image(self, images: Images) -> Embeddings:
-        return self.base.encode_image(images + (self.purify(images) - images).detach())
+        return self.base.encode_image(self._purified(images))
+
+    def _purified(self, images: Images) -> Images:
+        """The purified images, whose gradient is passed on to the images as they were."""
+        with torch.no_grad():
+            change = self.purify(images.detach()) - images
+        return images + change
 
     def smoothed(self, images: Images) -> Images:
         """`purify` without its hard steps, differentiable."""
@@ -84,7 +125,7 @@ class Purifier(Wrapper):
         return _Smoothed(self)
 
     def gate(self, images: Images) -> PerImage:
-        return super().gate(images + (self.purify(images) - images).detach())
+        return super().gate(self._purified(images))
 
 
 @dataclass(frozen=True)
@@ -126,7 +167,7 @@ class GaussianNoise(Wrapper):
             raise CrossguardError(f"GaussianNoise(std={self.std}) is not possible; give 0 or more, in pixels of [0, 1]")
 
     def encode_image(self, images: Images) -> Embeddings:
-        noise = normal(drawn(len(images)), images.shape[1:], images.device)
+        noise = normal(self.keys(len(images)), images.shape[1:], images.device)
         return self.base.encode_image((images + self.std * noise).clamp(0.0, 1.0))
 
 
@@ -170,3 +211,7 @@ class _Smoothed(Wrapper):
 
     def encode_image(self, images: Images) -> Embeddings:
         return self.base.encode_image(self.purifier.smoothed(images))
+
+    def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
+        _check_kept(self, self.purifier)
+        return super().classifier(prompts)
