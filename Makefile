@@ -1,7 +1,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Loads what the commands load, so that its byte code is there also where Python may not write any later; compiling all that
+# is installed takes four times as long.
+COMPILE := PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import accelerate, matplotlib.figure, torch.utils.tensorboard, \
+	crossguard.cli; [getattr(crossguard, name) for name in dir(crossguard)]; crossguard.Tiny().encode_text(['a'])"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -r s --durations=25 --durations-min=1
 
 .PHONY: demo test test-all checks lint types pytest setup clean
@@ -35,7 +39,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
-	$(BIN)/python -m compileall -q src
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
