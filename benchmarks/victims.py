@@ -159,7 +159,7 @@ def answered(name: str, count: int) -> tuple[Counted, Tensor, Tensor]:
 
 
 def clip(name: str) -> VisionLanguageModel:
-    """The shipped model, or the one that the demo makes of it by TeCoA (see experiments/demo.toml)."""
+    """The shipped model, or the one that TeCoA makes of it (see experiments/joint.toml)."""
     if name == "tiny":
         return Tiny()
     recipe = TeCoA(
