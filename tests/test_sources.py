@@ -211,6 +211,7 @@ def test_folders_can_be_named(tmp_path: Path) -> None:
         ("train/test-set.parquet", "test"),
         ("Test/part-00000-of-00002.parquet", "test"),
         ("extra-00000-of-00001.parquet", "extra"),
+        ("dev-test.parquet", "test"),
         ("contest/latest.parquet", None),
         ("0000.parquet", None),
     ],
