@@ -396,6 +396,9 @@ def test_shards_with_a_sample_for_each_caption(tmp_path: Path) -> None:
     data = Shards(str(root))
     assert told(data) == [("a", "b", "d"), ("c",), ("e\x0c!",)] and ids(data) == ["0/0", "0/1", "1/3"]
     assert [data.opened.read(place) for place in range(3)] == [picture(number) for number in range(3)]
+    large = picture(3, 9)  # two images alone have this size
+    packed(root / "test/2.tar", ("4.png", large), ("4.txt", b"f"), ("5.png", large), ("5.txt", b"g"))
+    assert told(Shards(str(root)))[3:] == [("f", "g")]
 
 
 COLORS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "teal": (0, 1, 1), "pink": (1, 0, 1)}
