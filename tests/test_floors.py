@@ -10,7 +10,9 @@ import crossguard
 
 SOURCE = Path(crossguard.__file__).parent
 
-PICTURE = re.findall(r"^(\d)  (.+)$", (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(), re.MULTILINE)
+PICTURE = re.findall(
+    r"^(\d)  (.+)$", (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(), re.MULTILINE
+)
 
 FLOORS = {name: int(floor) for floor, names in PICTURE for name in names.partition("#")[0].split()}
 

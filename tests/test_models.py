@@ -27,7 +27,7 @@ from crossguard.attacks.base import ImageVictim
 from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
-from crossguard.models.base import VisionLanguageModel, alike, frozen
+from crossguard.models.base import VisionLanguageModel, frozen
 from crossguard.models.embedded import WEIGHTS, Tiny
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import _PROBES, HuggingFace, TransformersEncoder, _check_reading
@@ -356,14 +356,14 @@ def test_damaged_or_missing_parts(copy: Path, name: str) -> None:
     assert expected in refused(copy)
 
 
-@pytest.mark.parametrize("offline", ["1", "0"])
+@pytest.mark.parametrize("offline", [pytest.param("1", marks=pytest.mark.slow), "0"])
 def test_a_hub_id_without_network_is_one_quick_sentence(tmp_path: Path, offline: str) -> None:
     """An address where nobody listens stands for the missing network."""
     code = "import crossguard; crossguard.HuggingFace('somebody/some-clip').load()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"},
-        capture_output=True, text=True, check=False, timeout=15,
+        capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     last = done.stderr.strip().splitlines()[-1]
     assert "'somebody/some-clip' is neither a folder here nor complete in the hub cache" in last
@@ -385,6 +385,7 @@ print(sum(p.numel() for p in model.network.parameters()), resource.getrusage(res
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_full_size_in_little_memory(tmp_path: Path) -> None:
     """A CLIP of the size of ViT-B/32 is loaded and asked about a handful of images."""
     save_clip(tmp_path)  # for the tokenizer
@@ -492,17 +493,6 @@ def test_an_image_processor_of_another_resolution_is_refused(tmp_path: Path) -> 
     path.write_text(json.dumps(json.loads(path.read_text()) | size))
     said = refused(tmp_path)
     assert "makes images of 48 x 40 pixels, and its image tower reads 32 x 32" in said
-
-
-def test_texts_that_cannot_be_told_apart_are_grouped() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(300, 16, generator=generator)
-    rows[7], rows[200], rows[3] = 2 * rows[50], rows[50] * (1 + 1e-7), rows[299]
-    assert alike(rows) == [[3, 299], [7, 50, 200]]
-    assert alike(torch.eye(5)) == [] and alike(torch.ones(3, 4)) == [[0, 1, 2]]
-    near = torch.randn(1, 64, generator=generator) + 0.01 * torch.randn(200, 64, generator=generator)
-    assert alike(near) == []  # a tower of random weights, whose texts all have a cosine of 0.9999
-    assert alike(torch.zeros(0, 3)) == []
 
 
 # --- Families that need care, and files that are none ---

@@ -56,6 +56,21 @@ def test_no_file_is_looked_at_while_images_are_asked_about(folder: Path, looks: 
         assert model.device == torch.device("cpu") and looks == []
 
 
+def test_nothing_is_sent_to_the_device_anew_in_a_forward(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means, scales and a missing bias lie where the network is."""
+    answer, images = HuggingFace(str(folder)).classifier(PROMPTS), floats(pictures(2, 32, 32))
+    expected, made = answer(images), list[str]()
+    for name in ("tensor", "as_tensor", "zeros", "ones", "full"):
+        own = getattr(torch, name)
+
+        def watched(*given: Any, own: Any = own, name: str = name, **named: Any) -> Any:
+            made.append(name)
+            return own(*given, **named)
+
+        monkeypatch.setattr(torch, name, watched)
+    assert torch.equal(answer(images), expected) and made == []
+
+
 def test_the_device_is_known_without_opening_anything(tmp_path: Path, looks: list[str]) -> None:
     assert HuggingFace(str(tmp_path / "missing")).device == device.chosen().device
     assert looks == []

@@ -24,6 +24,7 @@ from crossguard.budgets import Both, Budget, Linf, PixelBudget
 from crossguard.data import Batch
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, Wrapper, layers
+from crossguard.opening import evaluating
 from crossguard.report import Report
 from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
@@ -33,6 +34,7 @@ _QUERIES = 1000  # of the query attack that looks for masked gradients
 _LARGE = 100.0  # times the budget, under which nothing should stand
 
 
+@evaluating()
 def diagnose(
     report: Report,
     task: Task,

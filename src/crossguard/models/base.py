@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from crossguard.errors import CrossguardError
 from crossguard.opening import Opened, Opens, opened, opening
 from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings
 
-_SAME = 1e-5  # unit embeddings that are nearer to each other differ by rounding only
 _TEXTS_AT_ONCE = 1024  # bounds the memory of encoding thousands of prompts
 
 
@@ -247,25 +245,6 @@ def cosine(images: Embeddings, texts: TextEmbeddings) -> Logits:
     would have some 150 values, and many classes would tie."""
     with torch.autocast(images.device.type, enabled=False):
         return F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
-
-
-def alike(embeddings: Embeddings) -> list[list[int]]:
-    """Groups of rows that point the same way up to rounding: texts that a model cannot tell apart, since its tokenizer
-    knows none of their words, or cuts all of them at the same place. Rows that are like no other are in no group."""
-    unit = F.normalize(embeddings.detach().double(), dim=1)
-    # Equal rows are neighbors in the order of their products with any direction, so no row is compared with all.
-    direction = torch.linspace(1.0, 2.0, unit.shape[1], dtype=unit.dtype, device=unit.device).sin()
-    place, order = (unit @ direction).sort()
-    groups: list[list[int]] = []
-    starts = [0, *((place.diff() > _SAME).nonzero()[:, 0] + 1).tolist(), len(place)]
-    for first, last in itertools.pairwise(starts):
-        rows = order[first:last]
-        while len(rows) > 1:
-            same = (unit[rows] - unit[rows[0]]).norm(dim=1) <= _SAME
-            if int(same.sum()) > 1:
-                groups.append(sorted(rows[same].tolist()))
-            rows = rows[~same]
-    return sorted(groups)
 
 
 def _center_crop(images: Images, height: int, width: int) -> Resized:
