@@ -6,12 +6,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -294,10 +296,22 @@ def test_rivals_share_what_all_classes_have() -> None:
 
 
 def test_rivals_of_many_classes_take_no_more_than_their_names() -> None:
-    names = tuple(f"color{number} shape{number}" for number in range(20_000))
-    rivals = Prompts.of(names, ("a {}",)).rivals()
+    prompts = Prompts.of(tuple(f"color{number} shape{number}" for number in range(20_000)), ("a {}",))
+    tracemalloc.start()
+    rivals = prompts.rivals()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 40_000_000  # 400 million words otherwise
     assert all(isinstance(one, Rivals) and one.everything is rivals[0].everything for one in rivals)
     assert len(all_rivals(rivals)) == 40_000 and len(rivals[7]) == 39_998
+
+
+def test_attacks_on_images_have_no_rivals_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prompts, "rivals", None)
+    task = crossguard.ZeroShot(Scenes("color", count=4))
+    assert task.prepare(crossguard.Tiny(), crossguard.PGD(), crossguard.Linf(0.1), None).prompts is not None
+    with pytest.raises(TypeError):
+        task.prepare(crossguard.Tiny(), crossguard.Substitute(), crossguard.Words(1), None)
 
 
 # --- words over datasets
@@ -460,6 +474,31 @@ def test_a_part_of_kept_images_keeps_their_pixels_and_prompts(tmp_path: Path) ->
     assert several.prompts().flat[:3] == ["a photo of a cab", "a photo of a dug", "a photo of a name 0"]
     with pytest.raises(CrossguardError, match="1 prompts of their own and others 2"):
         Concat((Prompted(Scenes("color", count=3), ("a {}", "b {}")), data)).prompts()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind is not Scenes], ids=lambda kind: kind.__name__)
+def test_a_new_word_sees_every_file_that_was_replaced(kind: type[Dataset], tmp_path: Path) -> None:
+    data = EXAMPLES[kind](tmp_path)
+    known = [data.fingerprint]
+    assert known[0] and contents(replace(data)) == contents(Concat((data,))) == f"{kind.__name__}:{known[0]}"
+    for file in sorted(file for file in tmp_path.rglob("*.*") if file.is_file()):
+        noted, content = file.stat(), file.read_bytes()
+        if file.suffix in (".txt", ".json"):  # texts are small enough to be known by what they say
+            content = content.replace(b"cat", b"cow").replace(b"here", b"hers").replace(b"number", b"numbed")
+        file.write_bytes(content)  # of the same size, at another time
+        os.utime(file, ns=(noted.st_atime_ns, noted.st_mtime_ns + 1))
+        told = replace(data).fingerprint  # kept images are known by what their index says and by their sizes
+        assert (told in known) == (file.suffix == ".safetensors"), file
+        known.append(told)
+    assert data.fingerprint == known[0]  # a word keeps what it has opened
+
+
+def test_images_of_several_sizes_are_said(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    (tmp_path / "images" / "a cat" / "0.png").write_bytes(png(0, 9))
+    for task, noted in ((data, True), (replace(data, size=8), False)):  # type: ignore[type-var]
+        report = crossguard.evaluate(crossguard.ZeroShot(task), crossguard.Tiny())
+        assert noted == any(note.startswith("the images have 2 sizes: ") for note in report.notes)
 
 
 def test_over_is_what_it_is_over() -> None:

@@ -169,7 +169,9 @@ def evaluate(
         progress(len(record.rows), len(indices))  # before the texts are attacked, which may take long
     trial = task.prepare(model, carried, budget, None if attack is None else surrogate, indices, seed)
     done = len(record.rows)
+    sizes: set[tuple[int, ...]] = set()
     for samples in task.batches(batch, mine):
+        sizes.add(tuple(samples.images.shape[-2:]))
         here, mine = mine[: len(samples)], mine[len(samples) :]
         seeds = keys(samples.ids, seed)
         answers = trial.answer(samples, seeds)
@@ -194,7 +196,8 @@ def evaluate(
     known = {name: row for rows in group.gather(record.rows) for name, row in rows.items()}
     found = [known[name] for name in ids]
     outcomes = trial.score(found)
-    notes = [*trial.notes, *trial.remarks(found), *_skipped(task)]
+    sizes = set().union(*group.gather(sizes))
+    notes = [*trial.notes, *trial.remarks(found), *_skipped(task), *_several(sizes)]
     if folder is not None:
         if trial.pixels is not None:
             notes += _rounding(found, outcomes, trial, trial.pixels)
@@ -327,3 +330,13 @@ def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: Vis
 def _skipped(task: Task) -> list[str]:
     skipped = task.data.skipped
     return [f"{skipped} broken file(s) were left out of the data"] if skipped else []
+
+
+def _several(sizes: Collection[tuple[int, ...]]) -> list[str]:
+    """The note about images of several sizes: published numbers are of images that were all resized first."""
+    if len(sizes) < 2:
+        return []
+    return [
+        f"the images have {len(sizes)} sizes: the budget acts on the pixels of each, and batches end where the size "
+        "changes; give the data a size, as in size=224, for images that are resized first"
+    ]
