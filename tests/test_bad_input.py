@@ -106,6 +106,12 @@ def test_training_that_cannot_start(tmp_path: Path) -> None:
     assert "has captions and no classes" in trained(tmp_path / "b", data="Scenes('relation', 'train', count=16)")
 
 
+def test_a_model_is_not_trained_among_the_answers_of_an_experiment(tmp_path: Path) -> None:
+    (tmp_path / "experiment.json").write_text("{}")
+    assert "holds the answers of an experiment; train into another folder" in trained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "crossguard.json").exists()
+
+
 def test_the_half_files_of_a_training(tmp_path: Path) -> None:
     (tmp_path / "training.safetensors").write_bytes(b"\x10\x00\x00")
     assert "delete it to start the training again" in trained(tmp_path)

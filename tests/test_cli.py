@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
+from PIL import Image
 from typer.testing import CliRunner
 
 import crossguard
-from crossguard import cli, experiment
+from crossguard import cli, experiment, files
 from crossguard.device import Choice, best, chosen, describe
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Experiment, Watch
@@ -114,6 +116,8 @@ def test_train_prints_the_word_that_reads_the_result(tmp_path: Path, monkeypatch
 
     def fit(self: Any, model: Any, data: Any, out: Path) -> Any:
         calls.append((self, model, data, out))
+        out.mkdir()
+        (out / "crossguard.json").write_text('{"steps": 3, "seconds": 61.2, "loss": 1.25}')
         return crossguard.HuggingFace(str(out))
 
     monkeypatch.setattr(crossguard.Recipe, "fit", fit)
@@ -124,12 +128,37 @@ def test_train_prints_the_word_that_reads_the_result(tmp_path: Path, monkeypatch
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert crossguard.build(result.stdout.strip()) == crossguard.HuggingFace(str(tmp_path / "out"))
+    assert result.stderr == "crossguard: 3 steps in 61 seconds, loss 1.25\n"
     ((recipe, model, data, _),) = calls
     assert (recipe, model) == (crossguard.TeCoA(steps=3), crossguard.Tiny())
     assert data == crossguard.Images("images", skip_broken=True)
 
 
-def test_skip_broken_reaches_the_data_of_a_task(asked: list[dict[str, Any]]):
+@pytest.mark.parametrize(
+    ("step", "said"), [(None, "before a step was saved; the same command starts from the beginning"), (460, "step 460")]
+)
+def test_a_training_that_is_stopped_says_where_it_goes_on(
+    step: int | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fit(self: Any, model: Any, data: Any, out: Path) -> Any:
+        if step is not None:
+            files.save_tensors(out / "training.safetensors", {"a": torch.zeros(1)}, {"step": str(step)})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(crossguard.Recipe, "fit", fit)
+    words = ("--recipe", "TeCoA()", "--model", "Tiny()", "--data", "Scenes()", "--out", str(tmp_path / "out"))
+    result = call("train", *words)
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr.startswith("crossguard: interrupted") and result.stderr.endswith(f"{said}\n")
+
+
+def test_skip_broken_reaches_the_data_of_a_task(
+    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a/cat", "b/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "1.png")
     task = "ZeroShot(Concat((Images('a'), Images('b'))))"
     assert call("eval", "--task", task, "--model", "Tiny", "--skip-broken").exit_code == 0
     assert asked[0]["task object"].data.parts[1].skip_broken
@@ -466,7 +495,9 @@ def test_an_interrupted_run_goes_on(grid: Path, asked: list[dict[str, Any]], mon
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluate", interrupt)
-        assert call("run", "grid.toml").exit_code == 130
+        stopped = call("run", "grid.toml")
+    assert stopped.exit_code == 130 and stopped.stdout == ""
+    assert stopped.stderr.endswith("crossguard: interrupted after 2 of 6 cells; run the same command to go on\n")
     assert len(asked) == 2
     assert call("run", "grid.toml").exit_code == 0
     assert len(asked) == 6
