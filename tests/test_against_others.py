@@ -41,8 +41,9 @@ from crossguard import (
 from crossguard.attacks.base import Made
 from crossguard.budgets import PixelBudget
 from crossguard.goals import CrossEntropy, Loss, Towards
-from crossguard.seeds import by_position, normal, uniform
+from crossguard.seeds import by_position
 from crossguard.testing import LinearVictim, check_attack
+from toys import convnet, middle, templates, with_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -63,35 +64,6 @@ def victims() -> ModuleType:
     return module
 
 
-@functools.cache
-def convnet() -> nn.Module:
-    """A small network that tells noisy templates apart, with boundaries some way off its data."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(3, 12, 3, 2, 1), nn.ReLU(), nn.Conv2d(12, 24, 3, 2, 1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(216, 48), nn.ReLU(), nn.Linear(48, 10),
-        )  # fmt: skip
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for step in range(60):
-        images, labels = templates(64, 64 * step)
-        optimizer.zero_grad()
-        F.cross_entropy(net(images), labels).backward()
-        optimizer.step()
-    return net.eval().requires_grad_(False)
-
-
-def templates(count: int, start: int = 99991) -> tuple[Tensor, Tensor]:
-    clean = 0.5 + 0.12 * normal(torch.arange(10) + 1000, (3, 10, 10))
-    labels = (torch.arange(count) * 7 + start) % 10
-    return (clean[labels] + 0.12 * normal(by_position(count) + 5000 + start, (3, 10, 10))).clamp(0, 1), labels
-
-
-def middle(count: int, size: int = 6) -> Tensor:
-    """Images far from the borders of the pixel range, so that the box never binds."""
-    return 0.4 + 0.2 * uniform(by_position(count), (3, size, size))
-
-
 # The same loops, pixel for pixel
 
 
@@ -102,7 +74,7 @@ def last_of_pgd(net: nn.Module, images: Tensor, labels: Tensor, budget: PixelBud
 @pytest.mark.parametrize("budget", [Linf(0.04), L2(0.5)], ids=str)
 def test_pgd_is_that_of_foolbox(budget: Linf | L2) -> None:
     foolbox = pytest.importorskip("foolbox")
-    net, (images, labels) = convnet(), templates(32)
+    net, (images, labels) = convnet(size=10), templates(32, size=10)
     kind = foolbox.attacks.LinfPGD if isinstance(budget, Linf) else foolbox.attacks.L2PGD
     attack = kind(steps=10, random_start=False, abs_stepsize=0.25 * budget.eps)
     same, pixels = precise(net, images, budget)
@@ -114,7 +86,7 @@ def test_pgd_is_that_of_foolbox(budget: Linf | L2) -> None:
 @pytest.mark.parametrize("budget", [Linf(0.04), L2(0.5)], ids=str)
 def test_pgd_is_that_of_torchattacks(budget: Linf | L2) -> None:
     torchattacks = pytest.importorskip("torchattacks")
-    net, (images, labels) = convnet(), templates(32)
+    net, (images, labels) = convnet(size=10), templates(32, size=10)
     kind = torchattacks.PGD if isinstance(budget, Linf) else torchattacks.PGDL2
     same, pixels = precise(net, images, budget)
     with torch.enable_grad():
@@ -151,7 +123,7 @@ class Size:
     def ours(self, budget: PixelBudget) -> dict[str, ImageAttack]:
         changes = {"steps": self.steps, "targets": self.targets, "queries": self.queries}
         names = ("apgd-ce", "apgd-t", "fab-t", "square")
-        return dict(zip(names, (shorten(part, changes) for part in AutoAttack().parts(budget)), strict=True))
+        return dict(zip(names, (with_fields(part, **changes) for part in AutoAttack().parts(budget)), strict=True))
 
     def theirs(self, net: nn.Module, budget: PixelBudget, seed: int):
         package = pytest.importorskip("pyautoattack.autoattack")
@@ -164,12 +136,6 @@ class Size:
         standard.fab.n_iter, standard.fab.n_target_classes = self.steps, self.targets
         standard.square.n_queries = self.queries
         return standard
-
-
-def shorten(attack: ImageAttack, changes: dict[str, int]) -> ImageAttack:
-    fields = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
-    inner = {name: shorten(value, changes) for name, value in fields.items() if isinstance(value, ImageAttack)}
-    return dataclasses.replace(attack, **{name: changes[name] for name in changes if name in fields}, **inner)
 
 
 def robust(net: nn.Module, images: Tensor, labels: Tensor) -> int:
@@ -207,14 +173,15 @@ def judge(contests: list[dict[str, tuple[int, int]]], images: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("budget", [Linf(0.05), L2(0.5)], ids=str)
+@pytest.mark.parametrize("budget", [Linf(0.05), pytest.param(L2(0.5), marks=pytest.mark.slow)], ids=str)
 def test_as_strong_as_autoattack_on_a_small_network(budget: PixelBudget) -> None:
-    net, (images, labels) = convnet(), templates(128)
+    net, (images, labels) = convnet(size=10), templates(128, size=10)
     contests = [contest(net, images, labels, budget, Size(20, 3, 100), seed) for seed in range(3)]
     assert 3 <= min(counts["all"][0] for counts in contests) <= 125, "the comparison needs both kinds"
     judge(contests, 3 * len(images))
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.filterwarnings("ignore")
 def test_as_strong_as_autoattack_on_a_resnet() -> None:

@@ -19,13 +19,9 @@ from crossguard.goals import Goal, Mismatch, Towards, margin
 from crossguard.seeds import by_position, derive, drawn, keys, normal, uniform
 from crossguard.testing import LinearVictim, check_attack
 from crossguard.words import is_word, names
+from toys import middle
 
 STRONG = PGD(steps=40, step=0.1)
-
-
-def middle(count: int, size: int = 6) -> torch.Tensor:
-    """Images far from the borders of the pixel range, so that the box never binds."""
-    return 0.4 + 0.2 * uniform(by_position(count), (3, size, size))
 
 
 def image_attacks() -> list[ImageAttack]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -27,16 +26,12 @@ from crossguard.attacks.boundary import BoundaryAttack
 from crossguard.goals import margin
 from crossguard.seeds import by_position, normal, uniform
 from crossguard.testing import LinearVictim, check_attack
+from toys import convnet, middle, templates
 
 NORMS = [(Linf(0.03), 1), (L2(0.3), 2), (L1(2.0), float("inf"))]
 QUICK = CarliniWagner(steps=100, searches=6, constant=0.01)
 HASTY = CarliniWagner(steps=20, searches=3, constant=0.1)
 ZEROTH = Untargeted(torch.tensor([0]))
-
-
-def middle(count: int, size: int = 6) -> torch.Tensor:
-    """Images far from the borders of the pixel range, so that the box never binds."""
-    return 0.4 + 0.2 * uniform(by_position(count), (3, size, size))
 
 
 def per_image(values: torch.Tensor) -> torch.Tensor:
@@ -50,30 +45,6 @@ def distances_to(victim: LinearVictim, images: torch.Tensor, labels: torch.Tenso
     weight = victim.weight.detach()
     slopes = (weight[labels][:, None] - weight[None]).norm(p=dual, dim=2)
     return torch.where(slopes > 0, gaps / slopes, torch.inf)
-
-
-@functools.cache
-def convnet(classes: int = 10) -> torch.nn.Module:
-    """A small network that tells noisy templates apart, with boundaries some way off its data."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 12, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(12, 24, 3, 2, 1), torch.nn.ReLU(),
-            torch.nn.Flatten(), torch.nn.Linear(216, 48), torch.nn.ReLU(), torch.nn.Linear(48, classes),
-        )  # fmt: skip
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for step in range(60):
-        images, labels = templates(64, classes, 64 * step)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(images), labels).backward()
-        optimizer.step()
-    return net.eval().requires_grad_(False)
-
-
-def templates(count: int, classes: int = 10, start: int = 99991) -> tuple[torch.Tensor, torch.Tensor]:
-    clean = 0.5 + 0.12 * normal(torch.arange(classes) + 1000, (3, 12, 12))
-    labels = (torch.arange(count) * 7 + start) % classes
-    return (clean[labels] + 0.12 * normal(by_position(count) + 5000 + start, (3, 12, 12))).clamp(0, 1), labels
 
 
 # The contract, beyond the defaults
@@ -265,7 +236,7 @@ def test_boundaries_beyond_the_box_are_found_along_its_walls() -> None:
 # Against the reference
 
 
-@pytest.mark.parametrize("budget", [Linf(0.05), L2(0.8), L1(6.0)], ids=str)
+@pytest.mark.parametrize("budget", [Linf(0.05), pytest.param(L2(0.8), marks=pytest.mark.slow), L1(6.0)], ids=str)
 def test_fab_t_finds_what_autoattack_finds(budget: PixelBudget) -> None:
     fab = pytest.importorskip("pyautoattack.fab_pt")
     net, (images, labels), targets, steps = convnet(), templates(14), 3, 40

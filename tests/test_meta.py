@@ -53,15 +53,12 @@ from crossguard.seeds import by_position, keys, uniform
 from crossguard.shapes import Images, PerImage
 from crossguard.table import Answers, render
 from crossguard.testing import LinearVictim, check_model
+from toys import middle, with_fields
 
 diagnose = importlib.import_module("crossguard.diagnose")  # the module, not the function of that name
 TASK, BUDGET = ZeroShot(Scenes("object", count=48)), Linf(5 / 255)
 WEAK = PGD(steps=1, step=0.3, random_start=False)
 STILL = PGD(steps=2, step=0.2, random_start=False)
-
-
-def middle(count: int, size: int = 6) -> torch.Tensor:
-    return 0.4 + 0.2 * uniform(by_position(count), (3, size, size))
 
 
 @dataclass(frozen=True)
@@ -135,22 +132,11 @@ def test_each_target_goes_through_the_likeliest_classes() -> None:
 @pytest.mark.parametrize("attack", [AutoAttack(), AutoAttack("rand"), RobustCLIP(steps=5)], ids=repr)
 def test_any_number_of_classes_works(classes: int, attack: ImageAttack) -> None:
     if isinstance(attack, AutoAttack):
-        attack = Worst(tuple(shortened(part) for part in attack.parts(BUDGET)))
+        attack = Worst(tuple(with_fields(part, steps=5, queries=50, samples=2) for part in attack.parts(BUDGET)))
     victim, images = LinearVictim(classes), middle(6)
     labels = victim(images).argmax(1).detach()
     made = attack(victim, images, Untargeted(labels), Linf(0.3))
     assert bool((victim(made).argmax(1) != labels).all())
-
-
-def shortened(attack: ImageAttack) -> ImageAttack:
-    """The same attack with few steps."""
-    changes = {}
-    for name, value in (("steps", 5), ("queries", 50), ("samples", 2)):
-        if hasattr(attack, name):
-            changes[name] = value
-    if hasattr(attack, "attack"):
-        changes["attack"] = shortened(attack.attack)
-    return replace(attack, **changes)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 7])

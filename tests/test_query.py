@@ -17,13 +17,9 @@ from crossguard.attacks.query import _bump
 from crossguard.goals import margin
 from crossguard.seeds import by_position, drawn, normal, uniform
 from crossguard.testing import LinearVictim, check_attack
+from toys import middle
 
 BUDGETS = [Linf(0.02), L2(0.25)]
-
-
-def middle(count: int, height: int = 6, width: int = 6) -> torch.Tensor:
-    """Images far from the borders of the pixel range, so that the box never binds."""
-    return 0.4 + 0.2 * uniform(by_position(count), (3, height, width))
 
 
 def asked(
@@ -295,7 +291,9 @@ def network() -> nn.Module:
     return net.requires_grad_(False)
 
 
-@pytest.mark.parametrize(("budget", "norm"), [(Linf(0.025), "Linf"), (L2(0.55), "L2")], ids=str)
+@pytest.mark.parametrize(
+    ("budget", "norm"), [(Linf(0.025), "Linf"), pytest.param(L2(0.55), "L2", marks=pytest.mark.slow)], ids=str
+)
 def test_square_is_as_strong_as_the_reference(budget: Linf | L2, norm: str, network: nn.Module) -> None:
     square = pytest.importorskip("pyautoattack.square")
     images, labels = gratings(96, 5000)
