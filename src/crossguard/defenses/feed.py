@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -61,8 +61,8 @@ class Feed:
         _check_labels(recipe, data, self.labels)
         self._ranked = None if recipe.shots is None else _ranked(recipe, data, self.labels)
         self._orders: dict[int, list[int]] = {}
-        self._ahead: tuple[int, Future[list[Tensor]]] | None = None
-        self._thread = ThreadPoolExecutor(1, "crossguard-feed")
+        self._pictures: Generator[Tensor, None, None] | None = None
+        self._next = -1  # the step whose images come next out of there
         count = len(self._samples(0))
         if count < 2:
             raise CrossguardError(f"{show(data, short=True)} has {count} training images; at least 2 are needed")
@@ -76,8 +76,10 @@ class Feed:
         self._over_classes = any(isinstance(term, OverClasses) for term in recipe.terms())
 
     def close(self) -> None:
-        """Ends the thread; what it has read ahead is dropped."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the reading ahead."""
+        if self._pictures is not None:
+            self._pictures.close()
+        self._pictures, self._next = None, -1
 
     def strings(self) -> list[str]:
         """The texts that the training will read: all class prompts, or the captions of some random samples."""
@@ -99,13 +101,9 @@ class Feed:
     def batch(self, step: int) -> Batch:
         chosen = self.chosen(step)
         mine = self._share(chosen)
-        ahead, self._ahead = self._ahead, None
-        pictures = ahead[1].result() if ahead is not None and ahead[0] == step else self._pictures(mine)
-        if step + 1 < self.total:
-            self._ahead = step + 1, self._thread.submit(self._pictures, self._share(self.chosen(step + 1)))
+        images = in_floats(self._read(step, len(mine)).to(self.device))
         texts, own, rivals, classes, label = self._texts(step, chosen)
         seeds = keys((self.data.id(index) for index in mine), self.recipe.seed, step)
-        images = in_floats(torch.stack(pictures).to(self.device))
         if self.recipe.augment is not None:
             images = self.recipe.augment(images, seeds)
         first = self.group.rank * len(mine)
@@ -131,19 +129,24 @@ class Feed:
             samples = self._samples(epoch)
             generator = torch.Generator().manual_seed(derive(self.recipe.seed, "order", epoch))
             order = torch.randperm(len(samples), generator=generator).tolist()
-            self._orders = {known: rows for known, rows in self._orders.items() if known == epoch - 1}
+            self._orders = {known: rows for known, rows in self._orders.items() if abs(epoch - known) < 4}
             self._orders[epoch] = [samples[place] for place in order]
         return self._orders[epoch]
 
-    def _pictures(self, indices: Sequence[int]) -> list[Tensor]:
-        """The images as they are stored, all of one size."""
-        pictures = self.data.load(indices)
+    def _read(self, step: int, count: int) -> Tensor:
+        """The images of this process as they are stored, in one tensor, while those of the next step are read."""
+        if self._pictures is None or step != self._next:
+            self.close()
+            rest = (index for later in range(step, self.total) for index in self._share(self.chosen(later)))
+            self._pictures = self.data.stream(rest, 2 * count)
+        pictures = list(islice(self._pictures, count))
+        self._next = step + 1
         if len({picture.shape for picture in pictures}) > 1:
             raise CrossguardError(
                 f"the images of {show(self.data, short=True)} have different sizes; "
                 "give the dataset a size, such as size=224"
             )
-        return pictures
+        return torch.stack(pictures)
 
     def _texts(
         self, step: int, chosen: Sequence[int]

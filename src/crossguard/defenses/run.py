@@ -46,7 +46,7 @@ _SHARE_OF_SAVING = 20  # a save may take one part in so many of the time
 def train(recipe: Plan, model: Checkpoint, data: Dataset, folder: Path, group: Processes) -> Checkpoint:
     """The checkpoint of this training in the folder: found finished, gone on with, or trained from the start."""
     # A `Fit` may be asked for in the middle of an evaluation, where gradients are off.
-    with ExitStack() as held, torch.inference_mode(False), torch.enable_grad(), exact():
+    with ExitStack() as held, torch.enable_grad(), exact():
         question, finished = {}, False
         with group.together():
             if group.first:  # the others wait here, for it holds the lock
