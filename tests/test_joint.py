@@ -473,7 +473,8 @@ def test_no_attack_leaves_a_gradient_or_depends_on_the_batch(kind: type, task) -
     one, other = (evaluate(task, Tiny(), kind(PGD(steps=2)), budget, batch=size) for size in (9, 4))
     for name in ("clean", "adversarial", "gradients", "forwards"):
         assert np.array_equal(getattr(one.outcomes, name), getattr(other.outcomes, name)), name
-    assert one.robust_accuracy <= one.clean_accuracy and one.question == other.question
+    assert one.question == other.question
+    assert one.adversarial.successes < one.clean.successes, "nobody was hurt"
     parameters = list(Tiny().network.parameters())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in parameters)
 

@@ -100,12 +100,14 @@ def test_restarts_have_other_noise_and_the_first_has_its_own() -> None:
     assert not torch.equal(LOG[1][2], LOG[2][2])
 
 
-def test_without_an_end_every_attack_runs_on_all_and_the_highest_loss_counts() -> None:
+def test_where_somebody_else_judges_every_attack_runs_on_all_and_the_strongest_counts() -> None:
     victim, images, budget = LinearVictim(3), middle(16), Linf(0.02)
-    goal = Untargeted(victim(images).argmax(1).detach()).lasting()
-    made = Worst((PGD(steps=20), WEAK))(victim, images, goal, budget)
-    best = PGD(steps=20)(victim, images, goal, budget)
-    assert torch.equal(made, best)
+    goal, parts = Untargeted(victim(images).argmax(1).detach()).lasting(), (PGD(steps=20), WEAK)
+    LOG.clear()
+    made = Worst(tuple(map(Logging, parts)))(victim, images, goal, budget)
+    assert [count for count, _, _ in LOG] == [16, 16]
+    best = torch.stack([goal.merit(victim(part(victim, images, goal, budget))) for part in parts]).amax(0)
+    assert torch.allclose(goal.merit(victim(made)), best, atol=1e-5)
     drift = Drift(victim(images).detach())
     assert bool((drift.loss(victim(Worst((PGD(), WEAK))(victim, images, drift, budget))) > 1e-4).all())
 
@@ -352,16 +354,25 @@ class Gate(Wrapper):
         )
 
 
-def test_an_attack_at_the_gate_switches_the_defense_off() -> None:
+@dataclass(frozen=True)
+class Shield(Gate):
+    """Rounds the pixels of bright images, without a gradient: who wants to turn such an image must darken it first."""
+
+    def encode_image(self, images: Images) -> torch.Tensor:
+        acts = (self.gate(images) > 0).view(-1, 1, 1, 1)
+        return self.base.encode_image(torch.where(acts, (images * 7).round().detach() / 7, images))
+
+
+def test_an_attack_at_the_gate_switches_the_defense_off_and_turns_the_answer() -> None:
     batch = next(TASK.batches(48, range(48)))
-    means = batch.images.mean((1, 2, 3))
-    model = Gate(Tiny(), float(means.median()) - 0.5 / 255)
-    reports, budget = {}, Linf(32 / 255)
-    for name, attack in (("plain", PGD(steps=5)), ("gate", AtGate(PGD(steps=20, step=0.1, stop=False), 1000.0))):
-        trial = TASK.prepare(model, attack, budget, None)
-        made = trial.answer(batch, by_position(48)).images
-        reports[name] = int((model.gate(made) > 0).sum())
-    assert reports["gate"] < reports["plain"]
+    model = Shield(Tiny(), float(batch.images.mean((1, 2, 3)).median()) - 0.02)
+    attack, budget = PGD(steps=12, step=0.2, random_start=False), Linf(12 / 255)
+    left, shut = {}, {}
+    for name, one in (("plain", attack), ("gate", AtGate(attack, 1000.0))):
+        answers = TASK.prepare(model, one, budget, None).answer(batch, by_position(48))
+        left[name], shut[name] = sum(answers.right[1]), int((model.gate(answers.images) <= 0).sum())
+    assert shut["gate"] > shut["plain"] + 4, "it slips below the threshold"
+    assert left["gate"] < left["plain"] - 4, "and the answer falls: who only darkened the image would not do that"
     with pytest.raises(CrossguardError, match="no gate to aim at"):
         evaluate(TASK, BitDepth(Tiny()), AtGate(PGD(steps=1)), BUDGET, limit=4)
     with pytest.raises(CrossguardError, match="this model has none"):
@@ -515,6 +526,11 @@ def test_autoattack_stands_for_the_published_ensemble() -> None:
     once, each, fab = AutoAttack().parts(L1(12.0))
     assert once == Restarts(APGD(large_eps=True), 5) and each == EachTarget(APGD(loss=DLR(), large_eps=True), 5)
     assert fab == FAB()
-    plus = AutoAttack("plus").parts(L2(0.5))
-    assert plus[:2] == (Restarts(APGD(), 5), Restarts(APGD(loss=DLR()), 5)) and plus[3:] == (Square(), *standard[1:3])
+    assert AutoAttack("plus").parts(L2(0.5)) == (
+        Restarts(APGD(), 5),
+        Restarts(APGD(loss=DLR()), 5),
+        FAB(targets=None, restarts=5),
+        Square(),
+        *standard[1:3],
+    )
     assert AutoAttack("rand").parts(BUDGET) == (EOT(APGD(), 20), EOT(APGD(loss=DLR()), 20))
