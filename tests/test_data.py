@@ -217,7 +217,7 @@ def test_who_stops_early_waits_for_nothing() -> None:
     time.sleep(0.5)
     asked = len(_asked)
     time.sleep(0.2)
-    assert len(_asked) == asked < 40  # the threads are gone
+    assert len(_asked) == asked <= 20  # what nobody has begun is not done
 
 
 def test_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,9 +333,13 @@ def images(root: Path) -> Dataset:
 
 
 def parquet(root: Path) -> Dataset:
-    columns: dict[str, Any] = {"image": [png(n) for n in range(5)], "label": [0, 1, 2, 1, 0], "key": list("vwxyz")}
+    columns: dict[str, Any] = {
+        "image": [png(n) for n in (0, 1, 2, 3, 4, 4)],
+        "label": [0, 1, 2, 1, 0, 0],
+        "key": list("uvwxyz"),
+    }
     columns["name"] = [("cat", "dog", "hen")[label] for label in columns["label"]]
-    columns["captions"] = [[f"number {n}", f"no {n}"] for n in range(5)]
+    columns["captions"] = [[f"number {n}", f"no {n}"] for n in range(6)]
     pq.write_table(pa.table(columns), root / "x.parquet")
     return Parquet(str(root / "x.parquet"), templates=("my {}",))
 
