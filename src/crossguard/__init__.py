@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # The stub also guards `evaluate` and `diagnose`, functions that importing the modules of these names would hide.
 _exported, _, _names = lazy_loader.attach_stub(__name__, __file__)
 
-VOCABULARY = frozenset(_names)
+VOCABULARY = tuple(sorted(_names))
 
 __all__ = ["VOCABULARY", "__version__", *_names]  # pyright: ignore[reportUnsupportedDunderAll]
 
