@@ -206,6 +206,21 @@ def test_eot_averages_gradients_over_the_models_noise_and_counts_each() -> None:
     assert not torch.allclose(singles[0], singles[1], rtol=1e-2, atol=1e-5)
 
 
+def test_the_noise_of_eot_leaves_images_that_a_defense_may_attack_itself() -> None:
+    """Defenses with an attack inside, and any other victim, are asked about pixels in [0, 1]."""
+    images, seen = torch.cat([torch.zeros(2, 3, 6, 6), torch.ones(2, 3, 6, 6)]), list[torch.Tensor]()
+
+    def answer(pixels: Images) -> torch.Tensor:
+        seen.append(pixels.detach())
+        inner = PGD(steps=1)(lambda x: x.flatten(1)[:, :3], pixels.detach(), torch.tensor([0] * len(pixels)), BUDGET)
+        return (pixels + (inner - pixels).detach()).flatten(1)[:, :3]
+
+    EOT(PGD(steps=2, stop=False), 3, noise=0.2)(answer, images, torch.tensor([0, 1, 2, 0]), BUDGET)
+    assert min(one.min() for one in seen) == 0.0 and max(one.max() for one in seen) == 1.0
+    spread = torch.stack([one[:2] for one in seen]).std(0).mean()  # half of what normal noise would be, cut at zero
+    assert 0.09 < float(spread) < 0.14, "the noise is still there"
+
+
 @dataclass(frozen=True)
 class Masked(BitDepth):
     """Quantizes, and lets no gradient through: what a defense looks like to an attack that ignores it."""

@@ -367,7 +367,6 @@ def train(
     out: Annotated[Path, typer.Option(help="The folder of the checkpoint; a run that was stopped goes on there.")],
     skip_broken: _SkipBroken = False,
     device: _Device = None,
-    dtype: _Dtype = None,
 ) -> None:
     """Train a model, or go on with a run that was stopped; prints the word that reads the result."""
     from crossguard.words import show
@@ -378,7 +377,7 @@ def train(
     chosen_data = _read("--data", "Dataset", data)
     if skip_broken:
         chosen_data = _skipping("--data", chosen_data)
-    with _placed(device, dtype):
+    with _placed(device, None):
         try:
             trained = chosen_recipe.fit(chosen_model, chosen_data, out)
         except KeyboardInterrupt as stop:

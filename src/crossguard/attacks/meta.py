@@ -123,8 +123,8 @@ class EOT(ImageAttack):
 
     Args:
         samples: draws; AutoAttack's 'rand' takes 20.
-        noise: standard deviation of Gaussian pixel noise added to each draw, in pixels of [0, 1]; it smooths a
-            deterministic model whose gradient is shattered.
+        noise: standard deviation of Gaussian pixel noise added to each draw, in pixels of [0, 1], where they stay; it
+            smooths a deterministic model whose gradient is shattered.
         flip: mirror every second draw: an adversary for defenses that look at mirrored views.
     """
 
@@ -314,7 +314,8 @@ class _Averaged(ImageVictim):
         for number in range(self.samples):
             view = images
             if self.noise and self.seeds is not None and self.queries is not None:
-                view = view + self.noise * normal(fold(self.keys(), _VIEWS), images.shape[1:], images.device)
+                noise = normal(fold(self.keys(), _VIEWS), images.shape[1:], images.device)
+                view = (view + self.noise * noise).clamp(0.0, 1.0)  # a victim is asked about images
             yield view.flip(3) if self._mirrored(number) else view
 
     def _mirrored(self, number: int) -> bool:
