@@ -225,6 +225,23 @@ def test_images_are_not_kept_over_the_ones_that_are_asked_about(tmp_path: Path) 
     assert len(Kept(str(tmp_path))) == 4
 
 
+def test_images_are_not_kept_among_those_of_somebody_else(tmp_path: Path) -> None:
+    """In a folder of a class they would be samples of that class the next time."""
+    red, mine = tmp_path / "red", tmp_path / "mine"
+    for folder in (red, mine):
+        folder.mkdir()
+        (folder / "note.txt").write_text("no image")
+    (red / "000001.PNG").write_bytes(b"mine")
+    with pytest.raises(CrossguardError, match=r"holds images that no evaluation kept \(000001.PNG\)"):
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=red, keep_as="png")
+    assert {path.name for path in red.iterdir()} == {"note.txt", "000001.PNG"}
+    for _ in range(2):  # its own images, the second time, are in no way
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=mine, keep_as="png")
+    (mine / "kept.json").write_text("broken")
+    evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=mine, keep_as="png")
+    assert len(Kept(str(mine))) == 4
+
+
 def test_other_files_beside_the_outcomes_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "report.2024-paper.json").write_text("mine")
     evaluate(TASK, Tiny(), None, limit=4, partial=tmp_path / "report")

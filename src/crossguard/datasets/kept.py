@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crossguard import files
 from crossguard.data import Dataset, Prompts
-from crossguard.datasets.pixels import decode
+from crossguard.datasets.pixels import SUFFIXES, decode
 from crossguard.errors import CrossguardError
 from crossguard.reading import fingerprint
 from crossguard.report import differs
@@ -144,7 +144,8 @@ def _size(path: Path) -> int:
 
 
 def check_folder(folder: Path, question: Mapping[str, str], overwrite: bool = False) -> bool:
-    """Raises where the images of this question would replace those of another.
+    """Raises where the images of this question would replace those of another, or lie among images of somebody else:
+    these might be overwritten, and a data set that is read from there would have more samples than before.
 
     Args:
         overwrite: nothing is refused.
@@ -159,6 +160,12 @@ def check_folder(folder: Path, question: Mapping[str, str], overwrite: bool = Fa
                 f"{folder} holds what was kept for another question ({differs(there, question)}); give another "
                 "folder, or overwrite this one"
             )
+    if not overwrite and folder.is_dir() and not any((folder / name).exists() for name in found):
+        for file in sorted(folder.iterdir()):
+            if file.name.lower().endswith(SUFFIXES):
+                raise CrossguardError(
+                    f"{folder} holds images that no evaluation kept ({file.name}); give a folder of its own"
+                )
     return found[UNFINISHED] == dict(question)
 
 
