@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from crossguard import (
+    EOT,
     PGD,
     Both,
     CrossguardError,
@@ -20,10 +21,17 @@ from crossguard import (
     HuggingFace,
     Joint,
     Linf,
+    MaskedLM,
+    RayS,
+    Restarts,
     Scenes,
+    Square,
     Subset,
     Substitute,
+    TextFooler,
+    Tiny,
     Words,
+    Worst,
     ZeroShot,
     build,
     evaluate,
@@ -37,6 +45,7 @@ from crossguard.models.base import VisionLanguageModel, cosine
 from crossguard.models.wrapper import BitDepth, GaussianNoise
 from crossguard.seeds import derive, normal
 from crossguard.shapes import Embeddings, Images, Logits
+from crossguard.tasks.base import twins
 from crossguard.words import Reads
 
 TASK = ZeroShot(Scenes("color", count=60))
@@ -309,3 +318,66 @@ def test_what_the_files_behind_attack_and_data_hold_is_part_of_the_question(monk
         assert {part for part in asked() if asked()[part] != first[part]} == {name}
         assert first[name] == f"{kind.__name__}:0123" and name not in before
         assert craft_key(first) != craft_key(asked()), "what was crafted with other files is not shared"
+
+
+@dataclasses.dataclass(frozen=True)
+class Deaf(Mean):
+    """Reads no colors but two."""
+
+    def encode_text(self, texts: Sequence[str]) -> Embeddings:
+        known = {"red", "blue"}
+        return super().encode_text([" ".join(w for w in text.split() if w in known) or "?" for text in texts])
+
+
+def test_what_a_model_cannot_tell_apart_and_chance_are_said() -> None:
+    notes = evaluate(TASK, Deaf()).notes
+    assert any(note.startswith("7 of 10 different prompts have the embedding of another class") for note in notes)
+    assert any("('a photo of a yellow object' and 'a photo of a lime object')" in note for note in notes)
+    assert any("cannot be told from chance, which is 10 % for 10 classes" in note for note in notes)
+    assert not evaluate(TASK, Tiny()).notes
+
+
+def test_equal_rows_are_found_wherever_they_are() -> None:
+    rows = normal(torch.tensor([5]), (40, 6))[0]
+    rows[7], rows[31], rows[12] = 3.0 * rows[2], rows[2], rows[11] + 1e-9
+    assert twins(rows) == [(2, 7), (2, 31), (11, 12)]
+    assert twins(rows[:1]) == []
+
+
+def test_a_random_model_is_always_noted_and_an_attack_that_averages_is_not_blamed() -> None:
+    few = ZeroShot(Scenes("color", count=10))
+    model = GaussianNoise(Tiny(), 0.01)
+    notes = {
+        attack: " ".join(evaluate(few, model, attack, None if attack is None else Linf(1 / 255)).notes)
+        for attack in (None, PGD(steps=1), EOT(PGD(steps=1), 2))
+    }
+    assert all("each answer is one draw" in said for said in notes.values())
+    assert ["does not average" in said for said in notes.values()] == [False, True, False]
+
+
+def test_a_budget_that_allows_any_image_is_noted() -> None:
+    few = ZeroShot(Scenes("color", count=10))
+    said = [" ".join(evaluate(few, Tiny(), PGD(steps=1), Linf(eps)).notes) for eps in (1.0, 8 / 255)]
+    assert ["eps is in pixels of [0, 1]" in one for one in said] == [True, False]
+
+
+def test_who_sees_no_gradient_is_a_black_box() -> None:
+    def known(attack, surrogate=None):
+        return question(TASK, Mean(), attack, Linf(0.1), surrogate)["knowledge"]
+
+    assert known(Square()) == known(Restarts(Square())) == known(Square(), Mean()) == "black box, scores"
+    assert known(RayS()) == "black box, decisions" and known(Worst((RayS(), Square()))) == "black box, scores"
+    assert known(Worst((PGD(), Square()))) == "white box" and known(Square(), Mean(2.0)) == "transfer"
+
+
+def test_advice_names_the_attack_that_ran() -> None:
+    shapes = ZeroShot(Scenes("shape", count=24))
+    reports = {
+        name: " ".join(evaluate(shapes, Tiny(), TextFooler(MaskedLM(), collisions=name), Words(1)).notes)
+        for name in ("report", "forbid")
+    }
+    assert "forbid them with TextFooler(collisions='forbid')" in reports["report"]
+    assert "Substitute" not in reports["report"] + reports["forbid"] and "forbid them" not in reports["forbid"]
+    kept = evaluate(shapes, Tiny(), TextFooler(MaskedLM()), Words(1)).texts
+    assert kept is not None and kept.prompts == 12 and kept.names == shapes.data.names
+    assert kept.clean != kept.adversarial

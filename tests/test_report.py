@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from crossguard import files
 from crossguard.errors import CrossguardError
-from crossguard.report import Outcomes, Report, ReportError, interval, key, versions
+from crossguard.report import Outcomes, Report, ReportError, Texts, interval, key, versions
 from crossguard.table import Answers, render
 
 
@@ -402,6 +403,29 @@ def test_numbers_on_other_data_or_with_other_lists_are_apart(tmp_path: Path):
     assert first.columns == ("clean", *heads) and second.columns == ("clean", heads[1])
     assert (first.header["task"], second.header["task"]) == ("T (aaaaaaaa)", "T (bbbbbbbb)")
     assert [report.robust.successes for report in answers.pooled().reports] == [2, 1]
+
+
+def test_the_pooled_clean_answer_is_that_of_one_draw_and_no_pool_is_above_its_parts(tmp_path: Path):
+    draws = [
+        report([0, 0, 0, 1], [0, 1, 0, 0], **PGD),
+        report([0, 0, 1, 0], [0, 0, 0, 0], **PGD, seed="1"),
+        report([0, 1, 0, 0], [0, 0, 0, 0], **PGD, seed="2"),
+    ]
+    (one,) = saved(tmp_path, *draws).pooled().reports
+    assert list(one.outcomes.clean) == [0, 0, 0, 1], "clean does not fall with the number of seeds"
+    assert one.robust.successes == 1 and list(one.outcomes.adversarial)[:3] == [0, 1, 1]
+    assert all(one.robust.successes <= part.robust.successes for part in draws)
+    assert list(one.outcomes.size)[2] == 0, "there the clean image was enough"
+
+
+def test_rewritten_prompts_stand_in_the_file_and_beside_the_interval(tmp_path: Path):
+    texts = Texts(("cat", "dog"), (("a cat",), ("a dog",)), (("a cab",), ("a dog",)))
+    one = replace(report([0, 0, 0, 1], [1, 1, 0, 1], **TEXT), texts=texts, loading=2.0)
+    assert ("robust accuracy", "25.0 % [4.6, 69.9], rests on 2 prompts") in one.lines()
+    assert ("seconds", "1.5, after 2.0 of loading") in one.lines()
+    one.save(tmp_path / "one.json")
+    again = Report.load(tmp_path / "one.json")
+    assert again.texts == texts and again.lines() == one.lines()
 
 
 OLD, NEW = {"weights": "0123456789ab"}, {"weights": "fedcba987654"}

@@ -156,7 +156,7 @@ def test_a_file_of_outcomes_that_cannot_be_written_is_one_sentence(tmp_path: Pat
 
 @pytest.mark.parametrize("form", ["safetensors", "png"])
 def test_kept_images_are_judged_again_as_they_were(tmp_path: Path, form: str) -> None:
-    made = evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, keep=tmp_path, keep_as=form)
+    made = evaluate(TASK, Tiny(), ATTACK, Linf(4.4 / 255), batch=16, keep=tmp_path, keep_as=form)
     again = evaluate(ZeroShot(Kept(str(tmp_path))), Tiny(), batch=40)
     assert again.outcomes.id == made.outcomes.id and np.array_equal(again.outcomes.label, made.outcomes.label)
     (note,) = [note for note in made.notes if "rounded to 8 bits" in note]
@@ -167,14 +167,17 @@ def test_kept_images_are_judged_again_as_they_were(tmp_path: Path, form: str) ->
         left = 100 * np.mean(kept & (np.asarray(made.outcomes.clean) == made.outcomes.label))
         assert f"leave {left:.1f} %" in note
     assert f"instead of {100 * made.robust_accuracy:.1f} %" in note
-    assert "stay inside" not in note, "5/255 is a whole number of levels: rounding stays in the budget"
+    assert "stay inside" not in " ".join(made.notes), "4.4/255 is rounded to 4/255, which stays in the budget"
     data = Kept(str(tmp_path))
     assert data.image(3).dtype == torch.uint8 and len(data) == 40
 
 
 def test_rounding_out_of_the_budget_is_said(tmp_path: Path) -> None:
     report = evaluate(TASK, Tiny(), ATTACK, Linf(1.6 / 255), limit=8, keep=tmp_path)
-    assert any("stay inside" in note for note in report.notes)
+    (note,) = [note for note in report.notes if "stay inside" in note]
+    assert "has size 2/255 in a budget of 1.6/255" in note
+    whole = evaluate(TASK, Tiny(), ATTACK, Linf(1 / 255), limit=8, keep=tmp_path, overwrite=True)
+    assert "8 bits" not in " ".join(whole.notes), "nothing is lost by rounding, so nothing is said"
 
 
 def test_kept_texts_are_the_rewritten_ones(tmp_path: Path) -> None:

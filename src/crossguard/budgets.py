@@ -414,3 +414,8 @@ def _soften(delta: Images, eps: float, room: Images | None) -> Images:
         guess = torch.where((newton > low) & (newton < high), newton, middle) if attempt < 20 else middle
         threshold = torch.where(done, threshold, guess)
     return left.view_as(delta).copysign(delta)
+
+
+def sized(budget: PixelBudget, size: float) -> str:
+    """A size in the unit of a budget, for people."""
+    return f"{255 * size:.4g}/255" if isinstance(budget, Linf) else f"{size:.4g}"

@@ -126,7 +126,7 @@ class _Case:
 
 def _random(case: _Case) -> str | None:
     """Two answers to the same images."""
-    if _averages(case.attack):
+    if averages(case.attack):
         return None
     trial, moved, most = case.clean(), 0, 0.0
     for batch in case.batches():
@@ -148,7 +148,7 @@ def _probabilities(case: _Case) -> str | None:
     for batch in case.batches():
         answers = trial.judge(batch.images, keys(batch.ids, case.seed))
         inside = bool((answers >= 0.0).all() and (answers <= 1.0).all())
-        if not inside or not torch.allclose(answers.sum(1), torch.ones(len(answers)), atol=1e-5):
+        if not inside or not torch.allclose(answers.sum(1), torch.ones(len(answers), device=answers.device), atol=1e-5):
             return None
     return (
         "probabilities instead of logits: the model's outputs lie in [0, 1] and sum to one, so cross-entropy "
@@ -272,7 +272,7 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
 )
 
 
-def _averages(attack: Attack | None) -> bool:
+def averages(attack: Attack | None) -> bool:
     """Whether an attack averages over noise."""
     return any(within(attack, EOT)) or any(part.version == "rand" for part in within(attack, AutoAttack))
 

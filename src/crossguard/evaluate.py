@@ -12,20 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from crossguard.attacks.base import Attack
+from crossguard.attacks.base import Attack, ImageAttack
 from crossguard.attacks.crafted import Crafted
-from crossguard.budgets import Budget, PixelBudget
+from crossguard.budgets import Budget, Linf, PixelBudget, sized
 from crossguard.datasets.kept import FORMATS, Kept, begin, check_folder, finish
 from crossguard.datasets.kept import keep as store
 from crossguard.device import check_gradients, describe, precision
-from crossguard.diagnose import diagnose
+from crossguard.diagnose import averages, diagnose
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, check_writable, reason, write
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, layers
 from crossguard.opening import evaluating
 from crossguard.processes import ALONE, Processes, joined
-from crossguard.report import Outcomes, Ranks, Report, check_place, key, versions
+from crossguard.report import Outcomes, Ranks, Report, Texts, check_place, key, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
 from crossguard.words import contents, quoted, show, within
@@ -160,6 +160,11 @@ def evaluate(
         set(ids) if keep is None or begun else set(),
         group,
     )
+    loading = time.monotonic()
+    for word in (model, surrogate):
+        if word is not None:
+            _ = word.device  # opens the network, so that the time of that is not the time of the questions
+    loading = time.monotonic() - loading
     began = time.monotonic() - record.seconds
     mine = group.share([index for index, name in zip(indices, ids, strict=True) if name not in record.rows])
     carried = attack
@@ -167,53 +172,91 @@ def evaluate(
         carried = Crafted(attack, Path(crafts) / craft_key(asked))
     if progress is not None:
         progress(len(record.rows), len(indices))  # before the texts are attacked, which may take long
-    trial = task.prepare(model, carried, budget, None if attack is None else surrogate, indices, seed)
+    trial = task.prepare(model, carried, budget, surrogate, indices, seed, group)
     done = len(record.rows)
     sizes: set[tuple[int, ...]] = set()
-    for samples in task.batches(batch, mine):
-        sizes.add(tuple(samples.images.shape[-2:]))
-        here, mine = mine[: len(samples)], mine[len(samples) :]
-        seeds = keys(samples.ids, seed)
-        answers = trial.answer(samples, seeds)
-        columns: dict[str, list[Any]] = {"id": list(samples.ids), **answers.columns}
-        places: list[dict[str, Any]] = [{}] * len(samples)
-        if folder is not None:
-            if not record.rows and group.first:
-                begin(folder, asked, group.world == 1)  # not before there is something to take its place
-            places = store(folder, keep_as, here, answers.images)
-            rounded = (answers.images * 255.0).round() / 255.0
-            right, standing = answers.right
-            columns |= {"right": right, "stands": standing}
-            if trial.pixels is not None:
-                again = trial.again(samples, answers, rounded, seeds)
-                columns["rounded"] = [{name: one[row] for name, one in again.items()} for row in range(len(samples))]
-                columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        record.add([row | place for row, place in zip(rows, places, strict=True)], time.monotonic() - began)
-        done += len(samples) * group.world
-        if progress is not None:
-            progress(min(done, len(indices)), len(indices))
+    with group.together():
+        for samples in task.batches(batch, mine):
+            sizes.add(tuple(samples.images.shape[-2:]))
+            here, mine = mine[: len(samples)], mine[len(samples) :]
+            seeds = keys(samples.ids, seed)
+            answers = trial.answer(samples, seeds)
+            columns: dict[str, list[Any]] = {"id": list(samples.ids), **answers.columns}
+            places: list[dict[str, Any]] = [{}] * len(samples)
+            if folder is not None:
+                if not record.rows and group.first:
+                    begin(folder, asked, group.world == 1)  # not before there is something to take its place
+                places = store(folder, keep_as, here, answers.images)
+                rounded = (answers.images * 255.0).round() / 255.0
+                right, standing = answers.right
+                columns |= {"right": right, "stands": standing}
+                if trial.pixels is not None:
+                    again = trial.again(samples, answers, rounded, seeds)
+                    columns["rounded"] = [
+                        {name: one[row] for name, one in again.items()} for row in range(len(samples))
+                    ]
+                    columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
+            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            record.add([row | place for row, place in zip(rows, places, strict=True)], time.monotonic() - began)
+            done += len(samples) * group.world
+            if progress is not None:
+                progress(min(done, len(indices)), len(indices))
     known = {name: row for rows in group.gather(record.rows) for name, row in rows.items()}
     found = [known[name] for name in ids]
-    outcomes = trial.score(found)
     sizes = set().union(*group.gather(sizes))
-    notes = [*trial.notes, *trial.remarks(found), *_skipped(task), *_several(sizes)]
-    if folder is not None:
-        if trial.pixels is not None:
-            notes += _rounding(found, outcomes, trial, trial.pixels)
-        if group.first:
+
+    def concluded() -> Report:
+        outcomes = trial.score(found)
+        notes = [*trial.notes, *trial.remarks(found), *_skipped(task), *_several(sizes)]
+        notes += _of_the_question(model, attack, trial)
+        if folder is not None:
+            if trial.pixels is not None:
+                notes += _rounding(found, outcomes, trial, trial.pixels)
             finish(folder, asked, found, trial.prompts)
-    report = Report(asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began)
-    if doubt and attack is not None:
-        doubts = group.tell(
-            diagnose(report, task, model, attack, budget, surrogate, doubt, seed) if group.first else ()
-        )
-        report = replace(report, notes=(*notes, *doubts), seconds=time.monotonic() - began)
-    if group.first:
+        report = Report(
+            asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began, loading=loading,
+            texts=_texts(trial, attack, budget),
+        )  # fmt: skip
+        if doubt and attack is not None:
+            doubts = diagnose(report, task, model, attack, budget, surrogate, doubt, seed)
+            report = replace(report, notes=(*notes, *doubts))
         if file is not None:
             report.save(file, overwrite)
         record.close()
+        return report
+
+    (report,) = group.each([concluded], lambda work: work())
     return report
+
+
+def _texts(trial: Trial, attack: Attack | None, budget: Budget | None) -> Texts | None:
+    """The names of the classes and, where an attack was on them, the prompts before and after."""
+    if trial.prompts is None:
+        return None
+    before, after = trial.prompts
+    rewritten = attack is not None and budget is not None and attack.spends(budget)[1] is not None
+    return Texts(before.names, before.texts, after.texts) if rewritten else Texts(before.names)
+
+
+def _of_the_question(model: VisionLanguageModel, attack: Attack | None, trial: Trial) -> list[str]:
+    """Doubts that follow from what was asked, whatever the answers are."""
+    found: list[str] = []
+    if any(one.random for one in within(model, VisionLanguageModel)):
+        found.append(
+            "the model draws noise, and each answer is one draw of it: other seeds answer otherwise "
+            "('crossguard table --worst' takes what is left over several)"
+        )
+        if attack is not None and not averages(attack):
+            found.append(
+                "the model draws noise, and the attack does not average over it, so the number is too kind: attack "
+                "with EOT(...) or AutoAttack('rand')"
+            )
+    if isinstance(trial.pixels, Linf) and trial.pixels.eps >= 0.5:
+        found.append(
+            f"the budget {show(trial.pixels)} lets any image become a plain gray one: eps is in pixels of [0, 1], so "
+            "that one level of 8 bits is 1/255"
+        )
+    return found
 
 
 def _ids(task: Task, indices: Sequence[int]) -> list[str]:
@@ -302,24 +345,29 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _rounding(rows: list[dict[str, Any]], outcomes: Outcomes | Ranks, trial: Trial, pixels: PixelBudget) -> list[str]:
     """What becomes of the attack when its images are stored with 8 bits."""
     rounded = trial.score([row | row["rounded"] for row in rows])
-    parts = [
-        f"{100 * new.value:.1f} % instead of {100 * old.value:.1f} %{' ' * bool(name)}{name}"
-        for (name, _, old), (_, _, new) in zip(outcomes.parts, rounded.parts, strict=True)
-    ]
+    pairs = [(name, old, new) for (name, _, old), (_, _, new) in zip(outcomes.parts, rounded.parts, strict=True)]
+    found: list[str] = []
+    if any(old != new for _, old, new in pairs):
+        parts = [
+            f"{100 * new.value:.1f} % instead of {100 * old.value:.1f} %{' ' * bool(n)}{n}" for n, old, new in pairs
+        ]
+        found.append(f"rounded to 8 bits, the images under attack leave {' and '.join(parts)} robust")
     largest = max(row["rounded_size"] for row in rows)
-    text = (
-        f"rounded to 8 bits, the images under attack leave {' and '.join(parts)} robust, and the largest perturbation "
-        f"has size {largest:.6g} in a budget of {pixels.eps:.6g}"
-    )
     if largest > pixels.eps * (1 + 1e-4) + 1e-6:
-        text += "; choose eps as a whole number of 1/255 to stay inside"
-    return [text]
+        found.append(
+            f"rounded to 8 bits, the largest perturbation has size {sized(pixels, largest)} in a budget of "
+            f"{sized(pixels, pixels.eps)}; choose eps as a whole number of 1/255 to stay inside"
+        )
+    return found
 
 
 def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: VisionLanguageModel | None) -> str:
     """What the adversary knows, and how gradients get through what has none."""
     if attack is None:
         return "no attack"
+    seen = {part.sees for part in within(attack, ImageAttack) if len(list(within(part, Attack))) == 1}
+    if surrogate in (None, model) and seen and "gradients" not in seen:
+        return "black box, scores" if "scores" in seen else "black box, decisions"
     if isinstance(surrogate, Unrolled) and surrogate.base == model:
         return "white box, unrolled"
     if surrogate is None or surrogate == model:

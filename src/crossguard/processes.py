@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from crossguard.errors import CrossguardError
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Processes:
         told: list[Any] = [value]
         torch.distributed.broadcast_object_list(told, src=0)
         return told[0]
+
+    def each(self, items: Sequence[T], work: Callable[[T], U]) -> list[U]:
+        """The results of the work on each item, in their order: done once, by one of the processes, and told to all."""
+        with self.together():
+            mine = [work(item) for item in self.share(items)]
+        parts = self.gather(mine)
+        return [parts[place % self.world][place // self.world] for place in range(len(items))]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -99,9 +108,19 @@ def joined() -> Processes:
 
     from crossguard.device import chosen
 
+    if not torch.distributed.is_initialized():
+        atexit.register(_left)
     # They meet at the end of long work, and whose part takes longer comes later.
     PartialState(cpu=chosen().device.type == "cpu", timeout=timedelta(days=7))
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def _left() -> None:
+    """Leaves the group before the interpreter goes: its threads, found running by the end of the program, abort it."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def speaks(patience: float = 5.0) -> bool:

@@ -8,7 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib import metadata
@@ -109,19 +109,30 @@ class Outcomes:
         return Rate(int(self.standing.sum()), len(self))
 
     def worst(self, others: Sequence[Outcomes | Ranks]) -> Outcomes:
-        """What is left of each sample after all of these, which are of the same samples: the answer that is wrong, or
-        else the one of smallest margin."""
+        """What is left of each sample after all of these, which are of the same samples: the answer under attack that
+        is wrong, or else the one of smallest margin.
+
+        The clean answers are those of the first: the worst of several draws of a random model would fall with their
+        number, though nobody attacked. Where another draw was wrong on the clean image, an adversary who leaves the
+        image alone has won, so it counts as one more attack.
+        """
         stack = partial(_stacked, others)
-
-        def picked(right: str, margin: str, *names: str) -> dict[str, np.ndarray]:
-            rank = np.where(stack(right) == self.label, np.nan_to_num(stack(margin), nan=np.inf), -np.inf)
-            return {name: stack(name)[rank.argmin(0), np.arange(len(self))] for name in (right, margin, *names)}
-
+        again = (stack("clean") != self.label) & self.correct
+        columns = {
+            "adversarial": np.concatenate([stack("adversarial"), np.where(again, stack("clean"), self.label)]),
+            "adversarial_margin": np.concatenate(
+                [stack("adversarial_margin"), np.where(again, stack("clean_margin"), np.inf)]
+            ),
+            "size": np.concatenate([stack("size"), np.zeros(again.shape)]),
+        }
+        margins = np.nan_to_num(columns["adversarial_margin"], nan=np.inf)
+        rank = np.where(columns["adversarial"] == self.label, margins, -np.inf)
         return Outcomes(
             self.id,
             self.label,
-            **picked("clean", "clean_margin"),  # a random model answers anew each time
-            **picked("adversarial", "adversarial_margin", "size"),
+            clean=self.clean,
+            clean_margin=self.clean_margin,
+            **{name: column[rank.argmin(0), np.arange(len(self))] for name, column in columns.items()},
             **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
         )
 
@@ -139,6 +150,34 @@ class Outcomes:
     def __repr__(self) -> str:
         right = f"{int(self.correct.sum())} right clean, {int(self.standing.sum())} right as asked"
         return f"<Outcomes of {len(self)} samples: {right}; columns {', '.join(self.columns)}>"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the classes of a task were called, and how an attack rewrote their prompts.
+
+    Args:
+        names: of the classes, in label order.
+        clean: the prompts of each class; empty where no attack was on texts.
+        adversarial: the same under attack.
+    """
+
+    names: tuple[str, ...]
+    clean: tuple[tuple[str, ...], ...] = ()
+    adversarial: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts an attack on texts had before it."""
+        return sum(map(len, self.adversarial))
+
+    @staticmethod
+    def read(content: Mapping[str, Any]) -> Texts:
+        """From the content of a file."""
+        clean, adversarial = (
+            tuple(tuple(str(text) for text in texts) for texts in content[name]) for name in ("clean", "adversarial")
+        )
+        return Texts(tuple(str(name) for name in content["names"]), clean, adversarial)
 
 
 DIRECTIONS = ("image to text", "text to image")
@@ -234,12 +273,24 @@ class Ranks:
         return self._rate(clean - attacked, _place(direction))
 
     def worst(self, others: Sequence[Outcomes | Ranks]) -> Ranks:
-        """What is left of each query after all of these, which are of the same queries: the last rank."""
+        """What is left of each query after all of these, which are of the same queries: the last rank under attack.
+        The clean ranks are those of the first; a later one of another draw counts as one more attack (see
+        `Outcomes.worst`)."""
         stack = partial(_stacked, others)
-        last = stack("adversarial").argmax(0)
-        columns = {name: stack(name)[last, np.arange(len(self))] for name in ("adversarial", "size")}
-        summed = {name: stack(name).sum(0) for name in ("gradients", "forwards")}
-        return Ranks(self.id, self.image, self.text, stack("clean").max(0), **columns, **summed)
+        again = np.where(stack("clean") > self.clean, stack("clean"), -1)
+        columns = {
+            "adversarial": np.concatenate([stack("adversarial"), again]),
+            "size": np.concatenate([stack("size"), np.zeros(again.shape)]),
+        }
+        last = columns["adversarial"].argmax(0), np.arange(len(self))
+        return Ranks(
+            self.id,
+            self.image,
+            self.text,
+            self.clean,
+            **{name: column[last] for name, column in columns.items()},
+            **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
+        )
 
     @property
     def images(self) -> int:
@@ -382,6 +433,9 @@ class Report:
     Args:
         question: task, model, attack, budget, surrogate as full words; knowledge, seed, limit; all strings.
         notes: doubts about the result, each a sentence with its remedy.
+        seconds: that asking took, the attack included.
+        loading: seconds that it took to open the networks before that.
+        texts: the names of the classes and what an attack made of their prompts, where the task has classes.
         short: the words of the question without their defaults, for people; derived, if not given.
     """
 
@@ -392,6 +446,8 @@ class Report:
     seconds: float = 0.0
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     short: Mapping[str, str] = field(default_factory=dict)
+    loading: float = 0.0
+    texts: Texts | None = None
 
     def __post_init__(self) -> None:
         wrong = [key for key, value in self.question.items() if not isinstance(value, str)]
@@ -491,7 +547,9 @@ class Report:
             "notes": self.notes,
             "versions": dict(self.versions),
             "seconds": self.seconds,
+            "loading": self.loading,
             "created": self.created,
+            "texts": None if self.texts is None else asdict(self.texts),
             "outcomes": {"id": self.outcomes.id}
             | {name: _plain(getattr(self.outcomes, name)) for name in _columns(self.outcomes)},
         }
@@ -528,6 +586,8 @@ class Report:
                 seconds=float(content["seconds"]),
                 created=str(content["created"]),
                 short=_strings(content["short"]) or dict(content["question"]),
+                loading=float(content.get("loading", 0.0)),
+                texts=None if content.get("texts") is None else Texts.read(content["texts"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -552,7 +612,12 @@ class Report:
     def lines(self) -> list[tuple[str, str]]:
         """The report in short, as names and values: what a number needs beside it to mean something."""
         said = [(name, self.short.get(name, value)) for name, value in self.question.items()]
-        return [*said, *self.outcomes.lines(self.attacked), ("seconds", f"{self.seconds:.1f}")]
+        rates = self.outcomes.lines(self.attacked)
+        if self.texts is not None and self.texts.prompts:
+            name, value = rates.pop()
+            rates.append((name, f"{value}, rests on {self.texts.prompts} prompts"))
+        loading = f", after {self.loading:.1f} of loading" if self.loading >= 0.05 else ""
+        return [*said, *rates, ("seconds", f"{self.seconds:.1f}{loading}")]
 
     def __str__(self) -> str:
         """The lines and, below them, the notes."""

@@ -352,9 +352,11 @@ _BUDGETS: dict[tuple[str, ...], str] = {("image",): "'Linf(8/255)'", ("text",): 
 class Attack(ABC):
     """How an adversary searches. Where classes have prompts, a task calls `rewrite` once for all its texts and
     `perturb` for every batch of images; where images have captions, `match` for every batch of both. What an attack
-    does not touch comes back as it was. `on` says which parts of a budget it spends."""
+    does not touch comes back as it was. `on` says which parts of a budget it spends, `sees` what of the victim it asks
+    for."""
 
     on: ClassVar[tuple[str, ...]] = ()
+    sees: ClassVar[str] = "gradients"  # of the victim; or "scores", or "decisions" alone
 
     @property
     def needs_classes(self) -> bool:

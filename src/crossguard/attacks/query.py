@@ -43,6 +43,7 @@ class Square(ImageAttack):
     """
 
     norms: ClassVar[tuple[type[PixelBudget], ...]] = (Linf, L2)
+    sees = "scores"
 
     queries: int = 5000
     p: float = 0.8
@@ -215,6 +216,7 @@ class RayS(ImageAttack):
     """
 
     norms: ClassVar[tuple[type[PixelBudget], ...]] = (Linf,)
+    sees = "decisions"
 
     queries: int = 10000
 

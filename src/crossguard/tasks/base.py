@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crossguard.attacks.base import Attack
@@ -17,12 +19,15 @@ from crossguard.data import Batch, Dataset, Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal
 from crossguard.models.base import VisionLanguageModel
+from crossguard.processes import ALONE, Processes
 from crossguard.report import Outcomes, Ranks
-from crossguard.seeds import drawing, fold, keys
+from crossguard.seeds import drawing, fold, keys, normal
 from crossguard.shapes import Embeddings, Images, Seeds
 
 CLEAN, ATTACKED, JUDGED = -1, -2, -3  # the noise a random model draws is another for each
 AT_ONCE = 128  # images that are embedded together before the batches come
+_EQUAL = 1e-5  # embeddings of unit length that differ by less are the same but for rounding
+_NEIGHBORS = 3  # in the order along a direction: how many of them are compared
 
 
 @dataclass(frozen=True)
@@ -109,31 +114,64 @@ class Task(ABC):
         surrogate: VisionLanguageModel | None,
         indices: Sequence[int] | None = None,
         seed: int = 0,
+        group: Processes = ALONE,
     ) -> Trial:
         """Everything that happens once: prompts are encoded and, where the attack is on texts, rewritten.
 
         Args:
             indices: which samples will be asked about; all, if None.
             seed: of the noise of random models.
+            group: the processes that share this work; each gets the same trial.
         """
 
 
-def embedded(model: VisionLanguageModel, batches: Iterable[Batch], seed: int) -> Embeddings:
-    """The clean images as a model embeds them. Unless it draws noise, equal images are equal to the bit: in another
-    batch they would differ by rounding."""
-    found: list[Tensor] = []
-    places: dict[bytes, int] = {}
-    first: list[int] = []
-    drew = False
-    with torch.no_grad():
-        for batch in batches:
-            with drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
-                found.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings"))
+class Embedded(NamedTuple):
+    """Images as a model embeds them, and for each the place of the first one with the same pixels."""
+
+    images: Embeddings
+    first: list[int]
+
+    @property
+    def copies(self) -> int:
+        """How many of the images have a copy among the others."""
+        return sum(count for count in Counter(self.first).values() if count > 1)
+
+
+def embedded(
+    model: VisionLanguageModel, task: Task, indices: Sequence[int], seed: int, group: Processes = ALONE
+) -> Embedded:
+    """The clean images of a task as a model embeds them; each batch is embedded by one of the processes. Unless the
+    model draws noise, equal images are equal to the bit: in another batch they would differ by rounding."""
+
+    def embed(rows: Sequence[int]) -> tuple[Tensor, list[bytes], bool]:
+        found, digests, drew = [], list[bytes](), False
+        for batch in task.batches(AT_ONCE, rows):
+            with torch.no_grad(), drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
+                found.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings").cpu())
             drew |= lent.used
-            for image in batch.images.cpu().numpy():
-                first.append(places.setdefault(hashlib.sha256(image.tobytes()).digest(), len(first)))
-    images = torch.cat(found)
-    return images if drew else images[torch.tensor(first, device=images.device)]
+            digests += [hashlib.sha256(image.tobytes()).digest() for image in batch.images.cpu().numpy()]
+        return torch.cat(found), digests, drew
+
+    parts = group.each([indices[start : start + AT_ONCE] for start in range(0, len(indices), AT_ONCE)], embed)
+    places: dict[bytes, int] = {}
+    first = [places.setdefault(digest, place) for place, digest in enumerate(d for _, one, _ in parts for d in one)]
+    images = torch.cat([one for one, _, _ in parts]).to(model.device)
+    drew = any(drew for _, _, drew in parts)
+    return Embedded(images if drew else images[torch.tensor(first, device=images.device)], first)
+
+
+def twins(embeddings: Embeddings) -> list[tuple[int, int]]:
+    """Pairs of rows that point the same way, but for rounding: each row that has an equal one before it, with that."""
+    unit = F.normalize(embeddings.detach().double().cpu(), dim=1)
+    # Equal rows are neighbors in the order along any direction, so there is no need to compare all pairs.
+    order = (unit @ normal(torch.tensor([1]), (unit.shape[1],))[0].double()).argsort()
+    pairs: dict[int, int] = {}
+    for apart in range(1, _NEIGHBORS + 1):
+        one, other = order[:-apart], order[apart:]
+        near = (unit[one] - unit[other]).abs().amax(1) < _EQUAL
+        for pair in zip(one[near].tolist(), other[near].tolist(), strict=True):
+            pairs[max(pair)] = min(*pair, pairs.get(max(pair), len(unit)))
+    return sorted((low, high) for high, low in pairs.items())
 
 
 def finite(outputs: Tensor, what: str = "logits") -> Tensor:

@@ -19,10 +19,11 @@ from crossguard.errors import CrossguardError
 from crossguard.gallery import Gallery, image_ranks, text_ranks
 from crossguard.goals import Goal
 from crossguard.models.base import VisionLanguageModel
+from crossguard.processes import ALONE, Processes
 from crossguard.report import Ranks
 from crossguard.seeds import drawing, fold
 from crossguard.shapes import Embeddings, Images, Labels, Owners, Seeds, TextEmbeddings
-from crossguard.tasks.base import AT_ONCE, ATTACKED, JUDGED, Answers, Task, Trial, embedded, finite
+from crossguard.tasks.base import ATTACKED, JUDGED, Answers, Task, Trial, embedded, finite, twins
 from crossguard.words import within
 
 
@@ -84,6 +85,7 @@ class Retrieval(Task):
         surrogate: VisionLanguageModel | None,
         indices: Sequence[int] | None = None,
         seed: int = 0,
+        group: Processes = ALONE,
     ) -> Trial:
         rows = list(range(len(self)) if indices is None else indices)
         if len(rows) < 2:
@@ -97,10 +99,10 @@ class Retrieval(Task):
         owners = torch.tensor([place for place, texts in enumerate(listed) for _ in texts])
         texts = [text for one in listed for text in one]
         crafting = model if surrogate is None else surrogate
-        clean = _gallery(model, self, rows, texts, owners, seed)
-        crafted = clean if crafting is model else _gallery(crafting, self, rows, texts, owners, seed)
+        clean, copies = _gallery(model, self, rows, texts, owners, seed, group)
+        crafted = clean if crafting is model else _gallery(crafting, self, rows, texts, owners, seed, group)[0]
         places = {name: place for place, name in enumerate(ids)}
-        return _RetrievalTrial(self, model, attack, budget, crafting, clean, crafted, places, texts)
+        return _RetrievalTrial(self, model, attack, budget, crafting, clean, crafted, places, texts, copies)
 
 
 def _check_attack(attack: Attack) -> None:
@@ -120,20 +122,36 @@ def _check_attack(attack: Attack) -> None:
 
 
 def _gallery(
-    model: VisionLanguageModel, task: Retrieval, rows: Sequence[int], texts: Sequence[str], owners: Owners, seed: int
-) -> Gallery:
-    """The clean gallery as a model embeds it."""
-    images = embedded(model, task.data.batches(AT_ONCE, rows), seed)
-    return Gallery(images, encoded(model, texts), owners.to(model.device), model.logits)
+    model: VisionLanguageModel,
+    task: Retrieval,
+    rows: Sequence[int],
+    texts: Sequence[str],
+    owners: Owners,
+    seed: int,
+    group: Processes,
+) -> tuple[Gallery, int]:
+    """The clean gallery as a model embeds it, and how many of its images have a copy in it."""
+    images = embedded(model, task, rows, seed, group)
+    return Gallery(images.images, encoded(model, texts, group), owners.to(model.device), model.logits), images.copies
 
 
-def encoded(model: VisionLanguageModel, texts: Sequence[str]) -> TextEmbeddings:
-    """The embeddings of texts, each distinct one computed once, so that equal texts are equal to the bit."""
+def encoded(model: VisionLanguageModel, texts: Sequence[str], group: Processes = ALONE) -> TextEmbeddings:
+    """The embeddings of texts, each distinct one computed once, by one of the processes, so that equal texts are equal
+    to the bit."""
+
+    def embed(some: Sequence[str]) -> Tensor:
+        with torch.no_grad():
+            return finite(model.encode_text(list(some)), "embeddings").cpu()
+
     places: dict[str, int] = {}
     rows = [places.setdefault(text, len(places)) for text in texts]
-    with torch.no_grad():
-        found = finite(model.encode_text(list(places)), "embeddings")
+    distinct = list(places)
+    parts = group.each([distinct[at : at + _TEXTS] for at in range(0, len(distinct), _TEXTS)], embed)
+    found = torch.cat(parts).to(model.device)
     return found[torch.tensor(rows, device=found.device)]
+
+
+_TEXTS = 1024  # that are embedded together
 
 
 @dataclass
@@ -147,6 +165,7 @@ class _RetrievalTrial(Trial):
     crafted: Gallery  # the same as the crafting model sees it
     places: Mapping[str, int]  # of the samples in the gallery
     texts: Sequence[str]  # all clean captions
+    copies: int = 0  # images of the gallery with the pixels of another one
     words: TextBudget | None = None
 
     def __post_init__(self) -> None:
@@ -161,6 +180,22 @@ class _RetrievalTrial(Trial):
             self.notes = [
                 *self.notes,
                 f"{cut} of {len(self.texts)} captions are longer than the model reads; their ends are not seen",
+            ]
+        if self.copies:
+            self.notes = [
+                *self.notes,
+                f"{self.copies} of the {len(self.places)} images have the same pixels as another one: where their "
+                "captions are not the same, neither can come first, so recall is bounded below 100 %; make one sample "
+                "of each image, with all its captions",
+            ]
+        distinct = list(self.known)
+        deaf = twins(self.clean.texts[[self.known[text] for text in distinct]])
+        if deaf:
+            one, other = (distinct[place] for place in deaf[0])
+            self.notes = [
+                *self.notes,
+                f"{len(deaf)} of {len(distinct)} different captions have the embedding of another one ({one!r} and "
+                f"{other!r}): the model cannot tell them apart; look at its tokenizer and at how long a text may be",
             ]
         shared = len(self.texts) - len(set(self.texts))
         if shared:

@@ -21,10 +21,12 @@ from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Mismatch, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, Wrapper
-from crossguard.report import Outcomes
+from crossguard.processes import ALONE, Processes
+from crossguard.report import Outcomes, Rate
 from crossguard.seeds import drawing, fold
 from crossguard.shapes import Images, Labels, Logits, Seeds, TextEmbeddings
-from crossguard.tasks.base import AT_ONCE, ATTACKED, CLEAN, JUDGED, Answers, Task, Trial, embedded, finite
+from crossguard.tasks.base import ATTACKED, CLEAN, JUDGED, Answers, Task, Trial, embedded, finite, twins
+from crossguard.words import within
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class ZeroShot(Task):
         surrogate: VisionLanguageModel | None,
         indices: Sequence[int] | None = None,
         seed: int = 0,
+        group: Processes = ALONE,
     ) -> Trial:
         prompts = self.data.prompts(self.templates or None)
         labels = self.labels()
@@ -80,17 +83,23 @@ class ZeroShot(Task):
         rivals = [] if words is None else prompts.rivals()  # an attack on images asks for none
         goal = None
         if words is not None and self.text_goal == "mismatch":
-            goal = self._mismatch(crafting, prompts, indices, seed)
-        flat = attack.rewrite(crafting.encode_text, prompts.flat, budget, rivals, goal)
+            goal = self._mismatch(crafting, prompts, indices, seed, group)
+        flat = prompts.flat
         if words is not None:
+            flat = _rewritten(attack, crafting, prompts, budget, rivals, goal, group)
             words.check(flat, prompts.flat)
-            notes += [*_text_notes(flat, prompts, rivals), *doubts(attack, prompts.flat)]
+            notes += [*_text_notes(attack, flat, prompts, rivals), *doubts(attack, prompts.flat)]
         return _ZeroShotTrial(
             prompts, prompts.rewritten(flat), model, attack, budget, surrogate is not None, notes, crafting
         )
 
     def _mismatch(
-        self, model: VisionLanguageModel, prompts: Prompts, indices: Sequence[int] | None, seed: int
+        self,
+        model: VisionLanguageModel,
+        prompts: Prompts,
+        indices: Sequence[int] | None,
+        seed: int,
+        group: Processes,
     ) -> Mismatch:
         """The goal of prompts that lose the images of their class."""
         if len(prompts.texts[0]) > 1:
@@ -98,10 +107,35 @@ class ZeroShot(Task):
                 f"text_goal='mismatch' needs one template, and there are {len(prompts.texts[0])}; give templates=(...,)"
             )
         rows = range(len(self)) if indices is None else indices
-        images = embedded(model, self.batches(AT_ONCE, rows), seed)
+        images = embedded(model, self, rows, seed, group).images
         with torch.no_grad():
             texts = model.encode_text(prompts.flat)
         return Mismatch.of(images, self.labels()[list(rows)].to(texts.device), texts)
+
+
+def _rewritten(
+    attack: Attack,
+    model: VisionLanguageModel,
+    prompts: Prompts,
+    budget: Budget,
+    rivals: Sequence[AbstractSet[str]],
+    goal: Goal | None,
+    group: Processes,
+) -> list[str]:
+    """The prompts after an attack on texts, made once and known to all processes.
+
+    What becomes of a prompt does not depend on the others, so each process rewrites its share; but where the attack
+    compares the prompts of all classes, the first process rewrites them all.
+    """
+    flat = prompts.flat
+    apart = goal is None and all(getattr(part, "protect", "none") == "none" for part in within(attack, Attack))
+    count = min(group.world, len(flat)) if apart else 1
+
+    def rewrite(share: slice) -> list[str]:
+        return attack.rewrite(model.encode_text, flat[share], budget, rivals[share], goal)
+
+    parts = group.each([slice(number, None, count) for number in range(count)], rewrite)
+    return [parts[place % count][place // count] for place in range(len(flat))]
 
 
 @dataclass
@@ -191,6 +225,16 @@ class _ZeroShotTrial(Trial):
             "adversarial_margin": margin(answer, _labels(batch)).tolist(),
         }
 
+    def remarks(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        classes = len(self.before.names)
+        clean = Rate(sum(row["clean"] == row["label"] for row in rows), len(rows))
+        if clean.interval[0] > 1 / classes:
+            return []
+        return [
+            f"the clean accuracy cannot be told from chance, which is {100 / classes:.3g} % for {classes} classes: "
+            "look at the weights, the class names and their order, or ask about more samples"
+        ]
+
     def score(self, rows: Sequence[Mapping[str, Any]]) -> Outcomes:
         return Outcomes([row["id"] for row in rows], *([row[name] for row in rows] for name in _COLUMNS))
 
@@ -228,6 +272,15 @@ def _doubts(prompts: Prompts, model: VisionLanguageModel) -> list[str]:
     found = []
     if cut:
         found = [f"{cut} of {len(prompts.flat)} prompts are longer than the model reads; their ends are not seen"]
+    texts = list(dict.fromkeys(one[0] for one in prompts.texts))  # one template does: equal names are equal in all
+    with torch.no_grad():
+        deaf = twins(finite(model.encode_text(texts), "embeddings"))
+    if deaf:
+        one, other = (texts[place] for place in deaf[0])
+        found.append(
+            f"{len(deaf)} of {len(texts)} different prompts have the embedding of another class ({one!r} and "
+            f"{other!r}): the model cannot tell these classes apart; look at its tokenizer and at how long texts may be"
+        )
     code = unspoken(prompts.names)
     if code:
         found.append(
@@ -253,21 +306,26 @@ def _unasked(data: Dataset, indices: Sequence[int]) -> list[str]:
     ]
 
 
-def _text_notes(flat: list[str], prompts: Prompts, rivals: Sequence[AbstractSet[str]]) -> list[str]:
+def _text_notes(attack: Attack, flat: list[str], prompts: Prompts, rivals: Sequence[AbstractSet[str]]) -> list[str]:
     clean, notes = prompts.flat, []
+    (search,) = [part for part in within(attack, Attack) if hasattr(part, "collisions")][:1] or [None]
+    name, choice = type(search).__name__, getattr(search, "collisions", "")
     struck = collisions(flat, clean, rivals)
     if any(struck):
         first = struck.index(True)
         notes.append(
             f"{sum(struck)} of {len(flat)} adversarial prompts name another class ({clean[first]!r} became "
-            f"{flat[first]!r}): the right answer to them is arguable, so the number is ill-posed; forbid them with "
-            "Substitute(collisions='forbid')"
+            f"{flat[first]!r}): the right answer to them is arguable, so the number is ill-posed"
+            + (f"; forbid them with {name}(collisions='forbid')" if choice == "report" else "")
         )
     same = len(flat) - len(set(flat)) - (len(clean) - len(set(clean)))
     if same > 0:
         notes.append(
             f"{same} of {len(flat)} adversarial prompts equal that of another class, so no model can tell those "
-            "classes apart; a smaller word budget or another candidate source avoids it"
+            "classes apart"
+            + "; collisions='forbid' keeps out the names of other classes, and not what these become"
+            * (choice == "forbid")
+            + f"; {name}(protect='class') changes only the words around the names" * hasattr(search, "protect")
         )
     unchanged = sum(new == old for new, old in zip(flat, clean, strict=True))
     if unchanged:
