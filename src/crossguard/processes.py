@@ -116,9 +116,14 @@ def joined() -> Processes:
 
 
 def _left() -> None:
-    """Leaves the group before the interpreter goes: its threads, found running by the end of the program, abort it."""
+    """Leaves the group before the interpreter goes.
+
+    Gloo's threads free the tensors of the last message a moment after it has arrived and need the interpreter for
+    that; one that finds it gone aborts the program. So they are let run once more.
+    """
     import torch
 
+    time.sleep(0.1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
