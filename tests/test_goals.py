@@ -4,16 +4,16 @@ and no search waits for its victim in every step."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossguard import (
@@ -25,12 +25,14 @@ from crossguard import (
     L2,
     PGD,
     AutoAttack,
+    BitDepth,
     CarliniWagner,
     CrossEntropy,
     CrossguardError,
     DeepFool,
     Drift,
     EachTarget,
+    GaussianNoise,
     Independent,
     Joint,
     Linf,
@@ -38,11 +40,10 @@ from crossguard import (
     PredictedLabel,
     RayS,
     Restarts,
-    Scenes,
     Square,
     Targeted,
-    Tiny,
     Towards,
+    Unrolled,
     Untargeted,
     Words,
     Worst,
@@ -53,24 +54,12 @@ from crossguard.attacks import apgd, base, gradient, query
 from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, PairVictim, Queries, check_images
 from crossguard.budgets import Both, PixelBudget
 from crossguard.goals import Goal, log_odds
-from crossguard.seeds import by_position, drawn, normal, uniform
+from crossguard.seeds import by_position, drawn, normal
+from crossguard.words import show
+from toys import Dots, Toy, middle, soft
 
 BUDGET, ROUND = Linf(0.01), L2(0.1)
 PARTS: tuple[ImageAttack, ...] = (PGD(steps=8), EachTarget(APGD(steps=8, loss=DLR()), 4))
-
-
-@functools.cache
-def soft(seed: int = 0, classes: int = 50) -> nn.Module:
-    """A network of many classes that is sure of none: the cross-entropy of an image says little about who wins."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(108, 64), nn.Tanh(), nn.Linear(64, classes))
-    return net.eval().requires_grad_(False)
-
-
-def middle(count: int, size: int = 6) -> Tensor:
-    """Images far from the borders of the pixel range."""
-    return 0.4 + 0.2 * uniform(by_position(count), (3, size, size))
 
 
 # Ensembles lose nobody, on any kind of victim
@@ -211,12 +200,40 @@ def test_rays_keeps_a_win_that_the_rim_of_the_budget_has_lost() -> None:
     assert bool((shell(made).argmax(1) == 1).all())
 
 
-def test_a_surrogate_that_is_the_model_gives_the_outcomes_of_a_white_box() -> None:
-    task, model = ZeroShot(Scenes("object", count=16)), Tiny()
-    attack = Worst((PGD(steps=2), EachTarget(APGD(steps=3, loss=DLR()), 1), Square(queries=3)))
-    white, surrogate = (evaluate(task, model, attack, Linf(3 / 255), one) for one in (None, model))
+FIXED = PGD(steps=8, random_start=False), EachTarget(APGD(steps=8, loss=DLR(), random_start=False), 4)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "surrogate",
+    [Toy(), BitDepth(Toy(), 3), Unrolled(BitDepth(Toy(), 3)), Unrolled(GaussianNoise(BitDepth(Toy(), 4), 0.0))],
+    ids=show,
+)
+def test_crafted_on_a_surrogate_the_ensemble_loses_nobody_there(surrogate: Any, order: int, tmp_path: Path) -> None:
+    """What is crafted for another judge is judged by the surrogate itself: who is beaten there by a part alone is
+    beaten there by the ensemble. The other judge may still differ about a single image, but not by many."""
+    task, model, budget, parts = ZeroShot(Dots(96)), BitDepth(Toy(), 3), Linf(4 / 255), FIXED[::order]
+
+    def standing(attack: ImageAttack) -> tuple[Any, int]:
+        there = evaluate(task, model, attack, budget, surrogate, crafts=tmp_path)
+        here = evaluate(task, surrogate, attack, budget, surrogate, crafts=tmp_path)
+        return here.standing, int(there.standing.sum())
+
+    (left, count), *alone = map(standing, (Worst(parts), *parts))
+    assert len(list(tmp_path.iterdir())) == 3, "both judges saw the same images"
+    for stands, _ in alone:
+        assert not np.any(left & ~stands)
+    stood = [number for _, number in alone]
+    assert 0 < count <= min(stood) + 2 and count < max(stood) - 10, "the ensemble is more than one of its parts"
+
+
+@pytest.mark.parametrize("model", [Toy(), BitDepth(Toy(), 3), Unrolled(BitDepth(Toy(), 3))], ids=show)
+@pytest.mark.parametrize("attack", [PGD(steps=5), Worst((*FIXED, PGD(steps=3), Square(queries=40)))], ids=["PGD", "4"])
+def test_a_surrogate_that_is_the_model_gives_the_outcomes_of_a_white_box(attack: ImageAttack, model: Any) -> None:
+    task = ZeroShot(Dots(96))
+    white, surrogate = (evaluate(task, model, attack, Linf(4 / 255), one) for one in (None, model))
     assert np.array_equal(white.standing, surrogate.standing)
-    assert 0 < int(white.standing.sum()) < 16, "the test needs both kinds"
+    assert 0 < int(white.standing.sum()) < 96, "the test needs both kinds"
 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["judged here", "judged elsewhere"])
@@ -450,13 +467,13 @@ def test_labels_alone_are_an_untargeted_goal() -> None:
 
 
 def test_inference_mode_is_refused_and_what_comes_from_it_is_taken() -> None:
-    net, task = soft(), ZeroShot(Scenes("object", count=4))
+    net, task = soft(), ZeroShot(Dots(4))
     with torch.inference_mode():
         images = middle(4)
         labels = net(images).argmax(1)
         for call in (
             lambda: PGD()(net, images, Untargeted(labels), BUDGET),
-            lambda: evaluate(task, Tiny(), PGD(steps=1), BUDGET),
+            lambda: evaluate(task, Toy(), PGD(steps=1), BUDGET),
         ):
             with pytest.raises(CrossguardError, match=r"torch.inference_mode\(\) forbids"):
                 call()

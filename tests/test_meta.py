@@ -49,14 +49,14 @@ from crossguard.goals import Towards
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Wrapper
 from crossguard.report import Outcomes, Report
-from crossguard.seeds import by_position, keys, uniform
+from crossguard.seeds import by_position, drawn, keys, normal, uniform
 from crossguard.shapes import Images, PerImage
 from crossguard.table import Answers, render
 from crossguard.testing import LinearVictim, check_model
-from toys import middle, with_fields
+from toys import Dots, Toy, middle, reach, with_fields
 
 diagnose = importlib.import_module("crossguard.diagnose")  # the module, not the function of that name
-TASK, BUDGET = ZeroShot(Scenes("object", count=48)), Linf(5 / 255)
+TASK, BUDGET, TOYS = ZeroShot(Scenes("object", count=48)), Linf(5 / 255), ZeroShot(Dots())
 WEAK = PGD(steps=1, step=0.3, random_start=False)
 STILL = PGD(steps=2, step=0.2, random_start=False)
 
@@ -232,13 +232,12 @@ class Masked(BitDepth):
 
 
 def test_a_masking_defense_looks_robust_until_it_is_attacked_adaptively() -> None:
-    masked, open_ = Masked(Tiny(), 3), BitDepth(Tiny(), 3)
+    masked, open_, budget = Masked(Toy(), 4), BitDepth(Toy(), 4), Linf(8 / 255)
     attack = PGD(steps=20, step=0.1)
-    naive = evaluate(TASK, masked, attack, BUDGET)
-    bpda = evaluate(TASK, open_, attack, BUDGET)
-    unrolled = evaluate(TASK, open_, attack, BUDGET, surrogate=Unrolled(open_))
-    clean = evaluate(TASK, Tiny(), None)
-    assert naive.robust_accuracy > 0.75 * clean.clean_accuracy
+    naive = evaluate(TOYS, masked, attack, budget)
+    bpda = evaluate(TOYS, open_, attack, budget)
+    unrolled = evaluate(TOYS, open_, attack, budget, surrogate=Unrolled(open_))
+    assert naive.robust_accuracy > 0.9 and naive.clean_accuracy > 0.9
     assert bpda.robust_accuracy < 0.5 * naive.robust_accuracy
     assert unrolled.robust_accuracy < 0.5 * naive.robust_accuracy
     assert unrolled.question["knowledge"] == "white box, unrolled" and bpda.question["knowledge"] == "white box, BPDA"
@@ -246,14 +245,38 @@ def test_a_masking_defense_looks_robust_until_it_is_attacked_adaptively() -> Non
 
 def test_a_random_defense_looks_robust_until_it_is_attacked_as_one() -> None:
     """An attack made for fixed models stops at the first draw that fails; the next draw stands."""
-    noisy, attack = GaussianNoise(Tiny(), 0.06), PGD(steps=20, step=0.125)
-    batch = next(TASK.batches(48, range(48)))
-    noise, trial = keys(batch.ids, 0), TASK.prepare(noisy, None, None, None)
-    naive = attack(ImageVictim(trial.climb(batch)[0]), batch.images, Untargeted(batch.labels), BUDGET, noise)
+    noisy, attack, budget = GaussianNoise(Toy(), 0.06), PGD(steps=20, step=0.125), Linf(12 / 255)
+    batch = next(TOYS.batches(64, range(64)))
+    noise, trial = keys(batch.ids, 0), TOYS.prepare(noisy, None, None, None)
+    naive = attack(ImageVictim(trial.climb(batch)[0]), batch.images, Untargeted(batch.labels), budget, noise)
     stand = int((trial.judge(naive, noise).argmax(1) == batch.labels).sum())
-    single, averaged = (evaluate(TASK, noisy, one, BUDGET).adversarial.successes for one in (attack, EOT(attack, 4)))
-    assert stand > 2 * averaged and stand > 2 * single
-    assert averaged <= single + 2 and stand >= 12
+    single, averaged = (evaluate(TOYS, noisy, one, budget).adversarial.successes for one in (attack, EOT(attack, 4)))
+    assert stand > 3 * single and stand > 3 * averaged and stand >= 24
+
+
+def test_the_average_over_draws_finds_a_direction_that_single_draws_hide() -> None:
+    """Linear answers whose slopes are half noise: what is within reach of the mean answer is known."""
+    mean, images, seeds = LinearVictim(4), middle(128), by_position(128)
+    slopes = mean.weight.detach()
+    labels = mean(images).argmax(1).detach()
+
+    def noisy(images: Images) -> torch.Tensor:
+        noise = slopes.std() * normal(drawn(len(images)), tuple(slopes.shape))
+        return mean(images) + ((images - 0.5).flatten(1)[:, None] * noise).sum(2)
+
+    needed = reach(mean, images, labels)
+    budget = Linf(float(needed.median()))
+    within = needed <= budget.eps
+    beaten = {}
+    for samples in (1, 4, 16):
+        attack = EOT(PGD(steps=10, random_start=False), samples)
+        victim = ImageVictim(noisy, Queries.none(128), seeds)
+        made = attack(victim, images, Untargeted(labels).lasting(), budget, seeds)
+        wrong = mean(made).argmax(1) != labels
+        assert not bool((wrong & ~within & (needed > 1.0001 * budget.eps)).any())
+        beaten[samples] = int((wrong & within).sum())
+    assert int(within.sum()) == 64
+    assert beaten[1] < 16 < 32 < beaten[4] < 48 < beaten[16], beaten
 
 
 def test_against_a_random_model_nobody_stops_at_a_lucky_draw() -> None:
@@ -404,14 +427,28 @@ def test_own_answer_attacks_what_the_model_said_and_not_the_truth() -> None:
 
 
 def test_an_attack_in_bfloat16_is_judged_in_float32_and_its_survivors_are_tried_again() -> None:
-    attack = PGD(steps=5, step=0.3, random_start=False)
-    half, full = (evaluate(TASK, Tiny(), one, BUDGET, limit=24) for one in (BF16(attack), attack))
-    both = evaluate(TASK, Tiny(), Worst((BF16(attack), attack)), BUDGET, limit=24)
+    attack, budget = PGD(steps=5, step=0.3, random_start=False), Linf(4 / 255)
+    attacks = BF16(attack), attack, Worst((BF16(attack), attack))
+    half, full, both = (evaluate(TOYS, Toy(), one, budget) for one in attacks)
     assert np.array_equal(half.outcomes.clean, full.outcomes.clean)
     assert np.allclose(half.outcomes.clean_margin, full.outcomes.clean_margin)
-    assert abs(half.robust.successes - full.robust.successes) <= 4
+    falls = [np.mean(np.subtract(one.outcomes.clean_margin, one.outcomes.adversarial_margin)) for one in (half, full)]
+    assert falls[0] == pytest.approx(falls[1], rel=0.05), "rounding costs an attack little"
     assert not np.any(both.standing & ~full.standing), "weaker than in full precision"
     assert not np.array_equal(half.outcomes.adversarial_margin, full.outcomes.adversarial_margin)
+
+
+def test_bfloat16_is_what_the_victim_answers_in_and_nothing_else() -> None:
+    batch, answer = next(TOYS.batches(16, range(16))), Toy().classifier(TOYS.data.prompts())
+
+    def rounded(images: Images) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return answer(images).float()
+
+    attack, goal = PGD(steps=4), Untargeted(batch.labels)
+    made = BF16(attack)(answer, batch.images, goal, BUDGET)
+    assert torch.equal(made, attack(rounded, batch.images, goal, BUDGET))
+    assert not torch.equal(made, attack(answer, batch.images, goal, BUDGET))
 
 
 # Doubts
@@ -460,7 +497,7 @@ class Optimizing(Wrapper):
 def test_a_sign_of_a_weak_evaluation_is_said(
     check, model: VisionLanguageModel, attack: ImageAttack, said: str, monkeypatch
 ) -> None:
-    monkeypatch.setattr(diagnose, "_QUERIES", 150)
+    monkeypatch.setattr(diagnose, "_QUERIES", 40)
     assert said in (check(case(model, attack)) or "")
     assert check(case(Tiny(), PGD(steps=20, step=0.1))) is None, "a sound evaluation is doubted"
 

@@ -329,7 +329,10 @@ class Found:
         better = (won & ~before) | ((merit > self.merit[here]) & (won == before))
         if self.ends:
             better = better & ~before
-        self.images[here] = torch.where(per_image(better), images, self.images[here])
+        if here is rows:
+            self.images[rows] = torch.where(per_image(better), images, self.images[rows])
+        else:  # in place: a copy of a whole batch of large images is worth avoiding
+            torch.where(per_image(better), images, self.images, out=self.images)
         self.merit[here] = torch.where(better, merit, self.merit[here])
         self.won[here] = before | (won & better)
         return better

@@ -204,6 +204,9 @@ class _Smoothed(Wrapper):
 
     purifier: Purifier
 
+    def __post_init__(self) -> None:
+        _check_kept(self, self.purifier)
+
     @property
     def base(self) -> VisionLanguageModel:  # type: ignore[override]
         inner = self.purifier.base
@@ -211,7 +214,3 @@ class _Smoothed(Wrapper):
 
     def encode_image(self, images: Images) -> Embeddings:
         return self.base.encode_image(self.purifier.smoothed(images))
-
-    def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
-        _check_kept(self, self.purifier)
-        return super().classifier(prompts)
