@@ -33,7 +33,7 @@ from crossguard.datasets.combined import Over
 from crossguard.datasets.known import Known
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Labels
-from crossguard.threads import workers
+from crossguard.threads import ahead, workers
 from crossguard.words import contents, is_word
 
 
@@ -195,6 +195,16 @@ def test_what_goes_wrong_is_said_where_its_turn_is(count: int) -> None:
     with pytest.raises(CrossguardError, match="the image 'x' cannot be read"):
         list(batches)
     assert _asked[:36] == list(range(36)) or count
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_what_comes_before_a_mistake_is_handed_out_first(count: int) -> None:
+    """Also what the same thread made in one go with what went wrong."""
+    handed: list[int] = []
+    with pytest.raises(ZeroDivisionError):
+        for one in ahead(lambda item: item + 0 // (item - 13), range(50), 40, count):
+            handed.append(one)
+    assert handed == list(range(13))
 
 
 def test_the_next_batches_are_decoded_while_one_is_used_and_no_more() -> None:

@@ -556,6 +556,18 @@ def test_shards_are_remembered_until_they_change(tmp_path: Path, monkeypatch: py
     assert len(looks) == 7
 
 
+def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    """The places of the old shard hold other images now, which would come with the labels of the old ones."""
+    root = labeled(tmp_path / "w", 4)
+    data = Shards(str(root))
+    assert data.opened.read(2) == picture(2)
+    labeled(root, 4, 1)
+    with pytest.raises(CrossguardError, match="'.*0.tar' has changed since it was looked through"):
+        data.opened.read(2)
+    again = Shards(str(root))
+    assert again.labels().tolist() == [1] * 4 and again.opened.read(2) == picture(2)
+
+
 def test_an_index_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CROSSGUARD_CACHE", str(tmp_path / "file"))

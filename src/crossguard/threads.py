@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -51,13 +51,31 @@ def ahead(
     source = iter(items)
     pieces = iter(lambda: list(islice(source, piece)), [])
     pool = ThreadPoolExecutor(count, thread_name_prefix="crossguard")
-    begun: deque[Future[list[R]]] = deque()
+    begun: deque[Future[tuple[list[R], Exception | None]]] = deque()
     try:
         for one in pieces:
-            begun.append(pool.submit(lambda one: [work(item) for item in one], one))
+            begun.append(pool.submit(_made, work, one))
             if len(begun) * piece >= waiting:
-                yield from begun.popleft().result()
+                yield from _given(begun.popleft())
         while begun:
-            yield from begun.popleft().result()
+            yield from _given(begun.popleft())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _made(work: Callable[[T], R], items: list[T]) -> tuple[list[R], Exception | None]:
+    """What `work` makes of each item, up to the one with which it goes wrong, and what went wrong."""
+    made: list[R] = []
+    try:
+        for item in items:
+            made.append(work(item))
+    except Exception as error:
+        return made, error
+    return made, None
+
+
+def _given(piece: Future[tuple[list[R], Exception | None]]) -> Iterator[R]:
+    made, error = piece.result()
+    yield from made
+    if error is not None:
+        raise error

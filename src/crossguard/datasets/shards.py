@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -128,19 +129,24 @@ def _opened(
         raise CrossguardError(
             f"{root!r} has several labels an image (multilabel), which is not supported; give another set"
         )
-    shards = [Path(path) for path, _, _ in read]
     held = _indexed(read)
 
     def where(sample: int) -> str:
-        return f"{held.name[sample].decode()!r} in {str(shards[held.shard[sample]])!r}"
+        return f"{held.name[sample].decode()!r} in {read[held.shard[sample]][0]!r}"
 
     def image(sample: int) -> bytes:
-        with shards[held.shard[sample]].open("rb") as file:
+        path, size, date = read[held.shard[sample]]
+        with Path(path).open("rb") as file:
+            noted = os.fstat(file.fileno())
+            if (noted.st_size, noted.st_mtime_ns) != (size, date):  # something else may lie at that place by now
+                raise CrossguardError(
+                    f"the shard {path!r} has changed since it was looked through; ask again when nobody writes to it"
+                )
             file.seek(int(held.offset[sample]))
             return file.read(int(held.size[sample]))
 
     def named(sample: int) -> str:
-        return f"{shards[held.shard[sample]].stem}/{held.name[sample].decode().rsplit('.', 1)[0]}"
+        return f"{Path(read[held.shard[sample]][0]).stem}/{held.name[sample].decode().rsplit('.', 1)[0]}"
 
     names: tuple[str, ...] = ()
     captions: Sequence[tuple[str, ...]] = ()
