@@ -296,6 +296,45 @@ def test_two_processes_share_an_evaluation_and_end_in_the_same_report(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "kept", "report.json"]
 
 
+SHARED = """
+import sys
+from crossguard import PGD, Both, CoAttack, Independent, Linf, Retrieval, Scenes, Substitute, Tiny, Words, ZeroShot
+from crossguard import evaluate
+from crossguard.processes import joined
+
+group = joined()
+cases = {
+    "pairs": (Retrieval(Scenes("relation")), CoAttack(PGD(steps=1)), 140),
+    "names": (ZeroShot(Scenes("color")), Independent(PGD(steps=1), Substitute()), 20),
+}
+for name, (task, attack, limit) in cases.items():
+    asked = dict(task=task, model=Tiny(), attack=attack, budget=Both(Linf(5 / 255), Words(1)), limit=limit)
+    evaluate(**asked, out=f"{sys.argv[1]}/two-{name}.json")
+    if group.first:
+        evaluate(**asked, out=f"{sys.argv[1]}/one-{name}.json", processes=False)
+try:
+    group.each([1, 0], lambda item: 1 // item)
+except Exception as error:
+    print(group.rank, type(error).__name__, error, flush=True)
+"""
+
+
+def test_what_happens_once_is_shared_and_the_failure_of_one_is_told_to_all(tmp_path: Path) -> None:
+    (tmp_path / "shared.py").write_text(SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               str(tmp_path / "shared.py"), str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    first, second = sorted(done.stdout.splitlines())
+    assert first == "0 CrossguardError process 1 of 2 failed: integer division or modulo by zero"
+    assert second.startswith("1 ZeroDivisionError")
+    for name in ("pairs", "names"):
+        two, one = (Report.load(tmp_path / f"{count}-{name}.json") for count in ("two", "one"))
+        assert one.question == two.question and one.notes == two.notes and one.texts == two.texts
+        for column in set(one.outcomes.columns) - {"clean_margin", "adversarial_margin", "size"}:
+            assert np.array_equal(one.outcomes.columns[column], two.outcomes.columns[column]), (name, column)
+
+
 def test_outcomes_of_an_older_format_are_asked_again(tmp_path: Path) -> None:
     part = tmp_path / "report.part"
     asked = question(TASK, Tiny(), ATTACK, BUDGET)

@@ -33,6 +33,7 @@ from crossguard import (
     CharacterEdits,
     Charmer,
     CoAttack,
+    Concat,
     DeepFool,
     EachTarget,
     GaussianNoise,
@@ -765,6 +766,13 @@ def test_the_note_on_rounding_is_about_the_number_of_the_report(tmp_path: Path) 
         assert f"instead of {100 * robust.value:.1f} % {name}" in note
     again = evaluate(TASK, Tiny(), Substitute(), Words(1), keep=tmp_path / "texts")
     assert not any("8 bits" in note for note in again.notes)
+
+
+def test_copies_of_an_image_are_said() -> None:
+    copied = Concat((Blots(count=5), Blots(count=2)))
+    (note,) = [one for one in evaluate(Retrieval(copied), Tiny()).notes if "same pixels" in one]
+    assert note.startswith("4 of the 7 images have the same pixels as another one")
+    assert not any("same pixels" in one for one in evaluate(Retrieval(Blots(count=5)), Tiny()).notes)
 
 
 def test_captions_that_two_images_share_are_noted_and_not_found() -> None:
