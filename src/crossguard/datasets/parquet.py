@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import tempfile
@@ -20,7 +19,7 @@ import torch
 from crossguard import reading
 from crossguard.datasets import index
 from crossguard.datasets.names import check_order, class_list, split_of, spoken
-from crossguard.datasets.pixels import Decoded, Memory, Opened, together
+from crossguard.datasets.pixels import DIGEST, Decoded, Memory, Opened, digest, together
 from crossguard.errors import CrossguardError
 from crossguard.files import reason
 
@@ -336,20 +335,13 @@ class _Table:
         known = index.recall("digests", read)
         if known is None:
             images = (image for group in range(len(self.sizes)) for image in self._images(group))
-            made = (bytes(DIGEST) if image is None else _digest(image) for image in images)
+            made = (bytes(DIGEST) if image is None else digest(image) for image in images)
             known = {"held": np.frombuffer(b"".join(made), np.uint8)}
             if sum(self.sizes) >= WORTH_KEEPING:
                 index.remember("digests", read, known)
         held, empty = known["held"].tobytes(), bytes(DIGEST)
         each = (held[start : start + DIGEST] for start in range(0, len(held), DIGEST))
         return [b"" if one == empty else one for one in each]
-
-
-DIGEST = 16  # bytes
-
-
-def _digest(image: bytes) -> bytes:
-    return hashlib.blake2b(image, digest_size=DIGEST).digest()
 
 
 class _Unpacked(Sequence[bytes | None]):

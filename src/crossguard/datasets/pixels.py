@@ -3,6 +3,7 @@ that is the same whatever the images were stored in."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 from abc import abstractmethod
@@ -99,6 +100,14 @@ def decode(data: bytes, size: int | None = None) -> Tensor:
         image = fitted(rgb(image), size)
         pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+DIGEST = 16  # bytes
+
+
+def digest(image: bytes) -> bytes:
+    """What tells an encoded image from all others: equal for copies, byte for byte."""
+    return hashlib.blake2b(image, digest_size=DIGEST).digest()
 
 
 def rgb(image: Image.Image) -> Image.Image:

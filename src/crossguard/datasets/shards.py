@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from crossguard import reading
 from crossguard.datasets import index, tar
 from crossguard.datasets.names import check_order, class_list, spoken
 from crossguard.datasets.packed import Lazy, Packed
-from crossguard.datasets.pixels import SUFFIXES, Decoded, Opened, together
+from crossguard.datasets.pixels import SUFFIXES, Decoded, Opened, digest, together
 from crossguard.errors import CrossguardError
 
 WORTH_KEEPING = 1000  # samples: below that, shards are looked through faster than anybody notices
@@ -303,11 +302,10 @@ def _same_images(held: _Index, image: Callable[[int], bytes], read: tuple[tuple[
     if first is None:
         _, of, counts = np.unique(held.size, return_inverse=True, return_counts=True)
         alike = np.flatnonzero(counts[of] > 1)  # images of different sizes differ, unread
-        digests = {int(row): hashlib.blake2b(image(int(row)), digest_size=16).digest() for row in alike}
         seen: dict[bytes, int] = {}
         first = {"first": np.arange(len(held.size))}
-        for row, digest in digests.items():
-            first["first"][row] = seen.setdefault(digest, row)
+        for row in alike.tolist():
+            first["first"][row] = seen.setdefault(digest(image(row)), row)
         if len(alike) >= WORTH_KEEPING:
             index.remember("twins", read, first)
     return first["first"]
