@@ -22,6 +22,7 @@ from crossguard import (
     DLR,
     EOT,
     FAB,
+    L1,
     L2,
     PGD,
     AutoAttack,
@@ -75,42 +76,102 @@ def standing(answer: Callable[[Images], Tensor], made: Tensor, labels: Tensor) -
     return ~victim.judge(made, Untargeted(labels))[0]
 
 
-MADE: list[tuple[Tensor, Tensor]] = []  # which samples a part of an ensemble was given, and what it made of them
+MADE: list[tuple[ImageAttack, Tensor, Tensor]] = []  # attacks, the samples they were given, what they made of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Noted(ImageAttack):
-    """An attack whose images are remembered: on a random victim it would make others alone than in an ensemble."""
+    """An attack inside an ensemble, whose images are remembered."""
 
     attack: ImageAttack
 
     def search(self, victim: Any, clean: Any, goal: Any, budget: Any, seeds: Any) -> Made:
         made = self.attack.search(victim, clean, goal, budget, seeds)
-        MADE.append((victim.rows, made.images))
+        MADE.append((self.attack, victim.rows, made.images))
         return made
 
 
+def steady(images: Tensor) -> Tensor:
+    """The answers of `soft`, each image on its own: a batch of another size would round its products otherwise."""
+    first, _, last = list(soft())[1:]
+    hidden = torch.tanh((images.flatten(1)[:, None] * first.weight).sum(2) + first.bias)
+    return (hidden[:, None] * last.weight).sum(2) + last.bias
+
+
+def unsteady(images: Tensor) -> Tensor:
+    return steady(images) + 0.01 * normal(drawn(len(images)), (50,))
+
+
+STARTS = PGD(steps=4, step=0.4)
+CONTESTS: dict[PixelBudget, tuple[ImageAttack, ...]] = {
+    Linf(0.008): (STARTS, EachTarget(APGD(steps=6, loss=DLR()), 3), Square(queries=30), EOT(PGD(steps=2), 2)),
+    L2(0.1): (Worst((APGD(steps=5), Square(queries=30))), STARTS, FAB(steps=4, targets=2, restarts=2)),
+    L1(0.8): (Restarts(APGD(steps=5), 2), PGD(steps=6, loss=Margin()), EachTarget(APGD(steps=6, large_eps=True), 2)),
+}
+
+
 @pytest.mark.parametrize("ends", [True, False], ids=["judged here", "judged elsewhere"])
-@pytest.mark.parametrize("answer", [soft(), noisy], ids=["fixed", "random"])
+@pytest.mark.parametrize("answer", [steady, unsteady], ids=["fixed", "random"])
+@pytest.mark.parametrize("budget", CONTESTS, ids=str)
 @pytest.mark.parametrize("order", [1, -1])
-def test_no_image_stands_that_a_part_of_the_ensemble_beats(answer: Any, ends: bool, order: int) -> None:
-    images, seeds = middle(96), by_position(96)
-    labels = soft()(images).argmax(1)
-    victim, attack = ImageVictim(answer, Queries.none(96), seeds), Worst(tuple(map(Noted, PARTS[::order])))
+def test_no_image_stands_that_a_part_of_the_ensemble_beats_alone(
+    budget: PixelBudget, answer: Any, ends: bool, order: int
+) -> None:
+    """To the last bit: each part makes in the ensemble what it makes alone, also when it is an ensemble itself, and on
+    a victim that draws noise. The mistakes would show: noise by the place in the ensemble, or by who asked before."""
+    images, seeds = middle(64), by_position(64)
+    labels = steady(images).argmax(1)
+    goal, parts = Untargeted(labels, ends=ends), CONTESTS[budget][::order]
     MADE.clear()
-    left = standing(answer, attack(victim, images, Untargeted(labels, ends=ends), BUDGET, seeds), labels)
-    assert len(MADE) == 2
-    stood = []
-    for rows, made in MADE:
-        whole = images.clone()
-        whole[rows] = made
-        stood.append(standing(answer, whole, labels))
+    left = standing(answer, Worst(tuple(map(Noted, parts)))(answer, images, goal, budget, seeds), labels)
+    inside, stood = list(MADE), []
+    assert [part for part, _, _ in inside] == list(parts)
+    for part, rows, made in inside:
+        alone = part(answer, images, goal, budget, seeds)
+        assert torch.equal(made, alone[rows])
+        stood.append(standing(answer, alone, labels))
         assert not bool((left & ~stood[-1]).any())
-    assert 0 < int(left.sum()) < max(int(alone.sum()) for alone in stood)
-    if answer is not noisy:
-        for part in PARTS:
-            alone = part(answer, images, Untargeted(labels, ends=ends), BUDGET, seeds)
-            assert not bool((left & ~standing(answer, alone, labels)).any())
+    assert 0 < int(left.sum()) < max(int(alone.sum()) for alone in stood), "the test needs both kinds"
+
+
+@pytest.mark.parametrize("answer", [steady, unsteady], ids=["fixed", "random"])
+def test_only_an_attack_that_runs_again_has_other_noise(answer: Any) -> None:
+    """Whatever stands between, the second run of an attack is that of `Restarts`, and another attack is none."""
+    images, seeds = middle(12), by_position(12)
+    goal = Untargeted(steady(images).argmax(1)).lasting()
+    runs = {}
+    for parts in ((STARTS, STARTS), (STARTS, Square(queries=5), STARTS), (Square(queries=5), STARTS)):
+        MADE.clear()
+        Worst(tuple(map(Noted, parts)))(answer, images, goal, BUDGET, seeds)
+        runs[len(parts), parts[0] == STARTS] = [made for part, _, made in MADE if part == STARTS]
+    (first, second), (one, two), (only,) = runs.values()
+    assert torch.equal(first, one) and torch.equal(second, two) and torch.equal(first, only)
+    assert not torch.equal(first, second)
+    MADE.clear()
+    Restarts(Noted(STARTS), 2)(answer, images, goal, BUDGET, seeds)
+    assert all(torch.equal(made, expected) for (_, _, made), expected in zip(MADE, (first, second), strict=True))
+    MADE.clear()
+    EachTarget(Noted(STARTS), 3)(answer, images, goal, BUDGET, seeds)
+    EachTarget(Noted(STARTS), 2)(answer, images, goal, BUDGET, seeds)
+    assert all(torch.equal(few[2], many[2]) for few, many in zip(MADE[3:], MADE[:2], strict=True))
+
+
+def test_an_attack_that_runs_again_meets_other_noise_of_the_victim() -> None:
+    """Its starts would be others anyhow; what a random victim drew is remembered here."""
+    drew = list[Tensor]()
+
+    def answer(images: Tensor) -> Tensor:
+        drew.append(drawn(len(images)))
+        return steady(images) + 0.01 * normal(drew[-1], (50,))
+
+    images = middle(3)
+    goal = Untargeted(steady(images).argmax(1)).lasting()
+    Worst((PGD(steps=2), Square(queries=3), PGD(steps=2)))(answer, images, goal, BUDGET)
+    assert len(drew) == 6 + 3 * (3 + base.DRAWS), "the clean images, and three searches of three"
+    first, other, again = drew[6:9], drew[14:17], drew[22:25]
+    assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True)), "as if nobody had asked before"
+    keys = torch.cat([*first, *again, *drew[9:14]]).flatten().tolist()
+    assert len(set(keys)) == len(keys) and all(torch.equal(drew[9 + n], drew[17 + n]) for n in range(base.DRAWS))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,8 @@ class ImageVictim:
         seeds: one key per sample: a random model draws its noise from them, anew at each question.
         rows: which samples of the batch these are; all, if None.
         draw: instead of being new at each question, the noise is that of this number.
+        elsewhere: how many of the questions about each sample of the batch do not count where the noise is numbered,
+            because they were asked for another attack; none, if not given.
     """
 
     answer: Callable[[Images], Tensor]
@@ -77,6 +79,7 @@ class ImageVictim:
     seeds: Seeds | None = None
     rows: Tensor | None = None
     draw: int | None = None
+    elsewhere: Labels | None = None
 
     def __call__(self, images: Images) -> Tensor:
         """The outputs, without a gradient."""
@@ -144,9 +147,22 @@ class ImageVictim:
         seeds = self.seeds if self.rows is None else self.seeds[self.rows]
         if self.draw is not None:
             return fold(fold(seeds, _COMMON), self.draw)
-        asked = self.queries.forwards + self.queries.gradients
+        asked = self.asked()
         asked = asked if self.rows is None else asked[self.rows.to(asked.device)]
         return fold(seeds, asked.to(seeds.device))
+
+    def asked(self) -> Labels:
+        """The number of the next question about each sample of the batch, from which its noise follows; only where
+        there are counters."""
+        assert self.queries is not None
+        asked = self.queries.forwards + self.queries.gradients
+        return asked if self.elsewhere is None else asked - self.elsewhere
+
+    def numbered(self, asked: Labels) -> ImageVictim:
+        """The same victim, where the next question about each sample of the batch has this number, and those that
+        follow count on from it."""
+        assert self.queries is not None
+        return replace(self, elsewhere=self.queries.forwards + self.queries.gradients - asked)
 
     def note(self, broken: Tensor) -> None:
         """Remembers whether anything is broken, for `check`; without counters there is no later, so it is checked."""

@@ -25,10 +25,14 @@ class Worst(ImageAttack):
     2020), and the worst case per image that Carlini et al. 2019 ask for.
 
     Where somebody else judges (`Goal.lasting`) every attack runs on every image. Of the results the strongest counts:
-    one that has won before one that has not, and the one of the largest margin among equals. So by success on the
-    victim itself it is never weaker than any of its parts. Against a victim that draws noise the results are compared
-    by the same five draws for all (`ImageVictim.judge`), which costs five forwards for each attack; on a fixed victim
-    it costs one in all, for the clean images.
+    one that has won before one that has not, and the one of the largest margin among equals. Against a victim that
+    draws noise the results are compared by the same five draws for all (`ImageVictim.judge`), which costs five forwards
+    for each attack; on a fixed victim it costs one in all, for the clean images.
+
+    Each attack draws the noise that it would draw alone with the same seeds, and meets the same noise of the victim.
+    So an image that one of them beats alone never stands here (by the five draws, if the victim draws noise). What
+    remains is that networks round a little differently in batches of another size. Where an attack is listed again, it
+    has other noise.
     """
 
     attacks: tuple[ImageAttack, ...] = (PGD(), PGD(loss=DLR()))
@@ -48,10 +52,10 @@ class Worst(ImageAttack):
         return any(attack.draws for attack in self.attacks)
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
-        found, _ = _begun(victim, clean, goal)
+        contest = _Contest(victim, clean, goal, budget, seeds)
         for number, attack in enumerate(self.attacks):
-            _try(attack, found, victim, clean, goal, budget, _turn(seeds, number))
-        return found.made()
+            contest.run(attack, self.attacks[:number].count(attack))
+        return contest.found.made()
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class EachTarget(ImageAttack):
 
     `EachTarget(APGD(loss=DLR()))` is APGD-T of AutoAttack. Classes that can't be told from the label (their names are
     the same, so their logits are) are no way out and come last; with fewer classes than targets all are taken. What
-    was found towards one class is compared with the rest as in `Worst`.
+    was found towards one class is compared with the rest as in `Worst`. Each run has noise of its own, since it is the
+    same attack again, and the first has that of the attack alone; more targets never lose an image that fewer beat.
 
     Args:
         targets: how many classes; AutoAttack takes 9.
@@ -109,11 +114,10 @@ class EachTarget(ImageAttack):
         aim = classification(goal, "EachTarget")
         if not isinstance(aim, Untargeted):
             raise CrossguardError("EachTarget serves an untargeted goal; a targeted one has its class already")
-        found, outputs = _begun(victim, clean, goal)
-        for number, targets in enumerate(likeliest(outputs, aim.labels, self.targets)):
-            way = Towards(aim.labels, targets, aim.criterion, ends=goal.ends)
-            _try(self.attack, found, victim, clean, goal, budget, _turn(seeds, number), way)
-        return found.made()
+        contest = _Contest(victim, clean, goal, budget, seeds)
+        for number, targets in enumerate(likeliest(contest.outputs, aim.labels, self.targets)):
+            contest.run(self.attack, number, Towards(aim.labels, targets, aim.criterion, ends=goal.ends))
+        return contest.found.made()
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ class EOT(ImageAttack):
             victim.seeds,
             victim.rows,
             victim.draw,
+            victim.elsewhere,
             self.samples,
             self.noise,
             self.flip,
@@ -323,12 +328,42 @@ class _Averaged(ImageVictim):
 
 
 _VIEWS = 7  # sets the noise of the views apart from that of the model
-_TURNS = 1000  # sets the noise of the n-th attack apart from that of an attack's own n-th restart
+_TURNS = 1000  # sets the noise of an attack that runs for the n-th time apart from that of its own n-th restart
+_APART = 2**32  # questions, more than any attack asks: sets the victim's noise apart when an attack runs again
 
 
-def _turn(seeds: Seeds, number: int) -> Seeds:
-    """The noise of the attack that comes n-th; the first has that which it would have alone."""
-    return fold(seeds, number + _TURNS) if number else seeds
+class _Contest:
+    """Attacks that run one after the other on the samples that still stand, and the strongest image of each sample.
+
+    Every attack draws what it would draw if it ran alone: its own noise follows from the same keys, and to a victim
+    that draws noise its questions are the first. So what it beats alone is beaten here.
+
+    Attributes:
+        found: the strongest image of each sample so far; the clean one, before any attack.
+        outputs: those of the clean images.
+    """
+
+    def __init__(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> None:
+        self.victim, self.clean, self.goal, self.budget, self.seeds = victim, clean, goal, budget, seeds
+        self.asked = victim.asked()
+        self.found, self.outputs = Found.nothing(clean, goal.ends), victim(clean)
+        unchanged = Made(clean, goal.won(self.outputs), goal.merit(self.outputs))
+        self.found.take(torch.arange(len(clean), device=clean.device), unchanged, victim, goal)
+
+    def run(self, attack: ImageAttack, before: int = 0, way: Goal | None = None) -> None:
+        """Runs one attack.
+
+        Args:
+            before: how often the same attack has run before; each time it has other noise.
+            way: the goal of the attack itself, where that is another way to win the same.
+        """
+        rows = self.found.open()
+        if not len(rows):
+            return
+        victim = self.victim.numbered(self.asked + before * _APART).at(rows)
+        seeds = fold(self.seeds, before + _TURNS) if before else self.seeds
+        made = attack.craft(victim, self.clean[rows], (way or self.goal).at(rows), self.budget, seeds[rows])
+        self.found.take(rows, made, victim, self.goal.at(rows))
 
 
 def likeliest(logits: Logits, labels: Labels, count: int) -> list[Labels]:
@@ -338,33 +373,3 @@ def likeliest(logits: Logits, labels: Labels, count: int) -> list[Labels]:
     others = torch.where(logits == own, -torch.finfo(logits.dtype).max, logits).scatter(1, labels[:, None], -torch.inf)
     ranked = others.argsort(dim=1, descending=True, stable=True)
     return list(ranked[:, : min(count, logits.shape[1] - 1)].unbind(1))
-
-
-def _begun(victim: ImageVictim, clean: Images, goal: Goal) -> tuple[Found, Tensor]:
-    """What is found before any attack (images that are beaten as they are), and the clean outputs."""
-    found, outputs = Found.nothing(clean, goal.ends), victim(clean)
-    unchanged = Made(clean, goal.won(outputs), goal.merit(outputs))
-    found.take(torch.arange(len(clean), device=clean.device), unchanged, victim, goal)
-    return found, outputs
-
-
-def _try(
-    attack: ImageAttack,
-    found: Found,
-    victim: ImageVictim,
-    clean: Images,
-    goal: Goal,
-    budget: PixelBudget,
-    seeds: Seeds,
-    way: Goal | None = None,
-) -> None:
-    """Runs one attack on the images that still stand; what it made is taken into what was found.
-
-    Args:
-        way: the goal of the attack itself, where that is another way to win the same.
-    """
-    rows = found.open()
-    if len(rows):
-        asked = victim.at(rows)
-        made = attack.craft(asked, clean[rows], (way or goal).at(rows), budget, seeds[rows])
-        found.take(rows, made, asked, goal.at(rows))
