@@ -93,7 +93,7 @@ class Noted(ImageAttack):
 
 def steady(images: Tensor) -> Tensor:
     """The answers of `soft`, each image on its own: a batch of another size would round its products otherwise."""
-    first, _, last = list(soft())[1:]
+    first, _, last = list(soft().children())[1:]
     hidden = torch.tanh((images.flatten(1)[:, None] * first.weight).sum(2) + first.bias)
     return (hidden[:, None] * last.weight).sum(2) + last.bias
 
