@@ -66,6 +66,27 @@ def save_clip(folder: Path, seed: int = 0, size: int = 32, **sizes: Any) -> Path
     return folder
 
 
+def save_metaclip(folder: Path) -> Path:
+    """A MetaCLIP 2 whose end-of-text is the token 2, as in the released weights; here that calls for no rule of old."""
+    tokenizer = save_tokenizer(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[SEP] $A [CLS]", special_tokens=[("[SEP]", 3), ("[CLS]", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    config = transformers.MetaClip2Config(
+        text_config=TOWER | {
+            "vocab_size": len(tokenizer), "max_position_embeddings": 24, "bos_token_id": 3, "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config=TOWER | {"image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.MetaClip2Model(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
 def save_siglip(folder: Path, seed: int = 0) -> Path:
     """A SigLIP: no mask, texts padded to the context, a bias on the logits, images squeezed to a square."""
     tokenizer = save_tokenizer(folder)

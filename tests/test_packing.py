@@ -10,43 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
 from torch import Tensor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from crossguard.models.base import frozen
 from crossguard.models.huggingface import HuggingFace, TransformersEncoder
-from crossguard.models.packing import PrefixPacking, _Tries
-from fixtures import TOWER, change_config, save_clip, save_siglip, save_tokenizer, small
+from crossguard.models.packing import PrefixPacking, Tries
+from fixtures import change_config, save_clip, save_metaclip, save_siglip, save_tokenizer, small
 
 CAUSAL = ("clip", "legacy", "metaclip_2")
 ENDINGS = ["", "a", "b", "ab", "ba", "the", "then", "z", "box", "boxes"]
 TEXTS = [f"a red {ending}" for ending in ENDINGS]
 ODD = ["", " ", "a", "aa", "red 🦊 box", "red 🦊", "🦊", "a" * 50, "a" * 49 + "b", "a" * 21 + "b", "a" * 22, "a" * 23]
-
-
-def save_metaclip(folder: Path) -> Path:
-    """A MetaCLIP 2 whose end-of-text is the token 2, as in the released weights; here that calls for no rule of old."""
-    tokenizer = save_tokenizer(folder)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="[SEP] $A [CLS]", special_tokens=[("[SEP]", 3), ("[CLS]", 2)]
-    )
-    tokenizer.save_pretrained(folder)
-    config = transformers.MetaClip2Config(
-        text_config=TOWER | {
-            "vocab_size": len(tokenizer), "max_position_embeddings": 24, "bos_token_id": 3, "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        vision_config=TOWER | {"image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.MetaClip2Model(config).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +185,13 @@ def test_rows_are_no_longer_than_the_context(networks: dict[str, TransformersEnc
 
 def test_tries_share_what_strings_begin_with() -> None:
     strings = torch.tensor([[1, 2, 3, -1], [1, 2, 4, 5], [1, 6, -1, -1], [7, -1, -1, -1]])
-    tries = _Tries.of(strings, 7)
+    tries = Tries.of(strings, 7)
     tokens, positions, seen = tries.rows(strings)
     assert tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7]] and positions.tolist() == [[0, 1, 2, 2, 3, 1, 0]]
     assert tries.last.tolist() == [2, 4, 5, 6] and tries.size == 7
     above = [seen[0, node].nonzero()[:, 0].tolist() for node in range(7)]
     assert above == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [0, 5], [6]]
-    split = _Tries.of(strings, 4)  # the beginning is there once more in each row
+    split = Tries.of(strings, 4)  # the beginning is there once more in each row
     assert split.row.tolist() == [0, 1, 2, 2] and split.width == 4
     assert split.rows(strings)[0].tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [1, 6, 7, 0]]
 

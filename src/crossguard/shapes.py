@@ -16,3 +16,5 @@ Owners = Int[Tensor, " classes"]  # of such texts: for each the number of its im
 PerImage = Float[Tensor, " n"]
 Mask = Bool[Tensor, " n"]
 Seeds = Int[Tensor, " n"]  # one 64-bit key per sample, from which all its noise is drawn
+Context = Float[Tensor, "*images tokens width"]  # learned tokens, for each image or for all
+Spliced = Float[Tensor, "*images texts d"]  # raw embeddings of texts with these

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from crossguard.data import Prompts
 from crossguard.device import Choice, chosen
 from crossguard.errors import CrossguardError
+from crossguard.models.splicing import Splice
 from crossguard.opening import Opened, Opens, opened, opening
 from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings
 
@@ -77,6 +78,11 @@ class DualEncoder(nn.Module):
     @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         """Raw text embeddings, differentiable in the parameters."""
+
+    def splice(self, texts: Sequence[str], words: str) -> Splice:
+        """The texts with learned vectors in place of these words, which are put in front of a text without them."""
+        del texts, words
+        raise CrossguardError(f"a {type(self).__name__} cannot read learned tokens; give a CLIP or SigLIP model")
 
     def cut(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the network reads; their ends are not seen."""

@@ -17,6 +17,7 @@ from crossguard.files import share
 from crossguard.hub import ask_hub
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant
 from crossguard.models.packing import PrefixPacking
+from crossguard.models.splicing import Splice
 from crossguard.models.tokens import Tokens
 from crossguard.shapes import Embeddings, Images
 from crossguard.words import Reads
@@ -84,6 +85,9 @@ class TransformersEncoder(DualEncoder):
         device = self.model.logit_scale.device
         seen = {} if self.padded else {"attention_mask": mask.to(device)}
         return _features(self.model.get_text_features(input_ids=ids.to(device), **seen))
+
+    def splice(self, texts: Sequence[str], words: str) -> Splice:
+        return Splice(self.model, self.tokens, self.packing, texts, words)
 
     def cut(self, texts: Sequence[str]) -> int:
         return self.tokens.cut(texts)

@@ -54,17 +54,10 @@ class PrefixPacking:
             ids: token ids of shape (strings, length), on the CPU.
             mask: 0 for padding.
         """
-        ends = self._ends(ids)
-        if len(ids) < 2 or bool((mask.cumprod(1).sum(1) <= ends).any()):  # some state pooled would be of padding
+        if len(ids) < 2 or not self.reads(ids, mask):
             return self._stock(ids, mask)
-        if self.sound is None:
-            self.sound = self._agrees()
-        if not self.sound:
-            return self._stock(ids, mask)
-        depth = torch.arange(ids.shape[1])
-        strings, place = torch.unique(ids.where(depth <= ends[:, None], -1), dim=0, return_inverse=True)
-        limit = min(int(self.model.config.text_config.max_position_embeddings), max(_ROW, ids.shape[1]))
-        tries = _Tries.of(strings, limit)
+        strings, place = self.distinct(ids, self.ends(ids))
+        tries = Tries.of(strings, self.limit(ids.shape[1]))
         if tries.size <= _PAYS * ids.numel():
             return self._packed(strings, tries)[place]
         if len(strings) == len(ids):
@@ -73,7 +66,25 @@ class PrefixPacking:
         one[place] = torch.arange(len(ids))
         return self._stock(ids[one], mask[one])[place]
 
-    def _ends(self, ids: Tensor) -> Tensor:
+    def reads(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether the features of these strings come out right: no state that is pooled is of padding, and the tower
+        has answered the probe alike in both ways."""
+        if bool((mask.cumprod(1).sum(1) <= self.ends(ids)).any()):
+            return False
+        if self.sound is None:
+            self.sound = self._agrees()
+        return self.sound
+
+    def distinct(self, ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct strings, sorted, with -1 behind their ends; and which of them each string is."""
+        depth = torch.arange(ids.shape[1])
+        return torch.unique(ids.where(depth <= ends[:, None], -1), dim=0, return_inverse=True)
+
+    def limit(self, length: int) -> int:
+        """The most tokens of a row of strings of this length."""
+        return min(int(self.model.config.text_config.max_position_embeddings), max(_ROW, length))
+
+    def ends(self, ids: Tensor) -> Tensor:
         """Which token of each string is pooled, by the stock rule: the first end-of-text, or the first of the highest
         id where the configuration has the end-of-text of old checkpoints of CLIP."""
         end = self.model.text_model.eos_token_id
@@ -86,7 +97,7 @@ class PrefixPacking:
         output = self.model.get_text_features(input_ids=ids.to(device), attention_mask=mask.to(device))
         return output.pooler_output
 
-    def _packed(self, strings: Tensor, tries: _Tries) -> Embeddings:
+    def _packed(self, strings: Tensor, tries: Tries) -> Embeddings:
         model, device = self.model, self.model.logit_scale.device
         tokens, positions, seen = tries.rows(strings)
         hidden = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
@@ -107,14 +118,14 @@ class PrefixPacking:
         mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]])
         strings, place = torch.unique(ids.where(mask > 0, -1), dim=0, return_inverse=True)
         try:
-            packed = self._packed(strings, _Tries.of(strings, strings.numel()))[place]
+            packed = self._packed(strings, Tries.of(strings, strings.numel()))[place]
         except Exception:  # a tower that does not take such masks may refuse them in many ways
             return False
         return torch.allclose(packed, self._stock(ids, mask), rtol=1e-4, atol=1e-4)
 
 
 @dataclass(frozen=True)
-class _Tries:
+class Tries:
     """How sorted distinct strings share rows: as a string shares no node with the ones of another row, and within a row
     what the one before it begins with, only the rest of it is new."""
 
@@ -125,7 +136,7 @@ class _Tries:
     width: int
 
     @classmethod
-    def of(cls, strings: Tensor, limit: int) -> _Tries:
+    def of(cls, strings: Tensor, limit: int) -> Tries:
         """Fills one row after the other.
 
         Args:

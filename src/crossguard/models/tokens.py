@@ -43,6 +43,11 @@ class Tokens:
                 self.direct = self._agrees()
             return self._direct(texts) if self.direct and texts else self._stock(texts)
 
+    def bare(self, words: str) -> Tensor:
+        """The ids of these words alone, without special tokens."""
+        with _turn, quiet():
+            return torch.tensor(self.tokenizer(words, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
     def cut(self, texts: Sequence[str]) -> int:
         """How many of the strings have more tokens than are read."""
         if not texts:
