@@ -127,7 +127,9 @@ def test_outcomes_are_checked():
 
 def test_a_report_shows_itself_safely():
     one = report(model="M('<b>')", notes=("<script>",), **PGD)
-    assert "<b>" not in one._repr_html_() and "<script>" not in one._repr_html_()
+    page = one._repr_html_()
+    assert "<b>" not in page and "<script>" not in page
+    assert "<th>model</th><td>M(&#39;&lt;b&gt;&#39;)</td>" in page and "<li>&lt;script&gt;</li>" in page
     assert "robust accuracy: 75.0 % [30.1, 95.4]" in repr(one)
 
 

@@ -15,13 +15,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
 from crossguard.datasets.kept import Kept
-from crossguard.look import FORMATS, Look, Shot, lines, marks, plain
+from crossguard.look import FORMATS, Look, Shot, lines, marks, picture, plain
 from crossguard.report import Report
 from test_cli import call, error
 
@@ -241,13 +242,19 @@ class _Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+def _without_images(page: Path) -> str:
+    return re.sub(r'src="data:image/png;base64,[^"]*"', "", page.read_text())
+
+
 def test_a_page_needs_no_other_file(kept: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "page.HTML"
     assert f"written to {out}" in said(str(kept), "--count", "3", "--out", str(out))
     tags = _Tags(out.read_text()).found
     names = [tag for tag, _ in tags]
     assert names.count("section") == 3 and names.count("img") == 9 and "del" in names and "ins" in names
-    assert not {"script", "link", "iframe"} & set(names) and "http" not in out.read_text()
+    assert not {"script", "link", "iframe"} & set(names) and not re.search(r"//|url\(|@import", _without_images(out))
+    (policy,) = (held["content"] for tag, held in tags if held.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     sources = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
     images = [Image.open(io.BytesIO(base64.b64decode(source.split("base64,")[1]))) for source in sources]
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -264,6 +271,23 @@ def test_a_picture(kept: Path, tmp_path: Path) -> None:
     assert first.format == "PNG" and first.width == second.width and first.height < second.height
     assert len(first.convert("RGB").getcolors(1 << 24) or ()) > 500, "there are no images in the picture"
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["one.png", "two.png"]
+
+
+@drawing
+def test_a_picture_has_images_in_equal_boxes_and_nothing_in_its_margins(classes: Path) -> None:
+    rewrite(classes, samples=lambda samples: [samples[0] | {"id": "W" * 300}, *samples[1:]])
+    look = Look(classes)
+    magenta = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
+    shots = [Shot(magenta.expand(3, *size), None) for size in ((5, 10), (900, 300))]
+    drawn = np.asarray(Image.open(io.BytesIO(picture(look, look.pick(2), shots, "x " * 200))).convert("RGB"))
+    rows, columns = np.nonzero((drawn == (255, 0, 255)).all(2))
+    gap = int(np.argmax(np.diff(np.unique(rows)))) + 1  # between the two images
+    wide, tall = (np.isin(rows, part) for part in np.split(np.unique(rows), [gap]))
+    for image, (height, width) in ((wide, (130, 260)), (tall, (260, 87))):
+        assert abs(np.ptp(rows[image]) + 1 - height) <= 2 and abs(np.ptp(columns[image]) + 1 - width) <= 2
+        assert abs(columns[image].mean() - (30 + 130)) <= 1, "the image is not in the middle of its box"
+    rows, columns = np.nonzero((drawn < 250).any(2))
+    assert min(rows.min(), columns.min(), *np.subtract(drawn.shape[:2], (rows.max(), columns.max()))) >= 28
 
 
 @drawing

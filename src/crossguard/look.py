@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import math
 import warnings
@@ -11,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.text import Text
@@ -24,8 +22,13 @@ from crossguard.budgets import Budget, Linf, PixelBudget
 from crossguard.data import Dataset
 from crossguard.datasets.kept import INDEX, REPORT, Kept, rounded
 from crossguard.errors import CrossguardError
+from crossguard.pages import figure, render
 from crossguard.report import Ranks, Report, ReportError, shortened
 from crossguard.words import build
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import RendererAgg
 
 FORMATS = (".png", ".html")
 LISTED = 5  # texts of one class or image; more are counted
@@ -376,220 +379,153 @@ def check(out: Path) -> None:
 
 def page(look: Look, samples: Sequence[Sample], shots: Sequence[Shot], doubt: str) -> str:
     """One HTML file that needs no other."""
-    head = "".join(f"<dt>{html.escape(name)}<dd>{html.escape(text)}" for name, text in look.header)
-    note = f"<p class=doubt>{html.escape(doubt)}" if doubt else ""
-    body = "\n".join(_section(sample, shot) for sample, shot in zip(samples, shots, strict=True))
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>Before and under attack</title><style>{_STYLE}</style></head>\n<body><h1>Before and under attack</h1>"
-        f"<dl>{head}</dl><p>{html.escape(look.summary)}; {len(samples)} shown.{note}\n{body}\n</body></html>\n"
+    shown = [
+        (sample, [figure(title, rounded(image)) for title, image in shot.panels if image is not None])
+        for sample, shot in zip(samples, shots, strict=True)
+    ]
+    return render(
+        "look.html", title="Before and under attack", header=look.header, summary=look.summary, shown=shown, doubt=doubt
     )
 
 
-def _section(sample: Sample, shot: Shot) -> str:
-    figures = "".join(
-        f"<figure><img{_scaled(image)} alt='{html.escape(title)}' src='data:image/png;base64,{_png(image)}'>"
-        f"<figcaption>{html.escape(title)}</figcaption></figure>"
-        for title, image in shot.panels
-        if image is not None
-    )
-    facts = "".join(f"<dt>{html.escape(name)}<dd>{html.escape(value)}" for name, value in sample.facts)
-    texts = "".join(
-        f"<dt>{html.escape(name)}<dd>" + " ".join(_TAGS[kind].format(html.escape(words)) for kind, words in pieces)
-        for name, pieces in sample.texts
-    )
-    kind = " class=lost" if sample.verdict.lost else ""
-    return (
-        f"<section{kind}><h2>{html.escape(sample.title)}</h2><div class=row>{figures}"
-        f"<dl>{facts}{texts}</dl></div></section>"
-    )
-
-
-_TAGS = {"same": "{}", "old": "<del>{}</del>", "new": "<ins>{}</ins>"}
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222;
-  background: #fff }
-h1 { font-size: 1.4em } h2 { font-size: 1em; margin: 0 0 .6em; overflow-wrap: anywhere }
-section { border-top: 1px solid #ccc; padding: 1em 0 } .lost h2 { color: #b00020 } .doubt { color: #8a5000 }
-.row { display: flex; flex-wrap: wrap; gap: 1em } .row dl { flex: 1 1 22em }
-figure { margin: 0 } figcaption { text-align: center; font-size: .85em; color: #555 }
-img { width: 11em; display: block } .small { image-rendering: pixelated }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15em 1em; margin: 0; align-content: start }
-dt { color: #555; max-width: 18em; overflow-wrap: anywhere } dd { margin: 0; overflow-wrap: anywhere }
-del { color: #b00020; background: #fde8ea } ins { color: #0a6b2d; background: #e2f5e7; text-decoration: none }
-""".strip()
-
-
-def _scaled(image: Tensor) -> str:
-    """Pixels are kept sharp where an image is enlarged."""
-    return " class=small" if image.shape[-1] < 165 else ""
-
-
-def _png(image: Tensor) -> str:
-    content = io.BytesIO()
-    rounded(image).save(content, "PNG")
-    return base64.b64encode(content.getvalue()).decode("ascii")
-
-
-# A picture. Everything is placed in pixels from the top left corner.
+# A picture. Everything is measured in pixels.
 
 _DPI = 150
 _BOX, _GAP, _MARGIN, _COLUMN = 260, 18, 30, 780  # images, between them, around all, texts
 _LINE, _TITLE = 27, 30  # of text; above an image
-_INK = {"same": "#222222", "old": "#b00020", "new": "#0a6b2d", "name": "#666666", "lost": "#b00020"}
+_INDENT = 30  # of lines that go on
+_BLACK = "#222222"
+_INK = {"old": "#b00020", "new": "#0a6b2d", "name": "#666666", "lost": "#b00020"}
+_BOLD = ("new", "title", "lost")
+
+Runs = list[tuple[str, str]]  # texts of several words, each with its kind
+Line = list[tuple[float, str, str]]  # where a word begins, the word, and its kind
 
 
 def picture(look: Look, samples: Sequence[Sample], shots: Sequence[Shot], doubt: str) -> bytes:
     """A row per sample: clean image, perturbation around grey, image under attack, and the texts."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise CrossguardError(
             "a picture needs matplotlib ('pip install matplotlib'); --out FILE.html needs nothing"
         ) from error
     alone = all(shot.clean is None for shot in shots)
-    left = _MARGIN + (1 if alone else 3) * (_BOX + _GAP) + _GAP
-    width = left + _COLUMN + _MARGIN
-    figure = Figure(dpi=_DPI, facecolor="white")
-    pen = _Pen(figure, FigureCanvasAgg(figure).get_renderer())
-    head = [pen.broken([(f"{name}:", "name"), (text, "same")], width - 2 * _MARGIN) for name, text in look.header]
-    head.append(pen.broken([(f"{look.summary}; {len(samples)} shown", "name")], width - 2 * _MARGIN))
-    head += [pen.broken([(doubt, "lost")], width - 2 * _MARGIN)] if doubt else []
-    blocks = [pen.block(sample) for sample in samples]
-    top = _MARGIN + _LINE * sum(map(len, head)) + _GAP
-    heights = [max(_BOX + _TITLE, _LINE * len(block)) + 2 * _GAP for block in blocks]
-    height = top + sum(heights) + _MARGIN
-    if height > TALLEST:
+    columns = [*([_BOX] * (1 if alone else 3)), _COLUMN]
+    width = sum(columns) + _GAP * (len(columns) - 1)
+    told: list[Runs] = [[(f"{name}:", "name"), (text, "same")] for name, text in look.header]
+    told.append([(f"{look.summary}; {len(samples)} shown", "name")])
+    told += [[(doubt, "lost")]] if doubt else []
+    blocks = [_broken(told, width), *(_broken(_said(sample), _COLUMN) for sample in samples)]
+    rows = [_LINE * len(blocks[0]), *(max(_BOX, _LINE * len(block) - _TITLE) for block in blocks[1:])]
+    between = _TITLE + 2 * _GAP
+    height = sum(rows) + between * len(samples)
+    if height + 2 * _MARGIN > TALLEST:
         raise CrossguardError(f"a picture of {len(samples)} samples is too tall; give a smaller --count, or FILE.html")
-    figure.set_size_inches(width / _DPI, height / _DPI)
-    pen.size = width, height
-    pen.write(_MARGIN, _MARGIN, [line for block in head for line in block])
-    for block, shot, tall in zip(blocks, shots, heights, strict=True):
-        pen.rule(top, _MARGIN, width - _MARGIN)
+    whole = width + 2 * _MARGIN, height + 2 * _MARGIN
+    canvas = Figure((whole[0] / _DPI, whole[1] / _DPI), dpi=_DPI, facecolor="white")
+    grid = canvas.add_gridspec(
+        len(rows), len(columns), width_ratios=columns, height_ratios=rows,
+        left=_MARGIN / whole[0], right=1 - _MARGIN / whole[0], bottom=_MARGIN / whole[1], top=1 - _MARGIN / whole[1],
+        wspace=_GAP * len(columns) / sum(columns), hspace=between * len(rows) / sum(rows),
+    )  # fmt: skip
+    _write(canvas.add_subplot(grid[0, :]), blocks[0])
+    for number, (block, shot) in enumerate(zip(blocks[1:], shots, strict=True), 1):
         panels = [*shot.panels][-1:] if alone else [*shot.panels]
-        for number, (title, image) in enumerate(panels):
-            x = _MARGIN + number * (_BOX + _GAP)
-            pen.image(x, top + _GAP, title, image)
-        pen.write(left, top + _GAP, block)
-        top += tall
+        rule = canvas.add_subplot(grid[number, :])
+        rule.set_axis_off()
+        rule.axhline(1 + (_TITLE + _GAP) / rows[number], color="#cccccc", linewidth=0.6, clip_on=False)
+        rule.set_ylim(0, 1)
+        for column, (title, image) in enumerate(panels):
+            _draw(canvas.add_subplot(grid[number, column]), title, image)
+        _write(canvas.add_subplot(grid[number, len(panels)]), block, _TITLE)
     content = io.BytesIO()
-    pen.save(content)
+    with warnings.catch_warnings(action="ignore"):  # of signs that the font does not have
+        canvas.savefig(content, format="png")
     return content.getvalue()
 
 
-Run = tuple[float, str, str]  # where a word begins, the word, and its kind
+def _said(sample: Sample) -> list[Runs]:
+    """All that is said of a sample, a paragraph each."""
+    facts: list[Runs] = [[(f"{name}:", "name"), (value, "same")] for name, value in sample.facts]
+    texts = [
+        [(f"{name}:" if pieces else name, "name"), *((words, kind) for kind, words in pieces)]
+        for name, pieces in sample.texts
+    ]
+    return [[(sample.title, "lost" if sample.verdict.lost else "title")], *facts, *texts]
 
 
-class _Pen:
-    """Draws on a matplotlib figure at pixels."""
-
-    def __init__(self, figure: Any, renderer: Any) -> None:
-        self.figure, self.renderer = figure, renderer
-        self.size: tuple[int, int] = 1, 1
-        self.widths: dict[tuple[str, str], float] = {}
-
-    def font(self, kind: str) -> dict[str, Any]:
-        weight = "bold" if kind in ("new", "title", "lost") else "normal"
-        return {"family": "DejaVu Sans", "size": 9, "weight": weight}
-
-    def width(self, word: str, kind: str) -> float:
-        from matplotlib.font_manager import FontProperties
-
-        if (word, kind) not in self.widths:
-            font = FontProperties(**self.font(kind))
-            with warnings.catch_warnings(action="ignore"):  # of signs that the font does not have
-                self.widths[word, kind] = self.renderer.get_text_width_height_descent(word, font, False)[0]
-        return self.widths[word, kind]
-
-    def broken(self, runs: Sequence[tuple[str, str]], column: int, indent: int = 0) -> list[list[Run]]:
-        """Words in lines of a column, of which all but the first are indented."""
-        rows: list[list[Run]] = [[]]
-        x, space = 0.0, self.width("n", "same") * 0.55
+def _broken(paragraphs: Sequence[Runs], column: int) -> list[Line]:
+    """Paragraphs in the lines of a column; what does not fit in the first line of each is indented."""
+    lines: list[Line] = []
+    space = _width("n", "same") * 0.55
+    for runs in paragraphs:
+        lines.append([])
+        x = 0.0
         for text, kind in runs:
-            for word in self._fitting(text.split(" "), kind, column - indent):
-                wide = self.width(word, kind)
-                if rows[-1] and x + wide > column:
-                    rows.append([])
-                    x = float(indent)
-                rows[-1].append((x, word, kind))
+            for word in _fitting(text.split(), kind, column - _INDENT):
+                wide = _width(word, kind)
+                if lines[-1] and x + wide > column:
+                    lines.append([])
+                    x = float(_INDENT)
+                lines[-1].append((x, word, kind))
                 x += wide + space
-        return rows
-
-    def _fitting(self, words: Sequence[str], kind: str, column: int) -> Iterator[str]:
-        """The words, those cut that are longer than a line."""
-        for word in words:
-            while word and self.width(word, kind) > column:
-                end = max(1, int(len(word) * column / self.width(word, kind)) - 1)
-                yield word[:end]
-                word = word[end:]
-            if word:
-                yield word
-
-    def block(self, sample: Sample) -> list[list[Run]]:
-        """All that is said of a sample, in lines."""
-        rows = self.broken([(sample.title, "lost" if sample.verdict.lost else "title")], _COLUMN)
-        for name, value in sample.facts:
-            rows += self.broken([(f"{name}:", "name"), (value, "same")], _COLUMN, 30)
-        for name, pieces in sample.texts:
-            rows += self.broken([(f"{name}:" if pieces else name, "name"), *((w, k) for k, w in pieces)], _COLUMN, 30)
-        return rows
-
-    def write(self, left: int, top: int, rows: Sequence[Sequence[Run]]) -> None:
-        for number, row in enumerate(rows):
-            y = top + _LINE * number + 0.75 * _LINE
-            for x, word, kind in row:
-                self._text(left + x, y, word, kind)
-            for first, last in _stretches(row):
-                end = last[0] + self.width(last[1], last[2])
-                self._line(left + first[0], left + end, y - 0.27 * _LINE, _INK["old"], 1.0)
-
-    def image(self, left: int, top: int, title: str, image: Tensor | None) -> None:
-        self._text(left + _BOX / 2, top + 0.6 * _TITLE, title, "name", "center")
-        if image is None:
-            self._text(left + _BOX / 2, top + _TITLE + _BOX / 2, "not found", "name", "center")
-            return
-        rows, columns = image.shape[-2:]
-        scale = _BOX / max(rows, columns)
-        wide, tall = columns * scale, rows * scale
-        x, y = left + (_BOX - wide) / 2, top + _TITLE + (_BOX - tall) / 2
-        axes = self.figure.add_axes(
-            (x / self.size[0], 1 - (y + tall) / self.size[1], wide / self.size[0], tall / self.size[1])
-        )
-        axes.set_axis_off()
-        pixels = image.permute(1, 2, 0).numpy()
-        axes.imshow(pixels, interpolation="nearest" if scale >= 1 else "antialiased", aspect="auto")
-
-    def rule(self, y: int, left: int, right: int) -> None:
-        self._line(float(left), float(right), float(y), "#cccccc", 0.6)
-
-    def save(self, content: io.BytesIO) -> None:
-        with warnings.catch_warnings(action="ignore"):  # of signs that the font does not have
-            self.figure.savefig(content, format="png", dpi=_DPI)
-
-    def _text(self, x: float, y: float, text: str, kind: str, align: str = "left") -> None:
-        self.figure.text(
-            x / self.size[0], 1 - y / self.size[1], text, color=_INK.get(kind, _INK["same"]), ha=align, va="baseline",
-            parse_math=False, **self.font(kind),
-        )  # fmt: skip
-
-    def _line(self, left: float, right: float, y: float, color: str, width: float) -> None:
-        from matplotlib.lines import Line2D
-
-        wide, high = self.size
-        self.figure.add_artist(
-            Line2D((left / wide, right / wide), (1 - y / high, 1 - y / high), color=color, linewidth=width)
-        )
+    return lines
 
 
-def _stretches(row: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
-    """The first and the last of adjacent words that went, which are struck through together."""
-    first: Run | None = None
-    last: Run | None = None
-    for run in [*row, (0.0, "", "end")]:
-        if run[2] == "old":
-            first, last = first or run, run
-        elif first is not None and last is not None:
-            yield first, last
-            first = None
+def _fitting(words: Sequence[str], kind: str, column: int) -> Iterator[str]:
+    """The words, those cut that are longer than a line."""
+    for word in words:
+        while word:
+            end = len(word) if (wide := _width(word, kind)) <= column else max(1, int(len(word) * column / wide) - 1)
+            yield word[:end]
+            word = word[end:]
+
+
+@lru_cache(maxsize=65536)
+def _width(word: str, kind: str) -> float:
+    from matplotlib.font_manager import FontProperties
+
+    with warnings.catch_warnings(action="ignore"):  # of signs that the font does not have
+        return _renderer().get_text_width_height_descent(word, FontProperties(**_font(kind)), False)[0]
+
+
+@cache
+def _renderer() -> RendererAgg:
+    """Measures words as they will be drawn: fonts are fitted to the pixels."""
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    return RendererAgg(1, 1, _DPI)
+
+
+def _font(kind: str) -> dict[str, Any]:
+    return {"family": "DejaVu Sans", "size": 9, "weight": "bold" if kind in _BOLD else "normal"}
+
+
+def _write(axes: Axes, lines: Sequence[Line], above: int = 0) -> None:
+    """Lines of text, the first of which begins so far above the axes. Words that went are struck through, neighbors
+    together."""
+    axes.set_axis_off()
+    axes.set_xlim(0, axes.bbox.width)
+    axes.set_ylim(axes.bbox.height, 0)
+    for number, line in enumerate(lines):
+        y = _LINE * (number + 0.75) - above
+        for (x, word, kind), after in zip(line, [*line[1:], None], strict=True):
+            axes.text(x, y, word, color=_INK.get(kind, _BLACK), parse_math=False, **_font(kind))
+            if kind == "old":
+                end = after[0] if after is not None and after[2] == kind else x + _width(word, kind)
+                axes.plot((x, end), (y - 0.27 * _LINE,) * 2, color=_INK[kind], linewidth=1.0, clip_on=False)
+
+
+def _draw(axes: Axes, title: str, image: Tensor | None) -> None:
+    axes.set_axis_off()
+    axes.set_anchor("N")
+    axes.set_title(title, color=_INK["name"], fontdict=_font("name"), pad=5)
+    if image is None:
+        axes.text(0.5, 0.5, "not found", color=_INK["name"], ha="center", **_font("name"))
+        return
+    tall, wide = image.shape[-2:]
+    side = max(tall, wide)
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest" if side <= _BOX else "antialiased")
+    axes.set_xlim((wide - side - 1) / 2, (wide + side - 1) / 2)  # a square, so that no image is larger than another
+    axes.set_ylim(side - 0.5, -0.5)

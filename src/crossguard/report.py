@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import math
 import platform
@@ -631,13 +630,9 @@ class Report:
         return f"<Report {inside}{notes}>"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for name, value in self.lines()
-        )
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return f"<table>{rows}</table>" + (f"<ul>{notes}</ul>" if notes else "")
+        from crossguard.pages import render
+
+        return render("report.html", lines=self.lines(), notes=self.notes)
 
 
 def check_place(path: Path, question: Mapping[str, str], overwrite: bool = False) -> None:
