@@ -341,7 +341,7 @@ def test_damaged_weights(copy: Path) -> None:
         assert "'text_projection.weight' holds NaN or infinite values" in refused(copy)
     for cut in (0, 4, 1000, len(data) - 1):
         path.write_bytes(data[:cut])
-        assert f"the checkpoint in {copy} cannot be read" in refused(copy)
+        assert f"{path} cannot be read" in refused(copy)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])

@@ -450,11 +450,11 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     save_file({name: weight for name, weight in weights.items() if name != first}, file, {"format": "pt"})
     refused("missing")
     save_file({**weights, first: weights[first][:, :-1].clone()}, file, {"format": "pt"})
-    refused("shape|cannot read")
+    refused("shape")
     save_file({**weights, "surplus.weight": torch.ones(2)}, file, {"format": "pt"})
     refused("no place")
     file.write_bytes(b"not safetensors at all")
-    refused("cannot read")
+    refused("model.safetensors cannot be read")
     file.unlink()
     torch.save(weights, good / "pytorch_model.bin")
     refused("a pickle file")
@@ -463,7 +463,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (good / "config.json").write_text(json.dumps({**config, "model_type": "clip", "architectures": ["CLIPModel"]}))
     refused("CLIPModel")
     (good / "config.json").unlink()
-    refused("cannot read")
+    refused("no config.json")
     for path in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", ""):
         with pytest.raises(CrossguardError, match="no folder"):
             MaskedLM(path).propose(["a photo"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from crossguard.errors import CrossguardError
 from crossguard.files import digest
 from crossguard.hub import revision
+from crossguard.reading import text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _PARTS = ("config.json", "vocab", "merges", "tokenizer", "added_tokens", "special_tokens", "preproc", "processor")
 _KINDS = (".safetensors", ".model")
+_WEIGHTS = "model.safetensors"
+_INDEX = ".safetensors.index.json"
 
 
 def located(path: str) -> str:
@@ -30,13 +35,30 @@ def located(path: str) -> str:
 
 
 def parts(folder: Path) -> list[Path]:
-    """The files of a checkpoint that its answers depend on."""
+    """The files of a checkpoint that its answers depend on. Nothing else of a folder is read.
+
+    Raises:
+        CrossguardError: One of them is a link to a place outside of the folder.
+    """
     found = (
         file
         for file in folder.glob("*")
-        if file.name.startswith(_PARTS) or file.suffix in _KINDS or file.name.endswith(".safetensors.index.json")
+        if file.name.startswith(_PARTS) or file.suffix in _KINDS or file.name.endswith(_INDEX)
     )
-    return sorted(file for file in found if file.is_file())
+    return [_inside(file, folder) for file in sorted(found) if file.is_file()]
+
+
+def _inside(file: Path, folder: Path) -> Path:
+    """The same file; raises where it is a link that leads out of its folder. In the cache of the hub, files are links
+    to the folder "blobs" of their model."""
+    whole, real = folder.resolve(), file.resolve()
+    cached = whole.parent.parent / "blobs" if whole.parent.name == "snapshots" else whole
+    if not (real.is_relative_to(whole) or real.is_relative_to(cached)):
+        raise CrossguardError(
+            f"{file} is a link that leads out of its folder, so it is not read; put the file itself there, or give the "
+            "folder that it leads to"
+        )
+    return file
 
 
 def content(path: str) -> str:
@@ -51,7 +73,7 @@ def content(path: str) -> str:
 def check_weights(folder: Path) -> None:
     """Raises unless the folder has weights in safetensors that may be tried: pickles could run code, and a pointer of
     git-lfs stands for a file that was never fetched."""
-    found = sorted(folder.glob("*.safetensors"))
+    found = [_inside(file, folder) for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
     if not found:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
         what = f"only {pickles[0]}, a pickle file, which is never read" if pickles else "no weights"
@@ -59,7 +81,7 @@ def check_weights(folder: Path) -> None:
     for file in found:
         with file.open("rb") as opened:
             start = opened.read(24)
-        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
             raise CrossguardError(
                 f"{file} is a pickle file under another name, which is never read; convert or download the weights "
                 "as model.safetensors"
@@ -69,6 +91,36 @@ def check_weights(folder: Path) -> None:
                 f"{file} is a pointer of git-lfs and not the weights; fetch them with 'git lfs pull', or download the "
                 "checkpoint with 'hf download'"
             )
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files with the weights of a checkpoint: model.safetensors, or what its index names.
+
+    Raises:
+        CrossguardError: There are none, or the index names what is no file of this folder.
+    """
+    if (folder / _WEIGHTS).is_file():
+        return [_inside(folder / _WEIGHTS, folder)]
+    index = folder / f"{_WEIGHTS}.index.json"
+    if not index.is_file():
+        raise CrossguardError(f"{folder} has neither {_WEIGHTS} nor {index.name}; save it again with save_pretrained")
+    try:
+        told = json.loads(text(_inside(index, folder), "fetch it again"))
+        names = set(told["weight_map"].values()) or {"no file"}
+    except CrossguardError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CrossguardError(f"{index} is no index of weights; fetch it again") from error
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[\w.-]+\.safetensors", name)
+            or not (folder / name).is_file()
+        ):
+            raise CrossguardError(
+                f"{index} names {ascii(name)[:80]}, which is no file with weights in this folder; fetch all files again"
+            )
+    return [_inside(folder / name, folder) for name in sorted(names)]
 
 
 def check_finite(network: nn.Module, source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from crossguard.errors import CrossguardError
@@ -28,11 +29,78 @@ def ask_hub(path: str) -> None:
         ) from error
 
 
-def cached(path: str) -> bool:
-    """Whether the local cache of the hub has the configuration and the weights of this model."""
-    from huggingface_hub import try_to_load_from_cache
+# What is fetched of a model: settings, words and weights. Code and pickles stay where they are.
+_WANTED = [
+    "config.json",
+    "vocab*",
+    "merges*",
+    "tokenizer*",
+    "added_tokens*",
+    "special_tokens*",
+    "preproc*",
+    "processor*",
+]
+_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+_UNWANTED = ["*.py", "*.bin", "*.pt", "*.pth", "*.pkl"]
 
-    return all(isinstance(try_to_load_from_cache(path, name), str) for name in ("config.json", "model.safetensors"))
+
+def snapshot(path: str, images: bool = False) -> Path:
+    """The folder of the local cache that holds what is read of this model; what is not there yet is fetched.
+
+    Args:
+        images: Whether an image processor belongs to it.
+
+    Raises:
+        CrossguardError: There is no such model, or it cannot be had from here.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = Path(snapshot_download(path, local_files_only=True))
+        if _complete(found, images):
+            return found
+    except HFValidationError as error:
+        raise CrossguardError(f"{path!r} is neither a folder here nor the name of a model of the hub") from error
+    except OSError:  # nothing of it is there
+        pass
+    ask_hub(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=[*_WANTED, *_WEIGHTS, "*.model"], ignore_patterns=_UNWANTED))
+    except Exception as error:  # of the network, the server, or the disk
+        told = " ".join(str(error).split())[:150]
+        raise CrossguardError(f"{path!r} cannot be fetched from the hub: {told}") from error
+
+
+def _complete(folder: Path, images: bool) -> bool:
+    """Whether a folder of the cache has configuration, weights, words, and the image processor if one is needed."""
+    index = folder / "model.safetensors.index.json"
+    whole = (folder / "model.safetensors").exists() or (
+        index.exists()
+        and all((folder / name).exists() for name in set(re.findall(r"[\w.-]+\.safetensors", index.read_text())))
+    )
+    kinds = [
+        ("config.json",),
+        ("tokenizer.json", "vocab*", "*.model"),
+        *([("preproc*", "processor*")] if images else []),
+    ]
+    return whole and all(any(any(folder.glob(pattern)) for pattern in kind) for kind in kinds)
+
+
+def converted(path: str) -> Path | None:
+    """The folder of the cache with the safetensors that the hub's own robot has made of a model that has pickles only;
+    None where there are none."""
+    from transformers.safetensors_conversion import auto_conversion
+
+    found = auto_conversion(path, ignore_errors_during_conversion=True)
+    if not found or not found[0]:
+        return None
+    file = Path(found[0])
+    if file.name.endswith(".index.json"):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(path, revision=found[1], allow_patterns=_WEIGHTS))
+    return file.parent
 
 
 def revision(path: str) -> str:

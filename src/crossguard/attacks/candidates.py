@@ -14,17 +14,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from cachetools import LRUCache
 from torch import Tensor
 
-from crossguard.checkpoints import check_finite, check_tokenizer, check_weights, content, located, quiet
+from crossguard.checkpoints import content, located
 from crossguard.errors import CrossguardError
-from crossguard.hub import ask_hub, cached
 from crossguard.opening import Opens, opening, release
+from crossguard.pretrained import pretrained
 from crossguard.words import contents, within
 
 if TYPE_CHECKING:
@@ -428,41 +428,35 @@ def forget() -> None:
 def _load(path: str) -> _Network:
     """A masked language model from a folder or the hub, on the CPU; everything that can be wrong with it is said in
     one sentence."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     where, shown = _place(path)
-    if not Path(where).is_dir() and not cached(where):
-        ask_hub(where)  # at once, where transformers would try again for half a minute
-    try:
-        config = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as problem:
-        raise CrossguardError(_unreadable(path, where, "config.json", problem)) from problem
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        name = (config.architectures or [config.model_type])[0]
-        raise CrossguardError(
-            f"{shown} holds a {name}, not a masked language model; try 'bert-base-uncased' or 'embedded'"
-        )
-    try:
-        with quiet():
-            model, info = AutoModelForMaskedLM.from_pretrained(
-                where, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    with pretrained(where, path) as source:
+        config = source.config()
+        if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+            name = (config.architectures or [config.model_type])[0]
+            raise CrossguardError(
+                f"{shown} holds a {name}, not a masked language model; try 'bert-base-uncased' or 'embedded'"
             )
-    except Exception as problem:  # the readers of weights raise errors of many types
-        raise CrossguardError(_unreadable(path, where, "safetensors weights", problem)) from problem
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    unexpected = sorted(key for key in info["unexpected_keys"] if not re.search("pooler|seq_relationship", key))
-    if missing or unexpected:
-        first = f"{missing[0]!r} is missing or has a wrong shape" if missing else f"{unexpected[0]!r} has no place"
-        raise CrossguardError(
-            f"the weights in {shown} do not fit its config.json: {first} ({len(missing)} missing, "
-            f"{len(unexpected)} unexpected); save the model again with save_pretrained"
-        )
-    check_finite(model, shown)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except Exception as problem:
-        raise CrossguardError(_unreadable(path, where, "the files of its tokenizer", problem)) from problem
-    check_tokenizer(tokenizer, shown)
+        model, info = source.model(config, masked=True)
+        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        unexpected = sorted(key for key in info["unexpected_keys"] if not re.search("pooler|seq_relationship", key))
+        if missing or unexpected:
+            first = f"{missing[0]!r} is missing or has a wrong shape" if missing else f"{unexpected[0]!r} has no place"
+            raise CrossguardError(
+                f"the weights in {shown} do not fit its config.json: {first} ({len(missing)} missing, "
+                f"{len(unexpected)} unexpected); save the model again with save_pretrained"
+            )
+        tokenizer = source.tokenizer(config)
+        with source.naming("tokenizer"):
+            network = _network(model, config, tokenizer, shown)
+        with source.naming("config.json"):
+            sentences = network.encode(["a photo of a cat"], False)
+            network.read(sentences, 1, 0.0, False)
+    return network
+
+
+def _network(model: PreTrainedModel, config: Any, tokenizer: Any, shown: str) -> _Network:
     vocabulary = tokenizer.get_vocab()
     needed = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id)
     if None in needed or not any(piece.startswith("##") for piece in vocabulary):
@@ -492,22 +486,10 @@ def _place(path: str) -> tuple[str, str]:
         return str(EMBEDDED), "the embedded masked language model"
     folder = Path(located(path))
     if path and folder.is_dir():
-        check_weights(folder)
         return str(folder), f"the folder {path!r}"
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         raise CrossguardError(f"there is no folder {path!r} with a masked language model; try MaskedLM('embedded')")
     return path, repr(path)
-
-
-def _unreadable(path: str, where: str, what: str, problem: Exception) -> str:
-    reason = " ".join(str(problem).split())[:200]
-    if Path(where).is_dir():
-        return f"cannot read {what} of the masked language model in {path!r}: {reason}"
-    return (
-        f"{path!r} is neither a folder here nor a masked language model that the Hugging Face hub gives us: "
-        f"download it with 'hf download {path}' where there is a network, or pass the path of a folder with "
-        f"config.json, *.safetensors and the tokenizer, or 'embedded' ({reason})"
-    )
 
 
 def _id(number: object) -> int:

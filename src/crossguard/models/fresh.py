@@ -12,6 +12,7 @@ from crossguard.errors import CrossguardError
 from crossguard.files import digest
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.models.huggingface import TransformersEncoder
+from crossguard.pretrained import pretrained
 
 VOCABULARY = Path(__file__).parent.parent / "assets" / "masked_lm"
 
@@ -84,12 +85,8 @@ class Fresh(Checkpoint):
         folder = self._folder
         if not folder.is_dir():
             raise CrossguardError(f"there is no tokenizer folder {str(folder)!r}")
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # transformers raises many kinds; the user needs one sentence
-            raise CrossguardError(
-                f"the folder {str(folder)!r} holds no tokenizer that can be read; give one with tokenizer.json"
-            ) from error
+        with pretrained(str(folder), weights=False) as source:
+            tokenizer = source.tokenizer()
         image = transformers.ConvNextConfig(
             patch_size=self.patch,
             hidden_sizes=list(self.widths),
@@ -100,7 +97,7 @@ class Fresh(Checkpoint):
         )
         image.hidden_size = self.widths[-1]  # VisionTextDualEncoder asks its image tower for it
         text = transformers.BertConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1),
             hidden_size=self.text_width,
             num_hidden_layers=self.text_layers,
             num_attention_heads=self.text_width // 32,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossguard.checkpoints import check_finite, check_tokenizer, check_weights, content, located, quiet
+from crossguard.checkpoints import check_weights, content, located, quiet
 from crossguard.errors import CrossguardError
 from crossguard.files import share
-from crossguard.hub import ask_hub
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant
 from crossguard.models.packing import PrefixPacking
 from crossguard.models.splicing import Splice
 from crossguard.models.tokens import Tokens
+from crossguard.pretrained import pretrained
 from crossguard.shapes import Embeddings, Images
 from crossguard.words import Reads
 
+LARGEST_SIDE = 4096  # of the images that a network reads; the largest towers in use read some thousand
 _STRINGS = 256  # read at once: the states of many more fall out of the caches
 _PROBES = ("a photo of a cat", "two dogs", "red", "a", "the sky over the sea at night")  # no two of them alike
 
@@ -61,7 +63,8 @@ class TransformersEncoder(DualEncoder):
         self.preprocess = _preprocess(processor)
         self.padded = getattr(model.config, "model_type", "") in ("siglip", "siglip2")
         self.length = _context_length(model, tokenizer)
-        self.tokens = Tokens(tokenizer, self.length, self.padded)
+        rows = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[operator, union-attr]
+        self.tokens = Tokens(tokenizer, self.length, self.padded, rows if isinstance(rows, int) else None)
         self.packing = PrefixPacking(model) if PrefixPacking.knows(model) else None
         self.first = next(name for name, _ in model.named_parameters() if name.startswith("vis"))  # of the image tower
 
@@ -124,57 +127,32 @@ class TransformersEncoder(DualEncoder):
 
 def _load(path: str) -> DualEncoder:
     _check_source(path)
-    try:
-        with quiet():
-            try:
-                return _read(path, local=True)
-            except OSError:
-                if Path(path).is_dir():
-                    raise
-                ask_hub(path)
-                return _read(path, local=False)
-    except (CrossguardError, MemoryError):
-        raise
-    except Exception as error:  # transformers raises many kinds; the user needs one sentence
-        raise CrossguardError(_explain(path, error)) from error
-
-
-def _read(path: str, local: bool) -> DualEncoder:
-    """The checkpoint, from the disk alone if `local`."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=local)
-    model, info = transformers.AutoModel.from_pretrained(
-        path,
-        config=config,
-        use_safetensors=True,
-        output_loading_info=True,
-        dtype=torch.float32,
-        local_files_only=local,
-    )
-    kind = getattr(config, "model_type", type(model).__name__)
-    speaks = all(callable(getattr(model, name, None)) for name in ("get_image_features", "get_text_features"))
-    if speaks and kind in _STRANGE:
-        raise CrossguardError(f"{path} holds {_STRANGE[kind]}; give a CLIP or SigLIP checkpoint")
-    if not speaks or getattr(model, "logit_scale", None) is None:
-        raise CrossguardError(
-            f"{path} holds a {kind!r} model, which is no dual encoder; give a CLIP or SigLIP checkpoint"
-        )
-    missing = sorted(str(key) for key in info["missing_keys"])
-    if missing:
-        raise CrossguardError(
-            f"the weights in {path} lack {len(missing)} tensors of its architecture, e.g. {missing[0]!r}"
-        )
-    check_finite(model, path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
-    check_tokenizer(tokenizer, path)
-    processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=local)
-    encoder = TransformersEncoder(model, tokenizer, processor).eval()
-    _check_preprocess(encoder.preprocess, processor, path)
-    with torch.no_grad():
-        _check_reading(encoder, path)
-        _check_seeing(encoder, path)
-    return encoder
+    with pretrained(path, images=True) as source:
+        config = source.config()
+        model, info = source.model(config)
+        kind = getattr(config, "model_type", type(model).__name__)
+        speaks = all(callable(getattr(model, name, None)) for name in ("get_image_features", "get_text_features"))
+        if speaks and kind in _STRANGE:
+            raise CrossguardError(f"{path} holds {_STRANGE[kind]}; give a CLIP or SigLIP checkpoint")
+        if not speaks or getattr(model, "logit_scale", None) is None:
+            raise CrossguardError(
+                f"{path} holds a {kind!r} model, which is no dual encoder; give a CLIP or SigLIP checkpoint"
+            )
+        missing = sorted(str(key) for key in info["missing_keys"])
+        if missing:
+            raise CrossguardError(
+                f"the weights in {path} lack {len(missing)} tensors of its architecture, e.g. {missing[0]!r}"
+            )
+        tokenizer = source.tokenizer(config)
+        processor = source.image_processor(config)
+        with source.naming("preprocessor_config.json"):
+            _check_preprocess(_preprocess(processor, f"{path}/preprocessor_config.json"), processor, path)
+        with source.naming("config.json"), torch.no_grad():
+            encoder = TransformersEncoder(model, tokenizer, processor).eval()
+            _check_words(encoder, path)
+            _check_reading(encoder, path)
+            _check_seeing(encoder, path)
+        return encoder
 
 
 def _check_source(path: str) -> None:
@@ -192,13 +170,6 @@ def _check_source(path: str) -> None:
         check_weights(here)
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise CrossguardError(f"there is no folder {path!r}; give the folder of a checkpoint or a hub id")
-
-
-def _explain(path: str, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "size mismatch" in text or "mismatched" in text:
-        return f"the weights in {path} have other shapes than its config.json says; fetch both from one place"
-    return f"the checkpoint in {path} cannot be read: {text[:200]}"
 
 
 def _features(output: Any) -> Embeddings:
@@ -232,6 +203,19 @@ def _check_reading(encoder: TransformersEncoder, path: str) -> None:
         raise CrossguardError(
             f"the text tower of {path} gives all texts the same embedding, so it reads nothing; fetch the weights, the "
             "tokenizer and config.json from one place"
+        )
+
+
+def _check_words(encoder: TransformersEncoder, path: str) -> None:
+    """Raises where the tokenizer writes words that the tower has no embedding for, as that of a larger model does.
+    Tokens that were added to it may have none: texts seldom hold them, and `Tokens` looks."""
+    rows, added = encoder.tokens.rows, encoder.tokenizer.get_added_vocab()
+    words = {word: number for word, number in encoder.tokenizer.get_vocab().items() if word not in added}
+    highest = max(words, key=words.__getitem__, default="")
+    if highest and rows is not None and words[highest] >= rows:
+        raise CrossguardError(
+            f"the tokenizer of {path} writes {highest!r:.40} as number {words[highest]:,}, and its text tower has "
+            f"{rows:,} embeddings; fetch the tokenizer and config.json from one place"
         )
 
 
@@ -270,26 +254,41 @@ _STRANGE = {
 }
 
 
-def _preprocess(processor: Any) -> Preprocess:
+def _preprocess(processor: Any, name: str = "the image processor") -> Preprocess:
     size, crop = processor.size, getattr(processor, "crop_size", None)
-    mean, std = (tuple(float(value) for value in values) for values in (processor.image_mean, processor.image_std))
-    if not getattr(processor, "do_normalize", True):
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if getattr(processor, "do_normalize", True):
+        mean, std = (_three(getattr(processor, part), f"{name} has an {part}") for part in ("image_mean", "image_std"))
+    if min(std) <= 0.0:
+        raise CrossguardError(f"{name} has an image_std of {std}; give three positive numbers")
     modes = {2: "bilinear", 3: "bicubic"}
     resample = int(processor.resample)
     if resample not in modes:
         raise CrossguardError(
-            f"the image processor resizes with Pillow filter {resample}; only bilinear (2) and bicubic (3) are known"
+            f"{name} resizes with Pillow filter {resample}; only bilinear (2) and bicubic (3) are known"
         )
     short = size.get("shortest_edge")
-    if short is not None:
-        crop = (
-            crop
-            if getattr(processor, "do_center_crop", True) and crop is not None
-            else {"height": short, "width": short}
-        )
-        return Preprocess(int(crop["height"]), int(crop["width"]), int(short), mean, std, modes[resample])  # type: ignore[arg-type]
-    return Preprocess(int(size["height"]), int(size["width"]), None, mean, std, modes[resample])  # type: ignore[arg-type]
+    if short is None:
+        return Preprocess(_side(size, "height", name), _side(size, "width", name), None, mean, std, modes[resample])
+    cropped = getattr(processor, "do_center_crop", True) and crop is not None
+    height, width = (
+        _side(crop, side, name) if cropped else _side(size, "shortest_edge", name) for side in ("height", "width")
+    )
+    return Preprocess(height, width, _side(size, "shortest_edge", name), mean, std, modes[resample])
+
+
+def _three(values: Any, what: str) -> tuple[float, float, float]:
+    found = tuple(float(value) for value in values)
+    if len(found) != 3 or not all(math.isfinite(value) for value in found):
+        raise CrossguardError(f"{what} of {found!s:.60}; give three finite numbers")
+    return found  # type: ignore[return-value]
+
+
+def _side(size: Any, part: str, name: str) -> int:
+    side = size[part]
+    if not isinstance(side, int | float) or not 1 <= side <= LARGEST_SIDE:
+        raise CrossguardError(f"{name} makes images with a {part} of {side!r:.40} pixels; give 1 to {LARGEST_SIDE}")
+    return int(side)
 
 
 def _check_preprocess(preprocess: Preprocess, processor: Any, path: str) -> None:

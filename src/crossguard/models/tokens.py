@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossguard.checkpoints import quiet
+from crossguard.errors import CrossguardError
 
 # What tokenizers disagree about: case, accents, runs of spaces, signs, emoji, special tokens, and nothing at all.
 _PROBES = ("a photo of a cat", "", "  Two  spaces,Naïve 😀!", "<|endoftext|> [SEP] </s>", "word " * 200)
@@ -30,10 +31,11 @@ class Tokens:
         tokenizer: of `transformers`.
         length: the most tokens of a string.
         padded: whether strings are padded to this length, and not to the longest of them.
+        rows: how many tokens the tower has an embedding for, if that is known.
     """
 
-    def __init__(self, tokenizer: Any, length: int, padded: bool) -> None:
-        self.tokenizer, self.length, self.padded = tokenizer, length, padded
+    def __init__(self, tokenizer: Any, length: int, padded: bool, rows: int | None = None) -> None:
+        self.tokenizer, self.length, self.padded, self.rows = tokenizer, length, padded, rows
         self.direct: bool | None = None  # whether the backend gives the same; None: not tried yet
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -41,7 +43,15 @@ class Tokens:
         with _turn:
             if self.direct is None:
                 self.direct = self._agrees()
-            return self._direct(texts) if self.direct and texts else self._stock(texts)
+            ids, mask = self._direct(texts) if self.direct and texts else self._stock(texts)
+        if self.rows is not None and ids.numel() and int(ids.max()) >= self.rows:
+            highest = int(ids.max())
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise CrossguardError(
+                f"the tokenizer writes {token!r:.40} as number {highest:,}, and the text tower has {self.rows:,} "
+                "embeddings; leave it out of the texts, or fetch tokenizer and config.json from one place"
+            )
+        return ids, mask
 
     def bare(self, words: str) -> Tensor:
         """The ids of these words alone, without special tokens."""
