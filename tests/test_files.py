@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossguard import HuggingFace, files
+from crossguard import HuggingFace, checkpoints, files
 from crossguard.files import WriteError
 from fixtures import save_clip, save_tokenizer, small
 
@@ -47,6 +51,23 @@ def test_a_checkpoint_is_written_by_whoever_saves_it(tmp_path: Path, monkeypatch
     assert "should_save_on_this_rank" not in vars(network.model)
 
 
+def test_a_checkpoint_is_the_same_however_it_was_used(tmp_path: Path) -> None:
+    network, one, two = HuggingFace(str(save_clip(tmp_path / "clip"))).load(), tmp_path / "one", tmp_path / "two"
+    network.save(one)
+    network.encode_text(["a", "two words"])
+    two.mkdir()
+    for name in ("model-00001-of-00002.safetensors", "training.safetensors", "old.safetensors"):
+        (two / name).write_bytes(b"of an earlier one")
+    weights = {"a": "old.safetensors", "b": "model-00001-of-00002.safetensors"}
+    (two / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    assert {file.name for file in checkpoints.weights(two)} == {"old.safetensors", "model-00001-of-00002.safetensors"}
+    network.save(two)
+    assert HuggingFace(str(one)).fingerprint == HuggingFace(str(two)).fingerprint
+    left = {path.name: path.read_bytes() for path in two.iterdir()}
+    assert left.pop("training.safetensors") == b"of an earlier one", "it is not the model's"
+    assert left == {path.name: path.read_bytes() for path in one.iterdir()}
+
+
 def test_tensors_come_back_with_what_was_said_of_them(tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -69,6 +90,107 @@ def test_what_goes_wrong_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
     assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["x"]
     with pytest.raises(WriteError, match="cannot be written: file exists"):
         files.write(path / "below", "new")
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    mine, here = os.getpid(), files._here()
+    gone = [f".{name}{here}-{number}.0123abcd.tmp" for name in ("", "x.", "a b.") for number in (process.pid, mine)]
+    gone.append(".old.00000000-1.0123abcd.tmp")
+    stay = [
+        f".x.{here}-{os.getppid()}.0123abcd.tmp",
+        ".new.00000000-1.0123abcd.tmp",
+        ".notes.tmp",
+        "x.tmp",
+        ".x.12.tmp",
+    ]
+    folder = gone.pop(0)
+
+    def litter() -> None:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / ".tmpAbC").write_text("of a library")
+        for name in (*gone, *stay):
+            (tmp_path / name).write_text("half")
+        os.utime(tmp_path / gone[-1], (0, 0))
+
+    litter()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis").write_text("mine")
+    (tmp_path / f".x.{here}-{process.pid}.11111111.tmp").symlink_to(tmp_path / "elsewhere")
+    with files.writing(tmp_path / "x") as temporary:  # what is written at the moment is no leftover
+        files.check_writable(tmp_path)
+        temporary.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {*stay, "x", "elsewhere"}
+    assert (tmp_path / "x").read_text() == "whole" and (tmp_path / "elsewhere" / "thesis").exists()
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    (deep / gone[0]).write_text("half")
+    files.write(deep / "y", "")
+    assert [path.name for path in deep.iterdir()] == ["y"], "who writes first tidies"
+
+
+def test_files_of_a_stage_take_their_places(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with files.staging(tmp_path) as stage:
+        for name in "ab":
+            (stage / name).write_text("new")
+        assert (tmp_path / "a").read_text() == "old"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new"}
+    files.write(tmp_path / ("n" * 200), "a long name")
+
+
+def test_what_is_added_goes_into_the_file_itself(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WriteError, match="link cannot be written"):
+        files.append(tmp_path / "link", "yours")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+    with pytest.raises(WriteError, match="new cannot be written: no such file"):
+        files.append(tmp_path / "new", "a", make=False)
+    for text in ("a\n", "é\n"):
+        files.append(tmp_path / "new", text)
+    assert (tmp_path / "new").read_text() == "a\né\n"
+
+
+def test_a_folder_is_owned_by_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = list[str]()
+
+    def second() -> None:
+        with files.owned(tmp_path, "writes"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with files.owned(tmp_path, "writes"):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert f"crossguard: waiting for another process that writes in {tmp_path}\n" == capsys.readouterr().err
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WriteError, match=r"\.lock cannot be locked: "), files.owned(tmp_path, "writes"):
+        pass
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_log_that_cannot_be_written_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    log, handler = logging.Logger("full"), files.LogFile(Path("/dev/full"))
+    log.addHandler(handler)
+    log.warning("a line")
+    handler.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_errors_of_tokenizers_are_errors_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match="x cannot be written: No space left"), files.writing(tmp_path / "x"):
+        raise Exception("No space left on device (os error 28)")
+    with pytest.raises(RuntimeError), files.writing(tmp_path / "x"):
+        raise RuntimeError("a mistake of our own")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_errors_of_safetensors_are_errors_of_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

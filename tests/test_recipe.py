@@ -425,6 +425,119 @@ def _stock(base: Fresh, folder: Path) -> Path:
     return folder
 
 
+# --- Finished ---
+
+SHORT = FTStandard(steps=3, batch=8, save_every=1000, optimizer=SGD(lr=0.1))
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that were taken."""
+    found, take = list[int](), Learner.take
+    monkeypatch.setattr(Learner, "take", lambda self, step: (found.append(step), take(self, step))[1])
+    return found
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_a_finished_training_is_whole_or_made_again(
+    base: Fresh, tmp_path: Path, taken: list[int], capsys: pytest.CaptureFixture[str], state: bool
+) -> None:
+    out, saved = tmp_path / "out", tmp_path / "training.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crossguard.defenses.run._clean", lambda folder: shutil.copy(folder / saved.name, saved))
+        SHORT.fit(base, Blots(), out)
+    record, written = (json.loads((out / "crossguard.json").read_text()), (out / "model.safetensors").read_bytes())
+    before = HuggingFace(str(out)).fingerprint
+    stray = out / ".model.safetensors.00000000-1.00000000.tmp"
+    stray.write_bytes(b"half")
+    os.utime(stray, (0, 0))
+    SHORT.fit(base, Blots(), out)
+    assert taken == [0, 1, 2], "it was finished"
+    assert not (out / "training.safetensors").exists() and not stray.exists(), "a kill had left them"
+    assert HuggingFace(str(out)).fingerprint == before
+    other = out / "tokenizer.json"
+    for damage, said in (
+        (b"", "empty"),
+        (None, "missing"),
+        (b"x" + written[1:], "another file"),
+        (b"short", "another"),
+    ):
+        if state:
+            shutil.copy(saved, out)
+        path = out / "model.safetensors"
+        path.unlink() if damage is None else path.write_bytes(damage)
+        if state:
+            SHORT.fit(base, Blots(), out)
+            assert f"(model.safetensors is {said}" in capsys.readouterr().err
+            assert path.read_bytes() == written and taken == [0, 1, 2], "no step was taken again"
+            again = json.loads((out / "crossguard.json").read_text())
+            assert again["loss"] == record["loss"] and again["weights"] == record["weights"]
+            assert HuggingFace(str(out)).fingerprint == before
+        else:
+            told = refused(lambda: SHORT.fit(base, Blots(), out))
+            assert f"(model.safetensors is {said}" in told and "delete the folder to train again" in told
+        path.write_bytes(written)
+    assert other.exists() and SHORT.fit(base, Blots(), out) == HuggingFace(str(out))
+    (out / "crossguard.json").write_text(json.dumps(record | {"weights": {"model.safetensors": 3}}))
+    assert "crossguard.json is damaged" in refused(lambda: SHORT.fit(base, Blots(), out))
+
+
+def full(*_: Any, **__: Any) -> None:
+    from safetensors import SafetensorError
+
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_at_the_end_loses_no_step(base: Fresh, tmp_path: Path, taken: list[int]) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", full)
+        assert "cannot be written: Error while serializing: I/O error: No space left" in refused(
+            lambda: SHORT.fit(base, Blots(), out)
+        )
+    assert not any(path.suffix == ".tmp" or path.name.startswith("model") for path in out.iterdir())
+    SHORT.fit(base, Blots(), out)
+    assert taken == [0, 1, 2]
+    with pytest.MonkeyPatch.context() as patch:  # no room for the state, which is larger than the model
+        patch.setattr("safetensors.torch.save_file", full)
+        SHORT.fit(base, Blots(), whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        patch.setattr("transformers.modeling_utils.safe_save_file", full)
+        assert "training.safetensors cannot be written" in refused(lambda: SHORT.fit(base, Blots(), tmp_path / "none"))
+
+
+def test_a_folder_that_is_removed_meanwhile_is_one_sentence(
+    base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, take = tmp_path / "out", Learner.take
+
+    def removing(self: Learner, step: int) -> dict[str, float]:
+        if step == 1:
+            shutil.rmtree(out)
+        return take(self, step)
+
+    monkeypatch.setattr(Learner, "take", removing)
+    assert refused(lambda: SHORT.fit(base, Blots(), out)).endswith("was removed while its training ran")
+    assert not out.exists() and "Traceback" not in capsys.readouterr().err
+
+
+def test_scalars_are_there_for_tensorboard(base: Fresh, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    SHORT.fit(base, Blots(), tmp_path)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    found = {
+        (value.tag, event.step): value.tensor.float_val[0]
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
+    assert {step for _, step in found} == {1, 2, 3}
+    record = json.loads((tmp_path / "crossguard.json").read_text())
+    assert found["loss", 3] == pytest.approx(record["loss"]) and found["loss", 1] > 0.0
+
+
 # --- Stopped by a signal ---
 
 
@@ -456,11 +569,11 @@ def test_a_signal_waits_for_the_step_and_saves_it(
     assert equal(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0, [1, 2, 3]), (25, [3]), (1000, [])])
+@pytest.mark.parametrize(("seconds", "expected"), [(0, [1, 2, 3, 4]), (25, [3, 4]), (1000, [4])])
 def test_a_training_is_saved_by_the_watch(
     base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, expected: list[int]
 ) -> None:
-    """Steps of ten seconds; saving itself takes no time."""
+    """Steps of ten seconds; saving itself takes no time. The last step is saved whatever the watch says."""
     now, saved = [0.0], list[int]()
     take = Learner.take
 

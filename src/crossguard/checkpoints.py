@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _PARTS = ("config.json", "vocab", "merges", "tokenizer", "added_tokens", "special_tokens", "preproc", "processor")
-_KINDS = (".safetensors", ".model")
 _WEIGHTS = "model.safetensors"
 _INDEX = ".safetensors.index.json"
 
@@ -34,6 +33,15 @@ def located(path: str) -> str:
         return path
 
 
+def weights(folder: Path) -> list[Path]:
+    """The files of a checkpoint's weights; none where they are not all there. What else lies in the folder, such as the
+    state of a training, is no part of the model."""
+    try:
+        return shards(folder)
+    except CrossguardError:  # loading says why
+        return []
+
+
 def parts(folder: Path) -> list[Path]:
     """The files of a checkpoint that its answers depend on. Nothing else of a folder is read.
 
@@ -43,9 +51,9 @@ def parts(folder: Path) -> list[Path]:
     found = (
         file
         for file in folder.glob("*")
-        if file.name.startswith(_PARTS) or file.suffix in _KINDS or file.name.endswith(_INDEX)
+        if file.name.startswith(_PARTS) or file.suffix == ".model" or file.name.endswith(_INDEX)
     )
-    return [_inside(file, folder) for file in sorted(found) if file.is_file()]
+    return [_inside(file, folder) for file in sorted({*found, *weights(folder)}) if file.is_file()]
 
 
 def _inside(file: Path, folder: Path) -> Path:
@@ -66,7 +74,7 @@ def content(path: str) -> str:
     processor, or the revision of a hub id; empty where nothing is there yet."""
     folder = Path(located(path))
     if folder.is_dir():
-        return digest(parts(folder)) if any(folder.glob("*.safetensors")) else ""
+        return digest(parts(folder)) if weights(folder) else ""
     return revision(path)
 
 

@@ -235,6 +235,7 @@ class Experiment:
         group = joined()
         check_folder(out)
         cells = self.cells()
+        files.check_writable(out)
         files.check_writable(out / ".locks")
         if group.first:
             files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
@@ -534,10 +535,7 @@ def _number(path: Path, name: str, value: object, least: int) -> int:
 def _logging(path: Path) -> Iterator[logging.Logger]:
     """A logger that appends to a file while the run lasts."""
     log = logging.getLogger("crossguard.experiment")
-    try:
-        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise CrossguardError(f"{path} cannot be written: {files.reason(error)}") from error
+    handler = files.LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     level, propagate = log.level, log.propagate
     log.addHandler(handler)

@@ -9,30 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
+import secrets
 import signal
-import sys
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from crossguard.attacks.candidates import doubts
-from crossguard.checkpoints import check_finite
+from crossguard.checkpoints import check_finite, weights
 from crossguard.data import Dataset
 from crossguard.defenses.feed import Feed
 from crossguard.defenses.plan import Plan
 from crossguard.defenses.step import Learner
 from crossguard.device import chosen, exact
-from crossguard.errors import CrossguardError
-from crossguard.files import WriteError, check_writable, reason, write, writing
+from crossguard.errors import CrossguardError, say
+from crossguard.files import LOCK, LogFile, WriteError, hashed, owned, reason, save_tensors, tidy, write
 from crossguard.models.base import Checkpoint
 from crossguard.models.huggingface import HuggingFace
 from crossguard.processes import Processes
@@ -40,6 +41,7 @@ from crossguard.words import contents, show
 
 _STATE, _RECORD = "training.safetensors", "crossguard.json"
 _ALIKE = 64  # captions that are compared with each other before the first step
+_FLUSHED = 20.0  # seconds after which TensorBoard's file is brought up to date
 _SHARE_OF_SAVING = 20  # a save may take one part in so many of the time
 
 
@@ -86,6 +88,7 @@ class Run:
         self.learner = Learner(recipe, model.load().to(device), self.feed, group)
         self.notes = self._doubts() if group.first else []
         self.seconds, self.loss = 0.0, 0.0
+        self.place = _identity(folder)
 
     @property
     def total(self) -> int:
@@ -113,14 +116,15 @@ class Run:
             _board(self.folder, main, start) as board,
         ):
             taken = self._steps(start, signals, log, shown, board)
+            if taken == self.total:
+                with group.together():
+                    if main:
+                        self._finish(log, start)
         if taken < self.total:
             if main:
                 self._note(log, f"stopped after step {taken} of {self.total}; the same training goes on from there")
             _let_go(signals)
             raise KeyboardInterrupt
-        with group.together():
-            if main:
-                self._finish(log)
         _let_go(signals)
 
     def _steps(self, start: int, signals: list[int], log: logging.Logger, shown: Any, board: Any) -> int:
@@ -133,8 +137,11 @@ class Run:
             now = time.monotonic()
             self.seconds = before + now - began
             due = now - saved >= max(self.recipe.save_every, _SHARE_OF_SAVING * cost)
-            wishes = group.gather((bool(signals), due))
-            stopped = any(wish for wish, _ in wishes)
+            gone = main and _identity(self.folder) != self.place
+            wishes = group.gather((bool(signals), due, gone))
+            if wishes[0][2]:  # saving would make another folder
+                raise WriteError(f"{self.folder} was removed while its training ran")
+            stopped = any(wish for wish, *_ in wishes)
             if step > start and (stopped or wishes[0][1]):  # the first one's watch counts
                 with group.together():
                     if main:
@@ -164,7 +171,7 @@ class Run:
 
     def _note(self, log: logging.Logger, note: str) -> None:
         log.warning("%s", note)
-        _say(note)
+        say(note)
 
     def _doubts(self) -> list[str]:
         """What is to be feared of the result, each a sentence with its remedy.
@@ -204,8 +211,6 @@ class Run:
 
     def save(self, step: int) -> None:
         """Writes what the run needs to go on after that many steps."""
-        from safetensors.torch import save_file
-
         tensors = {f"model.{name}": tensor for name, tensor in self.learner.network.state_dict().items()}
         for number, state in self.learner.optimizer.state_dict()["state"].items():
             for name, value in state.items():
@@ -220,11 +225,11 @@ class Run:
         meta = {
             "step": str(step),
             "seconds": str(self.seconds),
+            "loss": repr(self.loss),
             "question": json.dumps(self.question, sort_keys=True),
             "notes": json.dumps(self.notes),
         }
-        with writing(self.folder / _STATE) as path:
-            save_file(tensors, path, meta)
+        save_tensors(self.folder / _STATE, tensors, meta)
 
     def _restore(self) -> int:
         """Goes back to where the folder's run last saved; the number of steps that were taken."""
@@ -234,7 +239,7 @@ class Run:
         meta, tensors = _read_state(path, self.feed.device)
         try:
             question, step, seconds = json.loads(meta["question"]), int(meta["step"]), float(meta["seconds"])
-            noted = json.loads(meta.get("notes", "[]"))
+            noted, loss = json.loads(meta.get("notes", "[]")), float(meta.get("loss", "0.0"))
         except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
         if question != self.question:
@@ -251,14 +256,24 @@ class Run:
                 state.setdefault(int(number), {})[part] = tensor
         groups = self.learner.optimizer.state_dict()["param_groups"]
         self.learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.seconds = seconds
+        self.seconds, self.loss = seconds, loss
         self.notes = list(dict.fromkeys([*self.notes, *noted]))
         return step
 
-    def _finish(self, log: logging.Logger) -> None:
-        network = self.learner.network
+    def _finish(self, log: logging.Logger, start: int) -> None:
+        """Writes the result. The state after the last step is saved before, so that whatever happens meanwhile, no step
+        need be taken again."""
+        network, full = self.learner.network, None
         check_finite(network, "the trained model")
-        network.save(self.folder)
+        if start < self.total:
+            try:
+                self.save(self.total)
+            except WriteError as error:  # the model is a third of the state, and there may be room for it
+                full = error
+        try:
+            network.save(self.folder)
+        except WriteError as error:
+            raise full or error from error
         write(self.folder / "README.md", _card(self))
         record = {
             **self.question,
@@ -268,10 +283,13 @@ class Run:
             "processes": self.group.world,
             "notes": self.notes,
             "versions": _versions(),
+            "weights": {
+                file.name: {"bytes": file.stat().st_size, "sha256": hashed(file)} for file in weights(self.folder)
+            },
         }
         # Written last: this file says that everything else is there.
         write(self.folder / _RECORD, json.dumps(record, indent=1))
-        (self.folder / _STATE).unlink(missing_ok=True)
+        _clean(self.folder)
         log.info("finished after %.1f seconds", self.seconds)
 
 
@@ -294,10 +312,10 @@ def _finished(folder: Path, question: dict[str, str]) -> bool:
         raise CrossguardError(_other_run(folder))
     old, new = before.get("contents", ""), question.get("contents", "")
     if old == new:
-        return finished
+        return finished and _is_whole(folder)
     names = sorted({part.partition(":")[0] for part in set(old.split()) ^ set(new.split())})
     aside = _put_aside(folder, before)
-    _say(
+    say(
         f"what {' and '.join(names)} reads has changed since the training in {folder}; that one is now in {aside}, and "
         "training starts anew"
     )
@@ -309,19 +327,80 @@ def _run_in(folder: Path) -> tuple[dict[str, str] | None, bool]:
     path = folder / _RECORD
     if path.exists():
         try:
-            record = json.loads(path.read_text())
-            return {name: record[name] for name in ("recipe", "model", "data")} | (
-                {"contents": record["contents"]} if "contents" in record else {}
+            record = json.loads(path.read_bytes())
+            return {name: str(record[name]) for name in ("recipe", "model", "data")} | (
+                {"contents": str(record["contents"])} if "contents" in record else {}
             ), True
-        except (ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise CrossguardError(f"{path} cannot be read: {reason(error)}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CrossguardError(f"{path} is damaged; delete the folder to train again") from error
     path = folder / _STATE
     if not path.exists():
         return None, False
     try:
         return dict(json.loads(_read_meta(path)["question"])), False
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the weights of a finished training are those that it wrote; what it needed to get there is removed then.
+    Where the weights are others, but the state of the training is there still, they are made again from it.
+
+    Raises:
+        CrossguardError: the weights are others, and the training is gone.
+    """
+    path = folder / _RECORD
+    try:
+        noted = json.loads(path.read_bytes()).get("weights", {})
+        told = {str(name): (int(one["bytes"]), str(one["sha256"])) for name, one in noted.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CrossguardError(f"{path} is damaged; delete the folder to train again") from error
+    found = {file.name: file for file in weights(folder)}
+    wrong: list[str] = []
+    for name in sorted(told.keys() | found.keys()):
+        file = found.get(name)
+        size = 0 if file is None else file.stat().st_size
+        if file is None:
+            wrong.append(f"{name} is missing")
+        elif size == 0:
+            wrong.append(f"{name} is empty")
+        elif name in told and told[name] != (size, hashed(file)):
+            wrong.append(f"{name} is another file")
+    if found and not wrong:
+        _clean(folder)
+        return True
+    wrong = wrong or ["there are none"]
+    if not (folder / _STATE).exists():
+        raise CrossguardError(
+            f"the weights in {folder} are not those that its training wrote ({wrong[0]}); put them back, or delete the "
+            "folder to train again"
+        )
+    say(f"the weights in {folder} are not those that its training wrote ({wrong[0]}); they are made again")
+    try:
+        path.unlink()
+    except OSError as error:
+        raise WriteError(f"{path} cannot be replaced: {reason(error)}") from error
+    return False
+
+
+def _clean(folder: Path) -> None:
+    """Removes what a finished training needs no more."""
+    try:
+        (folder / _STATE).unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"{folder / _STATE} cannot be removed: {reason(error)}") from error
+    tidy(folder)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _put_aside(folder: Path, question: dict[str, str]) -> Path:
@@ -371,23 +450,17 @@ def _other_run(folder: Path) -> str:
 def _owned(folder: Path) -> Iterator[None]:
     """One training run a folder at a time; a second one waits."""
     made = not folder.exists()
-    check_writable(folder)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _say(f"waiting for another process that trains in {folder}")
-        lock.acquire()
-    try:
-        yield
-    except CrossguardError:
-        if made and {path.name for path in folder.iterdir()} <= {".lock", "log.txt"}:  # refused before the first step
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
-        raise
-    finally:
-        lock.release()
+    with owned(folder, "trains"):
+        try:
+            yield
+        except CrossguardError:
+            with suppress(OSError):
+                there = list(folder.iterdir())
+                if made and {path.name for path in there} <= {LOCK, "log.txt"}:  # refused before the first step
+                    for path in there:
+                        path.unlink()
+                    folder.rmdir()
+            raise
 
 
 @contextmanager
@@ -421,11 +494,6 @@ def _let_go(signals: list[int]) -> None:
         signal.raise_signal(number)
 
 
-def _say(note: str) -> None:
-    """Tells whoever started the training."""
-    print(f"crossguard: {note}", file=sys.stderr)
-
-
 def _logger(folder: Path) -> logging.Logger:
     log = logging.getLogger(f"crossguard.training.{folder.resolve()}")
     log.setLevel(logging.INFO)
@@ -433,7 +501,7 @@ def _logger(folder: Path) -> logging.Logger:
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    handler = logging.FileHandler(folder / "log.txt")
+    handler = LogFile(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     return log
@@ -445,10 +513,58 @@ def _board(folder: Path, main: bool, start: int) -> Iterator[Any]:
     if not main:
         yield None
         return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None) as board:
+    with closing(_Board(folder / "tensorboard", start)) as board:
         yield board
+
+
+class _Board:
+    """A file of scalars for TensorBoard. The writer that comes with it has a thread of its own, which prints a
+    traceback where its folder is gone or the disk is full; here, what cannot be written is left out.
+
+    Args:
+        start: how many steps were taken before; what another run wrote of later ones is shown no more.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        events: Any = event_pb2  # their classes are made when they are imported, which no type checker sees
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
+        self._file = self._records = None
+        self._flushed = time.time()
+        try:
+            folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+            self._file = (folder / name).open("wb")
+        except OSError:
+            return
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if start:
+            log = events.SessionLog(status=events.SessionLog.START)
+            self._write(step=start + 1, session_log=log)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=name, simple_value=value)]))
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        if self._file is None or self._records is None:
+            return
+        try:
+            self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+            if time.time() - self._flushed > _FLUSHED:
+                self._file.flush()
+                self._flushed = time.time()
+        except OSError:
+            self.close()
+            self._file = None
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossguard.checkpoints import check_weights, content, located, quiet
+from crossguard.checkpoints import check_weights, content, located, quiet, weights
 from crossguard.errors import CrossguardError
-from crossguard.files import share
+from crossguard.files import WriteError, reason, staging
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant
 from crossguard.models.packing import PrefixPacking
 from crossguard.models.splicing import Splice
@@ -112,17 +112,24 @@ class TransformersEncoder(DualEncoder):
         return towers
 
     def save(self, folder: Path) -> None:
+        """Writes the checkpoint, each file as a whole; weights of an earlier one that have other names go."""
+        before = [*weights(folder), *folder.glob("*.safetensors.index.json")]
         # In a group of processes transformers writes nothing but on the first; here whoever is asked shall write.
         self.model.should_save_on_this_rank = lambda is_main_process: is_main_process
         try:
-            with quiet():
-                self.model.save_pretrained(folder, safe_serialization=True)
-                self.tokenizer.save_pretrained(folder)
-                self.processor.save_pretrained(folder)
+            with quiet(), staging(folder) as stage:
+                self.model.save_pretrained(stage, safe_serialization=True)
+                self.tokens.save(stage)
+                self.processor.save_pretrained(stage)
+                written = {file.name for file in stage.iterdir()}
         finally:
             del self.model.should_save_on_this_rank
-        for path in folder.glob("*.safetensors"):
-            share(path)
+        for file in before:
+            if file.name not in written:
+                try:
+                    file.unlink()
+                except OSError as error:
+                    raise WriteError(f"{file} cannot be removed: {reason(error)}") from error
 
 
 def _load(path: str) -> DualEncoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,15 @@ class Tokens:
         with _turn, quiet():
             whole = self.tokenizer(list(texts), truncation=False)["input_ids"]
         return sum(len(tokens) > self.length for tokens in whole)
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer. Its file would tell how it was asked last, to cut and to pad, and so be another one
+        after each use; it is written as if nobody had asked yet."""
+        with _turn:
+            if getattr(self.tokenizer, "is_fast", False):
+                self.tokenizer.backend_tokenizer.no_truncation()
+                self.tokenizer.backend_tokenizer.no_padding()
+            self.tokenizer.save_pretrained(folder)
 
     def _stock(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokens = self.tokenizer(
