@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from crossguard.models import views
@@ -305,6 +306,43 @@ def test_half_of_mac_s_views_have_each_change(monkeypatch: pytest.MonkeyPatch) -
     assert float(noisy.float().mean()) == pytest.approx(0.5, abs=0.04)
     assert 0.35 < float(jittered[~noisy].float().mean()) < 0.5  # some factors are close to 1
     assert float(made.std((2, 3)).max()) < 0.03
+
+
+def test_filters_are_pillow_s_within_and_torch_s_at_the_border() -> None:
+    images = pictures(2, 12, 9)
+    found = views.median(floats(images), 5)
+    for image, one in zip(images, found, strict=True):
+        assert torch.allclose(one, tensor(pillow(image).filter(ImageFilter.MedianFilter(5))), atol=1e-6)
+    boxed = views.box_blur(floats(images), 5)
+    mean = floats(images)[:, :, 3:8, 2:7].mean((2, 3))
+    assert torch.allclose(boxed[:, :, 5, 4], mean, atol=1e-6)
+    corner = F.pad(floats(images), (2,) * 4, mode="reflect")[:, :, :5, :5].mean((2, 3))
+    assert torch.allclose(boxed[:, :, 0, 0], corner, atol=1e-6)
+
+
+def test_jpeg_is_the_codec_s_with_the_gradient_of_the_identity() -> None:
+    images = smooth(3, 24, 32)
+    pixels = floats(images).requires_grad_(True)
+    found = views.jpeg(pixels, 75)
+    for image, one in zip(images, found, strict=True):
+        with io.BytesIO() as file:
+            pillow(image).save(file, format="JPEG", quality=75)
+            assert torch.equal(one.detach(), tensor(Image.open(file)))
+    assert 0.5 / 255 < float((found - pixels).abs().mean()) < 5 / 255
+    (slope,) = torch.autograd.grad(found.sum(), pixels)
+    assert torch.equal(slope, torch.ones_like(pixels))
+
+
+def test_tpt_s_views_are_the_image_and_crops_of_it() -> None:
+    images = floats(pictures(3, 16, 16))
+    found = views.tpt_views(images, KEYS[:3], 4, mixed=False)
+    assert found.shape == (3, 4, 3, 16, 16) and torch.equal(found[:, 0], images)
+    many, own = views.repeated(images, KEYS[:3], 3)
+    expected = views.random_flip(views.random_resized_crop(many, fold(own, 1)), fold(own, 2))
+    assert torch.equal(found[:, 1:].flatten(0, 1), expected)
+    mixed = views.tpt_views(images, KEYS[:3], 4)[:, 1:].flatten(0, 1)
+    assert torch.equal(mixed, views.augmix(expected, fold(own, 3)))
+    assert torch.equal(views.tpt_views(images, KEYS[:3], 1)[:, 0], images)
 
 
 def test_low_pass_keeps_slow_waves_alone() -> None:

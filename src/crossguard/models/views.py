@@ -7,12 +7,15 @@ a few levels, equalizing), it is that of the identity.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from crossguard.seeds import fold, uniform
@@ -20,7 +23,8 @@ from crossguard.seeds import normal as normal_noise
 from crossguard.shapes import Images, Mask, PerImage, Seeds
 
 Affine = Float[Tensor, "n 2 3"]  # where a pixel of the new image is taken from: (x, y) = A (x', y', 1), in pixels
-Views = Float[Tensor, "views 3 h w"]
+OfImage = Float[Tensor, "n v 3 h w"]  # several views of each image
+Views = Float[Tensor, "views 3 h w"]  # the same in one row
 ViewKeys = Int[Tensor, " views"]
 Boxes = Float[Tensor, "n 4"]  # top, left, height, width, in pixels
 
@@ -32,6 +36,23 @@ def repeated(images: Images, keys: Seeds, count: int) -> tuple[Views, ViewKeys]:
     """Each image so many times, with a key for each view, in the order (image, view)."""
     views = torch.arange(count, device=keys.device).repeat(len(keys)) + 1
     return images.repeat_interleave(count, 0), fold(keys.repeat_interleave(count), views)
+
+
+def tpt_views(images: Images, keys: Seeds, count: int, mixed: bool = True) -> OfImage:
+    """The views of test-time prompt tuning (TPT, Shu et al. 2022): the image itself, and the others a random resized
+    crop, mirrored or not, mixed by AugMix.
+
+    The public code makes them at 224 pixels; here they have the size of the image.
+
+    Args:
+        count: of views, the image included.
+        mixed: by AugMix, as the public code does on fine-grained sets; not, as on ImageNet and its variants.
+    """
+    many, own = repeated(images, keys, count - 1)
+    many = random_flip(random_resized_crop(many, fold(own, 1)), fold(own, 2))
+    if mixed:
+        many = augmix(many, fold(own, 3))
+    return torch.cat([images[:, None], many.unflatten(0, (len(images), count - 1))], 1)
 
 
 # --- Crops and flips ---
@@ -208,14 +229,14 @@ def equalize(images: Images) -> Images:
     table = (step // 2 + below) // step.clamp(min=1)
     found = table.gather(2, levels).clamp(max=255).view_as(images) / 255.0
     hard = torch.where((step > 0)[..., None], found, images.detach())
-    return images + (hard - images.detach())
+    return hard + (images - images.detach())  # plus zero, exactly
 
 
 def posterize(images: Images, bits: PerImage) -> Images:
     """Each pixel with only its highest bits of 8. Its gradient is that of the identity."""
     size = 2.0 ** (8 - bits).view(-1, 1, 1, 1)
     hard = ((images.detach() * 255.0).round() / size).floor() * size / 255.0
-    return images + (hard - images.detach())
+    return hard + (images - images.detach())  # plus zero, exactly
 
 
 def solarize(images: Images, threshold: PerImage) -> Images:
@@ -367,6 +388,30 @@ def gaussian_blur(images: Images, std: PerImage, size: int) -> Images:
         parts = images.unfold(axis, size, 1)  # the taps come last
         images = (parts * taps[:, None, None, None]).sum(-1)
     return images
+
+
+def box_blur(images: Images, size: int) -> Images:
+    """Each pixel the mean of a square about it; the border is mirrored."""
+    return F.avg_pool2d(F.pad(images, (size // 2,) * 4, mode="reflect"), size, stride=1)
+
+
+def median(images: Images, size: int) -> Images:
+    """Each pixel the median of a square about it; the border is repeated."""
+    wide = F.pad(images, (size // 2,) * 4, mode="replicate")
+    return wide.unfold(2, size, 1).unfold(3, size, 1).flatten(4).median(4).values
+
+
+def jpeg(images: Images, quality: int) -> Images:
+    """Each image written as JPEG by Pillow and read again, through 8 bits. Its gradient is that of the identity."""
+    levels = (images.detach() * 255.0).round().clamp(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    read = list[Tensor]()
+    for pixels in levels:
+        with io.BytesIO() as file:
+            Image.fromarray(pixels).save(file, format="JPEG", quality=quality)
+            with Image.open(file) as image:
+                read.append(torch.from_numpy(np.array(image)))
+    hard = torch.stack(read).permute(0, 3, 1, 2).to(images.device, images.dtype) / 255.0
+    return hard + (images - images.detach())  # plus zero, exactly
 
 
 def low_pass(images: Images, radius: float) -> Images:
