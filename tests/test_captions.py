@@ -244,7 +244,7 @@ def changed(told: dict[str, Any], which: str, index: int, **values: Any) -> dict
         ("a.png red\n", "no captions file known here"),
         ("image,text\na.png,red\n", "no captions file known here"),
         ('{"images": [', "is not whole JSON"),
-        ("[" * 9999, "is not whole JSON"),
+        ("[" * 9999, "nested too deeply"),
         ({"images": 3}, "no captions file known here"),
         ({"images": [{"id": 1, "file_name": "a.png"}]}, "no captions file known here"),
         ([{"image": "a.png", "question": "red?"}], "no captions file known here"),

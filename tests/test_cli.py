@@ -636,8 +636,8 @@ def test_a_model_is_trained_by_one_process_while_others_take_other_cells(
         ("model = ['Tny()']", "grid.toml: model: unknown name 'Tny'; did you mean 'Tiny'?"),
         ("model = ['PGD()']", "grid.toml: model: PGD() is not a model"),
         ("budget = ['Words(1)']", "grid.toml: in the cell (ZeroShot(Scenes()), base, PGD(steps=100), Words(1)): "),
-        ("model = [", "grid.toml is not valid TOML: "),
-        ("task", "grid.toml is not valid TOML: "),
+        ("model = [", "grid.toml' is not valid TOML: "),
+        ("task", "grid.toml' is not valid TOML: "),
     ],
 )
 def test_mistakes_in_an_experiment(change: str, said: str, grid: Path, asked: list[dict[str, Any]]):
@@ -650,11 +650,11 @@ def test_mistakes_in_an_experiment(change: str, said: str, grid: Path, asked: li
 
 def test_experiments_that_are_no_text_or_lack_a_key(grid: Path):
     grid.write_bytes(b"\xff\xfe")
-    assert "is not a text file" in error("run", "grid.toml")
+    assert "it is not UTF-8 text" in error("run", "grid.toml")
     grid.write_text("model = 'Tiny()'")
     assert "the key 'task' is missing" in error("run", "grid.toml")
     assert "there is no experiment file no.toml" in error("run", "no.toml")
-    assert "cannot be read: is a directory" in error("run", str(grid.parent))
+    assert "cannot be read (is a directory)" in error("run", str(grid.parent))
     grid.write_text(GRID)
     (grid.parent / "taken").write_text("")
     assert "cannot be written to" in error("run", "grid.toml", "--out", "taken")

@@ -131,7 +131,7 @@ def test_captions_alone_are_chosen_by_hash() -> None:
 
 @pytest.mark.parametrize("limit", [0, -3])
 def test_an_impossible_limit_is_refused(limit: int) -> None:
-    with pytest.raises(CrossguardError, match=f"a limit of {limit} samples is not possible"):
+    with pytest.raises(CrossguardError, match=f"a limit of samples must be a whole number of at least 1, not {limit}"):
         listed([3, 3]).chosen(limit)
 
 

@@ -453,7 +453,7 @@ def test_shard_errors(shards: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(lambda: Shards(str(tmp_path / "none")).names)
     said("has no split 'train'; there are test", "train")
     (shards / "test/nshards.txt").write_text("3")
-    said("should hold 3 shards by its nshards.txt and lacks 1, the first being 2.tar")
+    said("should hold 3 shards by its nshards.txt and holds 2: 2.tar is missing")
     (shards / "test/nshards.txt").write_text("1")
     said("should hold 1 shards by its nshards.txt and holds 2")
     (shards / "test/nshards.txt").write_text("many")

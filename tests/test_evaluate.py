@@ -220,8 +220,8 @@ def test_a_limit_draws_evenly() -> None:
         ({"attack": PGD()}, "needs a budget"),
         ({"attack": PGD(), "budget": Words(1)}, "allows no change of pixels"),
         ({"attack": Substitute(), "budget": Linf(0.1)}, "allows no change of texts"),
-        ({"limit": 0}, "give 1 or more"),
-        ({"batch": 0}, "give 1 or more"),
+        ({"limit": 0}, "at least 1, not 0"),
+        ({"batch": 0}, "at least 1, not 0"),
     ],
 )
 def test_bad_questions(arguments, message: str) -> None:

@@ -544,7 +544,7 @@ def test_antonyms_are_no_synonyms_in_either_direction(tmp_path: Path) -> None:
         ("a.json", b'{"red": {"a": "crimson"}}', "'red' stands for"),
         ("a.json", b'{"red": ["crimson", 3]}', "'red' stands for"),
         ("a.json", b'{"synonym_pairs": [["red"]]}', "pair of words"),
-        ("a.json", b"{", "not JSON"),
+        ("a.json", b"{", "not whole JSON"),
         ("a.json", b"\xff\xfe\xff", "cannot be read"),
         ("a.json.gz", b'{"red": ["crimson"]}', "cannot be read"),
         ("a.json.gz", gzip.compress(b'{"red": ["crimson"]}', mtime=0)[:-9], "cannot be read"),

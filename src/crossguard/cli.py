@@ -32,6 +32,7 @@ from typer.core import TyperGroup
 from crossguard import __version__, files
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Cell, Experiment, Unanswered, Watch, read
+from crossguard.limits import at_least, shortly, whole
 from crossguard.processes import leads, several, speaks
 
 if TYPE_CHECKING:
@@ -426,14 +427,13 @@ def run(
     dtype: _Dtype = None,
 ) -> None:
     """Answer every question of an experiment; what was answered is not asked again."""
-    numbers = re.fullmatch(r"(\d+)/(\d+)", shard or "1/1")
-    if numbers is None:
-        raise CrossguardError(f"--shard must be such as 2/8, the second of eight parts, not {shard!r}")
-    part = int(numbers[1]), int(numbers[2])
+    number, of = (whole(one) for one in (shard or "1/1").partition("/")[::2])
+    if number is None or of is None:
+        raise CrossguardError(f"--shard must be such as 2/8, the second of eight parts, not {shortly(shard)}")
     experiment = Experiment.load(file)
     given = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
     folder = Path("runs") / file.stem if out is None else out
-    _run(dataclasses.replace(experiment, **given), folder, None if shard is None else part)
+    _run(dataclasses.replace(experiment, **given), folder, None if shard is None else (number, of))
 
 
 def _run(experiment: Experiment, folder: Path, shard: tuple[int, int] | None = None, crossed: bool = False) -> None:
@@ -730,11 +730,8 @@ def _check_file(option: str, path: Path) -> None:
 
 
 def _at_least(option: str, value: int | None, least: int) -> None:
-    from crossguard.words import LARGEST
-
-    if value is not None and not least <= value <= LARGEST:
-        most = f" and at most {LARGEST}" if value > LARGEST else ""
-        raise CrossguardError(f"{option} must be a whole number of at least {least}{most}, not {value}")
+    if value is not None:
+        at_least(option, value, least)
 
 
 def _skipping(option: str, word: Any) -> Any:

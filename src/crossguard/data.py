@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from crossguard.errors import CrossguardError
+from crossguard.limits import at_least
 from crossguard.shapes import Images, Labels
 from crossguard.threads import ahead
 from crossguard.words import Reads
@@ -249,8 +250,8 @@ class Dataset(Reads, ABC):
         hashes of their ids: the same samples whatever the order of the data. A smaller limit chooses some of those
         that a larger one does.
         """
-        if limit is not None and limit < 1:
-            raise CrossguardError(f"a limit of {limit} samples is not possible; give 1 or more")
+        if limit is not None:
+            limit = at_least("a limit of samples", limit, 1)
         if limit is None or limit >= len(self):
             return list(range(len(self)))
         return np.sort(self._turns[:limit]).tolist()
@@ -300,8 +301,7 @@ class Dataset(Reads, ABC):
         Args:
             workers: see `stream`.
         """
-        if size < 1:
-            raise CrossguardError(f"a batch size of {size} is not possible; give 1 or more")
+        size = at_least("a batch size", size, 1)
         labels = self._checked_labels()
         order = range(len(self)) if indices is None else indices
         held: list[tuple[int, Tensor]] = []

@@ -21,6 +21,7 @@ from crossguard.device import check_gradients, describe, precision
 from crossguard.diagnose import averages, diagnose
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, check_writable, reason, write
+from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, layers
 from crossguard.opening import evaluating
@@ -51,8 +52,9 @@ def question(
         raise CrossguardError(f"{quoted(attack)} is no attack")
     if surrogate is not None and not isinstance(surrogate, VisionLanguageModel):
         raise CrossguardError(f"{quoted(surrogate)} is no model to craft on")
-    if limit is not None and limit < 1:
-        raise CrossguardError(f"a limit of {limit} samples is not possible; give 1 or more")
+    if limit is not None:
+        limit = at_least("a limit of samples", limit, 1)
+    seed = at_least("seed", seed, 0)
     if attack is None:
         for given, name in ((budget, "budget"), (surrogate, "surrogate")):
             if given is not None:
@@ -141,8 +143,7 @@ def evaluate(
             raise CrossguardError(f"images cannot be kept as {keep_as!r}; give one of {', '.join(FORMATS)}")
         if any(Path(kept.path).resolve() == Path(keep).resolve() for kept in within(task, Kept)):
             raise CrossguardError(f"{keep} holds the images that are asked about; keep the new ones in another folder")
-    if doubt < 0:
-        raise CrossguardError(f"doubt={doubt} is not possible; give a number of samples, or 0")
+    doubt, batch = at_least("doubt", doubt, 0), at_least("batch", batch, 1)
     group = joined() if processes else ALONE
     file, folder = (None if path is None else Path(path) for path in (out, keep))
     with group.together():

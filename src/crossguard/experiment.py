@@ -12,7 +12,6 @@ import logging
 import secrets
 import shutil
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,9 @@ from filelock import FileLock, Timeout
 
 from crossguard import files, signatures, words
 from crossguard.errors import CrossguardError
+from crossguard.limits import at_least, shortly
 from crossguard.processes import ALONE, Processes, joined
+from crossguard.reading import Missing, read_toml
 from crossguard.report import Report, ReportError, key
 from crossguard.words import within
 
@@ -144,15 +145,9 @@ class Experiment:
         give names to words, which the words after it may use."""
         path = Path(path)
         try:
-            content = tomllib.loads(path.read_bytes().decode())
-        except FileNotFoundError:
+            content = read_toml(path, "give a TOML file with the keys task and model")
+        except Missing:
             raise CrossguardError(f"there is no experiment file {path}") from None
-        except OSError as error:
-            raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
-        except UnicodeDecodeError:
-            raise CrossguardError(f"{path} is not a text file in UTF-8") from None
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise CrossguardError(f"{path} is not valid TOML: {error}") from None
         known = ("let", *_KINDS, *_SETTINGS, *_PLACES)
         for name in content:
             if name not in known:
@@ -163,7 +158,9 @@ class Experiment:
                 raise CrossguardError(f"{path}: the key {name!r} is missing; give it a list of words")
         _check_names(path, content)
         settings = {
-            name: _number(path, name, content[name], least) for name, least in _SETTINGS.items() if name in content
+            name: at_least(f"{path}: {name}", content[name], least)
+            for name, least in _SETTINGS.items()
+            if name in content
         }
         places = {name: _text(path, name, content[name]) for name in _PLACES if name in content}
         named = _let(path, content.get("let", {}))
@@ -503,13 +500,17 @@ def _axis(path: Path, kind: str, value: object, known: Mapping[str, Any]) -> dic
     elif isinstance(value, dict):
         texts = list(value.items())
     else:
-        raise CrossguardError(f"{path}: {kind} must be a list of words or a table of label = word, not {value!r}")
+        raise CrossguardError(
+            f"{path}: {kind} must be a list of words or a table of label = word, not {shortly(value)}"
+        )
     if not texts:
         raise CrossguardError(f"{path}: {kind} is empty; give one word at least")
     axis: dict[str, Any] = {}
     for label, text in texts:
         if not isinstance(text, str):
-            raise CrossguardError(f"{path}: {kind} holds {text!r}; give a word in quotes such as 'PGD(steps=10)'")
+            raise CrossguardError(
+                f"{path}: {kind} holds {shortly(text)}; give a word in quotes such as 'PGD(steps=10)'"
+            )
         try:
             word = read(kind, text, known)
         except CrossguardError as error:
@@ -520,14 +521,7 @@ def _axis(path: Path, kind: str, value: object, known: Mapping[str, Any]) -> dic
 
 def _text(path: Path, name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise CrossguardError(f"{path}: {name} must be a text in quotes, not {value!r}")
-    return value
-
-
-def _number(path: Path, name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= words.LARGEST:
-        most = f" and at most {words.LARGEST}" if isinstance(value, int) and value > words.LARGEST else ""
-        raise CrossguardError(f"{path}: {name} must be a whole number of at least {least}{most}, not {value!r}")
+        raise CrossguardError(f"{path}: {name} must be a text in quotes, not {shortly(value)}")
     return value
 
 

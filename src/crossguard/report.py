@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from crossguard import files
+from crossguard import files, reading
 from crossguard.errors import CrossguardError
+from crossguard.limits import shortly
 from crossguard.words import build, show
 
 SCHEMA = 1
@@ -559,18 +560,16 @@ class Report:
         """Reads a report; raises `ReportError` if the file is broken, half-written or something else."""
         path = Path(path)
         try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
+            content = reading.read_json(path, Any, "delete it and ask again")
+        except reading.Missing:
             raise ReportError(f"there is no report {path}") from None
-        except OSError as error:
-            raise ReportError(f"the report {path} cannot be read: {files.reason(error)}") from None
-        except (ValueError, RecursionError):
-            raise ReportError(f"{path} is broken: it is not whole JSON; delete it and ask again") from None
+        except CrossguardError as error:
+            raise ReportError(str(error)) from None
         if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
             raise ReportError(f"{path} is not a report")
         if content["schema"] != SCHEMA:
             raise ReportError(
-                f"{path} is a report of schema {content['schema']}, and this crossguard reads schema {SCHEMA}"
+                f"{path} is a report of schema {shortly(content['schema'])}, and this crossguard reads schema {SCHEMA}"
             )
         try:
             columns = content["outcomes"]
@@ -589,7 +588,7 @@ class Report:
                 texts=None if content.get("texts") is None else Texts.read(content["texts"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:150]
             raise ReportError(f"{path} is broken: {what}; delete it and ask again") from None
 
     @property

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from crossguard import files
+from crossguard import files, reading
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
 from crossguard.report import Rate, Report, ReportError
@@ -441,13 +441,18 @@ def _part(report: Report, *parts: str) -> str:
     return "\n".join(report.question.get(part, "None") for part in parts)
 
 
+class _Index(TypedDict):
+    """What is read of the index that an experiment writes."""
+
+    labels: dict[str, dict[str, str]]
+    cells: list[str]
+
+
 def _index(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
     """The labels by full word, and the names of the cells; nothing, if no experiment wrote to the folder."""
     try:
-        content = json.loads(path.read_bytes())
-        labels = {
-            kind: {str(word): str(label) for label, word in axis.items()} for kind, axis in content["labels"].items()
-        }
-        return labels, [str(cell) for cell in content["cells"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = reading.read_json(path, _Index, "run the experiment again")
+    except CrossguardError:
         return {}, []
+    labels = {kind: {word: label for label, word in axis.items()} for kind, axis in content["labels"].items()}
+    return labels, content["cells"]

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TypeVar
 
 from crossguard.errors import CrossguardError
+from crossguard.limits import shortly, whole
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,9 +24,10 @@ def workers() -> int:
     """How many threads decode: what CROSSGUARD_WORKERS says, else as many as there are processors, at most 4."""
     told = os.environ.get(WORKERS, "")
     if told:
-        if not told.isdecimal():
-            raise CrossguardError(f"{WORKERS} says {told!r}; give a number of threads, or 0 for none")
-        return int(told)
+        count = whole(told)
+        if count is None or count < 0:
+            raise CrossguardError(f"{WORKERS} says {shortly(told)}; give a number of threads, or 0 for none")
+        return count
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST, usable)
 

@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from crossguard.errors import CrossguardError
+from crossguard.limits import LARGEST
 
 T = TypeVar("T")
 
 LONGEST = 10_000  # characters of a word: more is a mistake, and parsing it would take long
 DEEPEST = 40  # brackets and operators inside each other
-LARGEST = 2**63 - 1  # whole numbers beyond this mean nothing to a tensor
+MOST_PARTS = LONGEST // 2  # numbers, strings and words inside a word: no text of that length holds more
+LONGEST_SHOWN = 10_000_000  # characters: a word that holds the names of 21,000 classes has some hundred thousand
 
 
 class WordError(CrossguardError):
@@ -61,6 +63,22 @@ def build(text: str, known: Mapping[str, Any] | None = None) -> Any:
     return _Reader(text, known or {}).read(parse(text), 0)
 
 
+def _extent(word: object, most: int) -> tuple[int, int]:
+    """How many numbers, strings and words a word is made of, counted no further than to `most`, and how deep it is."""
+    parts: Iterable[object] = ()
+    if isinstance(word, tuple):
+        parts = word
+    elif dataclasses.is_dataclass(word):
+        parts = (getattr(word, field.name) for field in dataclasses.fields(word))
+    count, depth = int(not isinstance(word, tuple)), 0
+    for part in parts:
+        if count > most:
+            break
+        inside, deeper = _extent(part, most - count)
+        count, depth = count + inside, max(depth, deeper + 1)
+    return count, depth
+
+
 def show(word: object, *, short: bool = False) -> str:
     """The text of a word: every field spelled out (for reports and hashes), or `short`, with the fields that
     are not at their default (for people), and a number that is all that the word holds: `Words(1)`.
@@ -68,7 +86,10 @@ def show(word: object, *, short: bool = False) -> str:
 
     A float is written as `k/255` where that is exact and shorter than its decimals.
     """
-    return _show(word, short, 0)
+    text = _show(word, short, 0)
+    if len(text) > LONGEST_SHOWN:
+        raise WordError(f"a word of {len(text):,} characters cannot be used; {LONGEST_SHOWN:,} are the most")
+    return text
 
 
 def fields(kind: type) -> tuple[Field, ...]:
@@ -125,10 +146,25 @@ def contents(word: object) -> str:
     """What the files behind a word hold, in one short text: a word of the same text whose files have changed has
     another. Looks at every word inside (the base of a wrapper, the language model of an attack, the data of a `Fit`).
     """
-    # What a word over data says is what the data say: the innermost speaks.
-    found = {part.fingerprint: type(part).__name__ for part in within(word, Reads)}
-    told = sorted(f"{name}:{fingerprint}" for fingerprint, name in found.items() if fingerprint)
-    return " ".join(told)
+    found: list[tuple[Reads, str]] = []
+    _contents(word, found)
+    # In the order of their places: two lists of synonyms that have changed places are other files behind each word.
+    return " ".join(f"{type(part).__name__}:{fingerprint}" for part, fingerprint in found)
+
+
+def _contents(word: object, found: list[tuple[Reads, str]]) -> set[str]:
+    """Adds to `found` what each word inside reads, and returns the fingerprints of all of them."""
+    parts: Iterable[object] = word if isinstance(word, tuple) else ()
+    if dataclasses.is_dataclass(word) and not isinstance(word, type):
+        parts = [getattr(word, field.name) for field in dataclasses.fields(word)]
+    told = set[str]().union(*(_contents(part, found) for part in parts))
+    if isinstance(word, Reads):
+        own = word.fingerprint
+        if not set(own.split()) <= told:  # what a word over data says is what the data say: the innermost speaks
+            told.add(own)
+            if (word, own) not in found:
+                found.append((word, own))
+    return told
 
 
 def is_word(kind: object) -> bool:
@@ -219,10 +255,11 @@ class _Reader:
     def __init__(self, text: str, known: Mapping[str, Any]) -> None:
         self.text = text
         self.known = known
+        self.parts = 0  # of named words, each as often as its name is used
 
     def read(self, node: ast.expr, depth: int) -> Any:
         if depth > DEEPEST:
-            raise WordError(f"{_quote(self.text)} is not a word: it is nested too deeply")
+            raise self.too_deep()
         match node:
             case ast.Constant(value=value):
                 return self.literal(value)
@@ -236,7 +273,7 @@ class _Reader:
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return self.calculate(type(op), self.number(left, depth), self.number(right, depth))
             case ast.Name(id=name) if name in self.known:
-                return self.known[name]
+                return self.named(self.known[name], depth)
             case ast.Name(id=name):
                 return self.call(name, [], [], depth)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
@@ -245,6 +282,23 @@ class _Reader:
             f"{_quote(self.source(node))} cannot be used in a word; a word is made of names, numbers, "
             f"strings in quotes, tuples, '+ - * /' of numbers and calls such as 'PGD(steps=10)'"
         )
+
+    def too_deep(self) -> WordError:
+        return WordError(f"{_quote(self.text)} is not a word: it is nested too deeply")
+
+    def named(self, word: Any, depth: int) -> Any:
+        """A word that has a name. What each use of it stands for counts: a few names, each for two of the one before,
+        would be a word that no memory holds once it is written."""
+        parts, deeper = _extent(word, MOST_PARTS - self.parts)
+        self.parts += parts
+        if self.parts > MOST_PARTS:
+            raise WordError(
+                f"{_quote(self.text)} stands for a word of more than {MOST_PARTS} parts once its names are put in; "
+                "that is too large"
+            )
+        if depth + deeper > DEEPEST:
+            raise self.too_deep()
+        return word
 
     def literal(self, value: object) -> Any:
         if isinstance(value, str):

@@ -4,8 +4,8 @@ sources as one."""
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
-import json
 import string
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final
 from crossguard import reading
 from crossguard.attacks.candidates import Candidate, CandidateSource, Proposals, attackable, core
 from crossguard.errors import CrossguardError
+from crossguard.limits import FILE, shortly
 from crossguard.words import Reads
 
 SHAPES: Final = (
@@ -240,7 +241,7 @@ def _thesaurus(path: str, pairs: str, dated: tuple[int, int]) -> dict[str, Any]:
             raise CrossguardError(f"the list {pairs} of {path!r} is empty")
         for pair in content[pairs]:
             if not _strings(pair) or len(pair) != 2:
-                raise CrossguardError(f"{pairs} of {path!r} holds {pair!r}; each must be a pair of words")
+                raise CrossguardError(f"{pairs} of {path!r} holds {shortly(pair)}; each must be a pair of words")
             listed.setdefault(pair[0].lower(), []).append(pair[1])
         return listed
     if not isinstance(content, dict) or not content:
@@ -248,7 +249,7 @@ def _thesaurus(path: str, pairs: str, dated: tuple[int, int]) -> dict[str, Any]:
     for word, likes in content.items():
         if not (_strings(likes) or (isinstance(likes, dict) and all(_strings(part) for part in likes.values()))):
             raise CrossguardError(
-                f"{path!r} is no list of synonyms: {word!r} stands for {str(likes)[:60]!r}; "
+                f"{path!r} is no list of synonyms: {shortly(word)} stands for {shortly(likes)}; "
                 f"give {SHAPES.replace('synonym_pairs', pairs)}"
             )
     return {word.lower(): likes for word, likes in content.items()}
@@ -277,14 +278,11 @@ def _word_list(path: str, dated: tuple[int, int]) -> frozenset[str]:
 
 
 def _strings(found: object) -> bool:
-    return isinstance(found, list) and all(isinstance(item, str) for item in found)
+    return isinstance(found, list) and all(isinstance(item, str) and reading.is_text(item) for item in found)
 
 
 def _json(path: str) -> Any:
-    try:
-        return json.loads(_text(path))
-    except (json.JSONDecodeError, RecursionError) as problem:
-        raise CrossguardError(f"{path!r} is not JSON ({problem})") from problem
+    return reading.parse_json(_text(path), Any, repr(path), "give a list of words")
 
 
 def _dated(path: str) -> tuple[int, int]:
@@ -297,13 +295,16 @@ def _dated(path: str) -> tuple[int, int]:
 
 
 def _text(path: str) -> str:
-    file = Path(path).expanduser()
-    try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as problem:
-        raise CrossguardError(f"{path!r} cannot be read: {problem}") from problem
-    return reading.decoded(content, repr(path), "give a list of words in UTF-8")
+    file, give = Path(path).expanduser(), "give a list of words in UTF-8"
+    content = reading.content(file, give)
+    if file.suffix == ".gz":
+        try:
+            with gzip.open(io.BytesIO(content)) as packed:
+                content = packed.read(FILE.most + 1)
+        except (OSError, EOFError, zlib.error) as problem:
+            raise CrossguardError(f"{path!r} cannot be read: {problem}") from problem
+        FILE.check(len(content), repr(path))
+    return reading.decoded(content, repr(path), give)
 
 
 def fingerprint(*paths: str) -> str:

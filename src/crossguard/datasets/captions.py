@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import stat
 from collections import Counter
@@ -19,6 +18,7 @@ import torch
 from crossguard import reading
 from crossguard.datasets.pixels import Decoded, Opened
 from crossguard.errors import CrossguardError
+from crossguard.limits import shortly, whole
 
 NAMED = ("image", "image_name")  # columns of a table
 TOLD = ("caption", "comment")
@@ -62,7 +62,9 @@ class Captions(Decoded):
             raise CrossguardError(f"the captions file {self.file!r} {what}; give the JSON or text file of the captions")
         noted = file.stat()
         listed = _chosen(str(file), _listed(str(file), (noted.st_mtime_ns, noted.st_size)), self.split)
-        return _opened(str(root), str(file), listed, tuple(_found(root, image) for image in listed), self.skip_broken)
+        return _opened(
+            str(root), str(file), listed, tuple(_found(root, self.file, image) for image in listed), self.skip_broken
+        )
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,18 @@ class _Found:
     size: int
 
 
-def _found(root: Path, image: _Listed) -> _Found | None:
+def _found(root: Path, file: str, image: _Listed) -> _Found | None:
     name = image.name.lstrip("/")
-    for place in (name, PurePosixPath(image.folder.strip("/"), name), PurePosixPath(name).name):
+    if "\0" in f"{name}{image.folder}":  # a name that no file can have is that of no file
+        return None
+    for tried in (name, f"{image.folder.strip('/')}/{name}".lstrip("/"), PurePosixPath(name).name):
+        place = reading.inside(root, tried, f"the captions file {file!r}", links=True)
         try:
-            noted = (root / place).stat()
-        except (OSError, ValueError):  # a name that no file can have is that of no file
+            noted = place.stat()
+        except OSError:
             continue
         if stat.S_ISREG(noted.st_mode):
-            return _Found(str(root / place), noted.st_mtime_ns, noted.st_size)
+            return _Found(str(place), noted.st_mtime_ns, noted.st_size)
     return None
 
 
@@ -168,10 +173,7 @@ def _listed(file: str, changed: tuple[int, int]) -> tuple[_Listed, ...]:
 
 
 def _json(file: str, text: str) -> Iterable[_Listed] | None:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CrossguardError(f"the captions file {file!r} is not whole JSON ({error}); fetch it again") from error
+    data = reading.parse_json(text, list[Any] | dict[str, Any], f"the captions file {file!r}", "fetch it again")
     if isinstance(data, list):
         known = not data or (isinstance(data[0], dict) and {"image", "caption"} <= data[0].keys())
         return _pairs(file, data) if known else None
@@ -188,12 +190,14 @@ def _coco(file: str, images: list[Any], annotations: list[Any]) -> Iterable[_Lis
     names: dict[int | str, str] = {}
     for place, (key, name) in _rows(file, "images", images, "id", "file_name"):
         if not isinstance(key, int | str) or key in names:
-            raise CrossguardError(f"{place} has the id {key!r}, which is no id of its own; give each image one")
+            raise CrossguardError(f"{place} has the id {shortly(key)}, which is no id of its own; give each image one")
         names[key] = _name(place, name)
     told: dict[int | str, list[str]] = {key: [] for key in names}
     for place, (key, caption) in _rows(file, "annotations", annotations, "image_id", "caption"):
         if not isinstance(key, int | str) or key not in told:
-            raise CrossguardError(f"{place} is of the image {key!r}, which the file does not list; fetch it again")
+            raise CrossguardError(
+                f"{place} is of the image {shortly(key)}, which the file does not list; fetch it again"
+            )
         told[key].append(_text(place, caption))
     return [_Listed(name, tuple(told[key])) for key, name in names.items()]
 
@@ -207,8 +211,8 @@ def _karpathy(file: str, images: list[Any]) -> Iterator[_Listed]:
         yield _Listed(
             name=_name(place, name),
             captions=tuple(_text(place, caption) for caption in captions),
-            folder=folder if isinstance(folder, str) else "",
-            split=split if isinstance(split, str) else None,
+            folder=reading.check_text(folder, f"the folder in {place}") if isinstance(folder, str) else "",
+            split=reading.check_text(split, f"the split in {place}") if isinstance(split, str) else None,
         )
 
 
@@ -238,9 +242,10 @@ def _tokens(file: str, text: str) -> Iterable[_Listed]:
         if line.strip():
             head, tab, caption = line.partition("\t")
             name, _, count = head.rpartition("#")
-            if not (tab and name.strip() and count.strip().isdigit()):
+            if not (tab and name.strip() and whole(count.strip()) is not None):
                 raise CrossguardError(f"line {number} of {file!r} is not 'name.jpg#0<tab>caption'; write it so")
-            told.setdefault(name.strip(), []).append(caption.strip())
+            place = f"line {number} of {file!r}"
+            told.setdefault(_name(place, name), []).append(_text(place, caption))
     return _grouped(told)
 
 
@@ -259,10 +264,11 @@ def _table(file: str, text: str, mark: str, header: Sequence[str]) -> Iterable[_
         if header[last - 1] == "comment_number" and len(row) >= last and not caption:
             # The Flickr30k table in circulation lacks a mark once: '2199200615.jpg| 4   A dog runs across the grass .'
             count, _, rest = row[last - 1].strip().partition(" ")
-            caption = rest.strip() if count.isdigit() else ""
+            caption = rest.strip() if whole(count) is not None else ""
         if len(row) <= last and not caption:
             raise CrossguardError(f"line {number} of {file!r} has {len(row)} of {len(header)} columns; repair it")
-        told.setdefault(_name(f"line {number} of {file!r}", row[column]), []).append(caption)
+        place = f"line {number} of {file!r}"
+        told.setdefault(_name(place, row[column]), []).append(_text(place, caption))
     return _grouped(told)
 
 
@@ -283,10 +289,10 @@ def _rows(file: str, which: str, rows: list[Any], *keys: str) -> Iterator[tuple[
 def _name(place: str, name: Any) -> str:
     if not isinstance(name, str) or not name.strip():
         raise CrossguardError(f"{place} has no name of an image file; write it or remove the row")
-    return name.strip()
+    return reading.check_text(name.strip(), f"the name in {place}")
 
 
 def _text(place: str, caption: Any) -> str:
     if not isinstance(caption, str):
         raise CrossguardError(f"{place} has a caption that is no text; write each as a string")
-    return caption.strip()
+    return reading.check_text(caption.strip(), f"a caption in {place}")

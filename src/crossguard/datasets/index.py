@@ -53,8 +53,9 @@ def remember(kind: str, read: Read, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _place(kind: str, read: Read) -> Path:
     """One file for the same paths, so that what has changed replaces what was."""
-    named = hashlib.sha256("\0".join((kind, *(str(Path(path).absolute()) for path, _, _ in read))).encode())
-    return folder() / f"{kind}-{named.hexdigest()[:24]}.npz"
+    named = "\0".join((kind, *(str(Path(path).absolute()) for path, _, _ in read)))
+    told = hashlib.sha256(named.encode("utf-8", "surrogatepass"))
+    return folder() / f"{kind}-{told.hexdigest()[:24]}.npz"
 
 
 def _about(kind: str, read: Read) -> bytes:

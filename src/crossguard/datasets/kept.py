@@ -10,24 +10,53 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from crossguard import files
+from crossguard import files, reading
 from crossguard.data import Dataset, Prompts
 from crossguard.datasets.pixels import SUFFIXES, decode
 from crossguard.errors import CrossguardError
+from crossguard.limits import ENCODED, shortly
 from crossguard.reading import fingerprint
 from crossguard.report import differs
 from crossguard.shapes import Images, Labels
 
 INDEX = "kept.json"
 UNFINISHED = ".kept.json"  # the question of an evaluation that has not kept everything yet
+AGAIN = "run the evaluation with --keep again"
 REPORT = "report.json"  # beside the kept images, where `crossguard attack` wrote
 FORMATS = ("safetensors", "png")
+
+
+class _Told(TypedDict, total=False):
+    label: int
+    texts: list[str]
+    clean_texts: list[str]
+
+
+class _Sample(_Told):
+    """What is read of each sample in the index."""
+
+    id: str
+    file: str
+    row: int
+
+
+class _Question(TypedDict, total=False):
+    question: dict[str, str]
+
+
+class _Index(_Question):
+    """What is read of the index."""
+
+    names: list[str]
+    texts: list[list[str]]
+    clean_texts: list[list[str]]
+    samples: list[_Sample]
 
 
 @dataclass(frozen=True)
@@ -46,29 +75,27 @@ class Kept(Dataset):
     rewritten: bool = True
 
     @property
-    def _index(self) -> Any:
+    def _index(self) -> _Index:
         return self._told[0]
 
     @cached_property
-    def _told(self) -> tuple[Any, str]:
+    def _told(self) -> tuple[_Index, str]:
         """The index, and a hash of it."""
         path = Path(self.path) / INDEX
         try:
-            written = path.read_bytes()
-            content = json.loads(written)
-            if missing := {"samples", "names", "texts", "clean_texts"} - set(content):
-                raise ValueError(f"{missing} is missing")
-            for sample in content["samples"]:
-                if missing := {"id", "file", "row"} - set(sample):
-                    raise ValueError(f"{missing} is missing")
-        except FileNotFoundError:
+            written = reading.content(path, AGAIN)
+        except reading.Missing:
             raise CrossguardError(
                 f"{self.path} holds no kept images ({INDEX} is missing); give the folder of a finished 'eval --keep'"
             ) from None
-        except OSError as error:
-            raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise CrossguardError(f"{path} is broken; run the evaluation with --keep again") from None
+        content = reading.parse_json(written, _Index, f"{str(path)!r}", AGAIN)
+        for which in ("texts", "clean_texts"):
+            for name, texts in zip(content["names"], content[which], strict=False):
+                for text in (name, *texts):
+                    reading.check_text(text, f"the class {shortly(name)} in {str(path)!r}")
+        for sample in content["samples"]:
+            for text in (*sample.get("texts", ()), *sample.get("clean_texts", ())):
+                reading.check_text(text, f"a caption of {shortly(sample['id'])} in {str(path)!r}")
         return content, hashlib.sha256(written).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -107,21 +134,22 @@ class Kept(Dataset):
     @property
     def fingerprint(self) -> str:
         """Says what the index holds, and how large the files of the images are."""
-        sizes = {file: _size(Path(self.path) / file) for file in {sample["file"] for sample in self.samples}}
+        sizes = {file: _size(self._place(file)) for file in {sample["file"] for sample in self._index["samples"]}}
         return fingerprint((self._told[1], *sorted(sizes.items())))
+
+    def _place(self, file: str) -> Path:
+        """Where a file is that the index names."""
+        return reading.inside(Path(self.path), file, f"the index {str(Path(self.path) / INDEX)!r}")
 
     def image(self, index: int) -> Tensor:
         return (self.stored(index) * 255.0).round().to(torch.uint8)
 
     def stored(self, index: int) -> Tensor:
         sample = self._index["samples"][index]
-        path = Path(self.path) / sample["file"]
+        path = self._place(sample["file"])
         if path.suffix == ".png":
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise CrossguardError(f"{path} cannot be read: {files.reason(error)}") from None
-            return decode(content).to(torch.float32) / 255.0
+            content = reading.content(path, AGAIN, ENCODED)
+            return decode(content, None, repr(str(path)), AGAIN).to(torch.float32) / 255.0
         from safetensors import safe_open
 
         try:
@@ -131,8 +159,8 @@ class Kept(Dataset):
                 if 0 <= row < count:
                     return images[row : row + 1][0]
         except Exception as error:  # safetensors has one error for every kind of damage
-            raise CrossguardError(f"{path} is damaged ({error}); run the evaluation with --keep again") from error
-        raise CrossguardError(f"{path} is damaged (it has {count} images); run the evaluation with --keep again")
+            raise CrossguardError(f"{path} is damaged ({error}); {AGAIN}") from error
+        raise CrossguardError(f"{path} is damaged (it has {count} images); {AGAIN}")
 
 
 def _size(path: Path) -> int:
@@ -172,8 +200,8 @@ def check_folder(folder: Path, question: Mapping[str, str], overwrite: bool = Fa
 def _question(path: Path) -> dict[str, str] | None:
     """What an index is the answer to; None where there is none, or one that cannot be read."""
     try:
-        return dict(json.loads(path.read_bytes())["question"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return reading.read_json(path, _Question, AGAIN).get("question")
+    except CrossguardError:
         return None
 
 

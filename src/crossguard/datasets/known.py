@@ -22,6 +22,7 @@ from crossguard.datasets.names import SPLITS, class_list, known_names, unspoken
 from crossguard.datasets.parquet import Parquet, split_column
 from crossguard.datasets.shards import Shards
 from crossguard.errors import CrossguardError
+from crossguard.limits import whole
 from crossguard.shapes import Labels
 
 ROOT = "CROSSGUARD_DATA"  # the environment variable with the folder of all data sets
@@ -98,9 +99,9 @@ class Known(Dataset):
         if self.classes:
             return names
         if published.names and unspoken(names) == "numbers":
-            numbers = list(map(int, names))
+            numbers = [number for number in map(whole, names) if number is not None]
             first = 0 if 0 in numbers else published.first
-            within = all(number - first < len(published.names) for number in numbers)
+            within = len(numbers) == len(names) and all(0 <= one - first < len(published.names) for one in numbers)
             names = tuple(published.names[number - first] for number in numbers) if within else names
         names = tuple(published.spoken.get(name) or published.tidied(name) for name in names)
         coded = unspoken(published.spoken)  # what the folders of its publisher are called, if it is no word

@@ -29,11 +29,13 @@ def spoken(name: str) -> str:
 
 def class_list(classes: Sequence[str] | str) -> tuple[str, ...]:
     """Class names given one by one, or as the path of a text file with one name a line."""
+    told = classes if isinstance(classes, str) else None
     if isinstance(classes, str):
         classes = reading.lines(
             reading.text(Path(classes).expanduser(), "a class list is a text file in UTF-8 with one class name a line")
         )
-    return tuple(spoken(name) for name in classes)
+    where = "the class list" if told is None else f"the class list {told!r}"
+    return tuple(spoken(reading.check_text(name, f"{where}, at label {label},")) for label, name in enumerate(classes))
 
 
 def check_order(given: Sequence[str], told: Mapping[int, str], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-import json
+import importlib
 import os
 import tempfile
 from bisect import bisect_right
@@ -22,6 +22,7 @@ from crossguard.datasets.names import check_order, class_list, split_of, spoken
 from crossguard.datasets.pixels import DIGEST, Decoded, Memory, Opened, digest, together
 from crossguard.errors import CrossguardError
 from crossguard.files import reason
+from crossguard.limits import ENCODED, SAMPLES, TABLE, TEXT, Limit, shortly
 
 IMAGE = ("image", "img")
 LABEL = ("label", "labels", "fine_label")
@@ -99,10 +100,10 @@ def split_column(file: str) -> tuple[str, ...]:
         with pq.ParquetFile(file) as handle:
             if "split" not in handle.schema_arrow.names:
                 return ()
-            told = handle.read(columns=["split"])["split"].unique().to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError):  # whoever reads the images says what is wrong
+            told = _columns(file, handle, ["split"])["split"]
+    except (CrossguardError, pa.ArrowException, OSError, UnicodeDecodeError):  # who reads the images says what is wrong
         return ()
-    return tuple(str(value) for value in told if value is not None)
+    return tuple(dict.fromkeys(str(value) for value in told if value is not None))
 
 
 def _root(path: str) -> str:
@@ -263,25 +264,22 @@ class _Table:
                     "write the bytes of a JPEG, PNG or WebP file there"
                 )
             label, captions = _first(LABEL, schema.names), _first(CAPTIONS, schema.names)
-            wanted = [name for name in (label, "name", captions, "key", "domain", "split") if name in schema.names]
+            asked = (label, "name", captions, "key", "domain", "split")
+            wanted = [name for name in asked if name is not None and name in schema.names]
+            SAMPLES.check(handle.metadata.num_rows, repr(file))
             try:
-                rest = handle.read(columns=wanted) if wanted else None
+                rest = _columns(file, handle, wanted)
                 groups = [handle.metadata.row_group(group) for group in range(handle.num_row_groups)]
                 sizes = tuple(_size(group, image) for group in groups)
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise CrossguardError(f"{file!r} is damaged ({error}); fetch it again") from error
+                raise _damaged(file, "damaged", error) from error
             counts = [group.num_rows for group in groups]
+            for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+                ENCODED.check(size // max(count, 1), f"an image in row group {number} of {file!r}")
             rows = handle.metadata.num_rows
 
-        def column(name: str | None) -> list[Any] | None:
-            try:
-                return rest[name].to_pylist() if rest is not None and name in wanted else None
-            except UnicodeDecodeError as error:
-                raise CrossguardError(
-                    f"the column {name!r} of {file!r} holds texts that are not UTF-8; write the file again"
-                ) from error
-
-        texts = column(captions)
+        column = rest.get
+        texts = rest.get(captions)
         return _Table(
             file=file,
             rows=rows,
@@ -323,11 +321,19 @@ class _Table:
         try:
             # With a buffer, a column is read as it is used and not at once.
             with pq.ParquetFile(self.file, buffer_size=1 << 20, pre_buffer=False) as handle:
-                for batch in handle.iter_batches(batch_size=256, row_groups=[group], columns=[self.column]):
+                at_once = self._at_once(handle, group)
+                for batch in handle.iter_batches(at_once, row_groups=[group], columns=[self.column]):
+                    _check_lengths(batch.column(0), f"an image in row group {group} of {self.file!r}", ENCODED)
                     for value in batch.column(0).to_pylist():
                         yield value["bytes"] if isinstance(value, dict) else value
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise CrossguardError(f"{self.file!r} is damaged or gone ({error}); fetch it again") from error
+            raise _damaged(self.file, "damaged or gone", error) from error
+
+    def _at_once(self, handle: Any, group: int) -> int:
+        """How many rows are unpacked at a time: encoded images hardly get smaller when they are packed once more, and
+        where they do, a file may hold one large image in every row and store it once."""
+        told = handle.metadata.row_group(group)
+        return 256 if _size(told, self.column) <= 4 * _size(told, self.column, packed=True) else 1
 
     def digests(self) -> Sequence[bytes]:
         """A hash of every image; empty for a row without one. Those of a large file are remembered."""
@@ -403,10 +409,79 @@ def _holds_bytes(kind: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _size(group: Any, image: str) -> int:
-    """How many bytes the images of a row group take."""
+def _size(group: Any, name: str, packed: bool = False) -> int:
+    """How many bytes a column of a row group takes, unpacked or as it is stored."""
     columns = (group.column(number) for number in range(group.num_columns))
-    return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] == image)
+    own = [one for one in columns if one.path_in_schema.split(".")[0] == name]
+    return sum(one.total_compressed_size if packed else one.total_uncompressed_size for one in own)
+
+
+def _columns(file: str, handle: Any, names: Sequence[str]) -> dict[str | None, list[Any]]:
+    """Columns of a file that hold no images, if what they hold fits into memory."""
+    import pyarrow.parquet as pq
+
+    groups = [handle.metadata.row_group(group) for group in range(handle.num_row_groups)]
+    for name in names:
+        sizes = [_size(group, name) for group in groups]
+        TABLE.check(sum(sizes), f"the column {name!r} of {file!r}")
+        for size, group in zip(sizes, groups, strict=True):
+            most = 4 * TEXT.most * max(group.num_rows, 1)  # bytes: a character has up to four
+            TEXT.check(TEXT.most * size // most, f"a text in the column {name!r} of {file!r}")
+    # A text that many rows have may be stored once; read so, it is in memory once.
+    schema = handle.schema
+    leaves = [schema.column(number) for number in range(len(schema))]
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path.split(".")[0] in names]
+    found: dict[str | None, list[Any]] = {}
+    with pq.ParquetFile(file, read_dictionary=texts) as opened:
+        for name in names:
+            column = opened.read(columns=[name])[name]
+            for chunk in column.chunks:
+                _check_lengths(chunk, f"a text in the column {name!r} of {file!r}", TEXT, TABLE)
+            try:
+                found[name] = column.cast(_plain(column.type)).to_pylist()
+            except UnicodeDecodeError as error:
+                raise CrossguardError(
+                    f"the column {name!r} of {file!r} holds texts that are not UTF-8; write the file again"
+                ) from error
+    return found
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a column whose texts are stored one by one."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(_plain(kind.value_type))
+    return pa.large_string() if pa.types.is_string(kind) else kind
+
+
+def _check_lengths(array: Any, what: str, limit: Limit, total: Limit | None = None) -> None:
+    """Raises where one of the texts or images in an array is longer than a limit, or all of them together than
+    another."""
+    import pyarrow as pa
+
+    pc: Any = importlib.import_module("pyarrow.compute")  # its functions are made when it is imported
+    while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        array = array.flatten()
+    if pa.types.is_struct(array.type):
+        array = array.field("bytes") if array.type.get_field_index("bytes") >= 0 else array.flatten()[0]
+    lengths, times = array, None
+    if pa.types.is_dictionary(array.type):
+        lengths, times = array.dictionary, array.indices
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    if not any(kind(lengths.type) for kind in kinds):
+        return
+    lengths = pc.binary_length(lengths)
+    limit.check(pc.max(lengths).as_py() or 0, what)
+    if total is not None:
+        each = lengths if times is None else pc.take(lengths, times)
+        total.check(pc.sum(each).as_py() or 0, what)
+
+
+def _damaged(file: str, how: str, error: Exception) -> CrossguardError:
+    return CrossguardError(f"{file!r} is {how} ({' '.join(str(error).split())}); fetch it again")
 
 
 def _group(starts: Sequence[int], row: int) -> int:
@@ -432,7 +507,7 @@ def _texts(value: Any, file: str, column: str | None) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
         raise CrossguardError(
-            f"the column {column!r} of {file!r} holds {str(value)[:40]!r}, which is no caption; give strings or lists "
+            f"the column {column!r} of {file!r} holds {shortly(value)}, which is no caption; give strings or lists "
             "of them"
         )
     return tuple(text or "" for text in texts)
@@ -451,9 +526,10 @@ def _check_captions(rows: Sequence[tuple[_Table, int]]) -> None:
 def _schema_names(metadata: dict[bytes, bytes], label: str | None) -> tuple[str, ...]:
     """The names of a Hugging Face ClassLabel feature, from the metadata that the hub's files carry."""
     try:
-        feature = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][label]
+        told = reading.parse_json(metadata.get(b"huggingface", b"{}"), Any, "the metadata", "")
+        feature = told["info"]["features"][label]
         return tuple(str(name) for name in feature["names"]) if feature.get("_type") == "ClassLabel" else ()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (CrossguardError, KeyError, TypeError, AttributeError):
         return ()
 
 
@@ -485,7 +561,7 @@ def _classes(
     numbers: list[int] = []
     for (table, row), label in zip(rows, labels, strict=True):
         if not isinstance(label, int) or isinstance(label, bool):
-            raise CrossguardError(f"the label {label!r} in row {row} of {table.file!r} is not a whole number")
+            raise CrossguardError(f"the label {shortly(label)} in row {row} of {table.file!r} is not a whole number")
         numbers.append(label)
     told = _told(tables, classes)
     if not classes and not told:

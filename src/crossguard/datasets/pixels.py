@@ -8,7 +8,7 @@ import io
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from crossguard.data import Dataset
 from crossguard.errors import CrossguardError
+from crossguard.files import reason
+from crossguard.limits import ENCODED, PIXELS
 from crossguard.shapes import Labels
 from crossguard.threads import ahead
 
@@ -29,6 +31,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ROTATED = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})  # where an orientation may be noted
 
 LARGEST_SIDE = 8192  # of a resized image: some 200 MB of pixels
+LARGE = 2**24  # pixels of an image that no other thread decodes another large one beside
 
 Held = TypeVar("Held")
 
@@ -89,17 +92,49 @@ class Memory(Generic[Held]):
 DECODED: Memory[np.ndarray] = Memory(limit=1_500_000_000, size=lambda pixels: pixels.nbytes)
 
 
-def decode(data: bytes, size: int | None = None) -> Tensor:
+def decode(data: bytes, size: int | None = None, what: str = "the image", give: str = "repair it") -> Tensor:
     """The pixels of an encoded image as uint8 RGB, shape (3, h, w): upright, the first frame, transparency on white.
 
-    Raises whatever Pillow raises when the bytes are no whole image.
+    Args:
+        size: See `fitted`.
+        what: Where the image comes from, for the error.
+        give: What to do where it is broken, for the error.
+
+    Raises:
+        CrossguardError: The bytes are no whole image, or one of too many pixels.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        opened.load()
-        image = ImageOps.exif_transpose(opened) if ROTATED & opened.info.keys() else opened
-        image = fitted(rgb(image), size)
-        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    ENCODED.check(len(data), what)
+    try:
+        with _opened(data) as opened:
+            count = opened.width * opened.height
+            PIXELS.check(count, what)
+            with _one_at_a_time if count > LARGE else nullcontext():
+                opened.load()
+                image = ImageOps.exif_transpose(opened) if ROTATED & opened.info.keys() else opened
+                image = fitted(rgb(image), size)
+                pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
+                return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    except CrossguardError:
+        raise
+    except Exception as error:  # what a decoder raises on broken bytes is not bounded by any documentation
+        reason = "it is cut short or damaged" if isinstance(error, OSError | EOFError) else " ".join(str(error).split())
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "it is no image in a format known here: JPEG, PNG, WebP, BMP, GIF, TIFF"
+        raise CrossguardError(f"{what} cannot be read ({reason}); {give}") from error
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The image, of which the header alone is read. Pillow's own limit on pixels, which is none of a dataset's but of
+    the whole process, and warns on standard error, does not count here: ours is checked before the pixels are read."""
+    with _header:
+        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
+
+
+_header, _one_at_a_time = threading.Lock(), threading.Lock()
 
 
 DIGEST = 16  # bytes
@@ -131,6 +166,7 @@ def fitted(image: Image.Image, size: int | None) -> Image.Image:
         return image
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
+    PIXELS.check(width * height, f"an image of {image.width} by {image.height} pixels, brought to {size}, ")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
@@ -174,18 +210,15 @@ class Opened:
 
     def pixels(self, index: int, size: int | None = None) -> Tensor:
         """The decoded sample, not remembered."""
+        give = "repair or remove it, or leave such images out with skip_broken=True (--skip-broken)"
         try:
-            return decode(self.read(index), size)
+            data = self.read(index)
         except CrossguardError:
             raise
-        except Exception as error:  # what a decoder raises on broken bytes is not bounded by any documentation
-            reason = "it is cut short or damaged" if isinstance(error, OSError | EOFError) else str(error)
-            if isinstance(error, Image.UnidentifiedImageError):
-                reason = "it is no image in a format known here: JPEG, PNG, WebP, BMP, GIF, TIFF"
-            raise CrossguardError(
-                f"{self.where(index)} cannot be read ({reason}); repair or remove it, or leave such "
-                "images out with skip_broken=True (--skip-broken)"
-            ) from error
+        except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+            told = reason(error) if isinstance(error, OSError) else str(error)
+            raise CrossguardError(f"{self.where(index)} cannot be read ({told}); {give}") from error
+        return decode(data, size, self.where(index), give)
 
     def whole(self, skip_broken: bool) -> Opened:
         """This source, with what is broken left out where that was asked for: every image is decoded once to know it.

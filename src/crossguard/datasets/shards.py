@@ -18,6 +18,7 @@ from crossguard.datasets.names import check_order, class_list, spoken
 from crossguard.datasets.packed import Lazy, Packed
 from crossguard.datasets.pixels import SUFFIXES, Decoded, Opened, digest, together
 from crossguard.errors import CrossguardError
+from crossguard.limits import ENCODED, SAMPLES, TABLE, TEXT, shortly, whole
 
 WORTH_KEEPING = 1000  # samples: below that, shards are looked through faster than anybody notices
 
@@ -201,19 +202,24 @@ def _shards(folder: Path) -> list[Path]:
     listed = (file for file in folder.glob("*.tar") if not file.name.startswith("."))
     shards = sorted(listed, key=lambda file: (len(file.stem) if file.stem.isdigit() else 99, file.stem))
     told = "".join(_lines(folder / "nshards.txt"))
-    if told and not told.isdigit():
-        raise CrossguardError(f"{str(folder / 'nshards.txt')!r} says {told!r}, not a number of shards; fetch it again")
-    wanted = {str(number) for number in range(int(told or 0))}
-    missing = sorted(wanted - {shard.stem for shard in shards}, key=int)
-    if told and missing and (len(shards) != int(told) or all(shard.stem.isdigit() for shard in shards)):
-        raise CrossguardError(
-            f"{str(folder)!r} should hold {told} shards by its nshards.txt and lacks {len(missing)}, "
-            f"the first being {missing[0]}.tar; fetch what is missing"
-        )
-    if told and len(shards) != int(told):
-        raise CrossguardError(
-            f"{str(folder)!r} should hold {told} shards by its nshards.txt and holds {len(shards)}; fetch it again"
-        )
+    if told:
+        count = whole(told)
+        if count is None or count < 0:
+            raise CrossguardError(
+                f"{str(folder / 'nshards.txt')!r} says {shortly(told)}, not a number of shards; fetch it again"
+            )
+        there = {shard.stem for shard in shards}
+        # One more than there are shards is looked for at most, however many the file promises.
+        missing = [number for number in range(min(count, len(shards) + 1)) if str(number) not in there]
+        if missing and (len(shards) != count or all(shard.stem.isdigit() for shard in shards)):
+            raise CrossguardError(
+                f"{str(folder)!r} should hold {count} shards by its nshards.txt and holds {len(shards)}: "
+                f"{missing[0]}.tar is missing; fetch it"
+            )
+        if len(shards) != count:
+            raise CrossguardError(
+                f"{str(folder)!r} should hold {count} shards by its nshards.txt and holds {len(shards)}; fetch it again"
+            )
     if not shards:
         raise CrossguardError(f"{str(folder)!r} holds no .tar file; fetch the shards of this split")
     return shards
@@ -225,6 +231,7 @@ def _indexed(read: tuple[tuple[str, int, int], ...]) -> _Index:
     if known is not None:
         return _Index.of(known)
     found = _Index.joined([_looked_through(number, Path(path)) for number, (path, _, _) in enumerate(read)])
+    SAMPLES.check(len(found.size), f"the split {str(Path(read[0][0]).parent)!r}")
     if not len(found.size):
         raise CrossguardError(f"the shards of {str(Path(read[0][0]).parent)!r} hold no samples; fetch them again")
     if len(found.size) >= WORTH_KEEPING:
@@ -238,6 +245,7 @@ def _looked_through(number: int, shard: Path) -> _Index:
     images: list[tuple[str, int, int]] = []
     labels: list[bytes] = []
     texts: list[bytes] = []
+    told = 0
     with shard.open("rb") as file:
         for name, offset, size in tar.members(file, str(shard)):
             folder, _, last = name.rpartition("/")
@@ -252,6 +260,7 @@ def _looked_through(number: int, shard: Path) -> _Index:
                     "one ending; write each sample under a name of its own"
                 )
             found[ending] = (name, offset, size)
+            SAMPLES.check(len(endings), f"the shard {str(shard)!r}")
         for sample in endings.values():
             held = [sample[ending] for ending in SUFFIXES if ending in sample]
             if len(held) != 1:
@@ -260,9 +269,12 @@ def _looked_through(number: int, shard: Path) -> _Index:
                     f"the sample of {name!r} in {str(shard)!r} has {len(held)} images "
                     f"({', '.join(sample)}); it should have one"
                 )
+            ENCODED.check(held[0][2], f"the image {held[0][0]!r} in {str(shard)!r}")
             images.append(held[0])
             labels.append(_content(file, sample.get(".cls")))
             texts.append(_content(file, sample.get(".txt")))
+            told += len(labels[-1]) + len(texts[-1])
+            TABLE.check(told, f"the text in {str(shard)!r}")
     return _Index(
         shard=np.full(len(images), number, np.int32),
         offset=np.array([offset for _, offset, _ in images], np.int64),
@@ -282,14 +294,18 @@ def _content(file: BinaryIO, member: tuple[str, int, int] | None) -> bytes:
 
 
 def _captions(text: bytes, what: str) -> list[str]:
-    return [line for line in reading.lines(reading.decoded(text, what, ENCODING)) if line]
+    listed = [line for line in reading.lines(reading.decoded(text, what, ENCODING)) if line]
+    for line in listed:
+        TEXT.check(len(line), f"a caption of {what}")
+    return listed
 
 
 def _check_captions(held: _Index, where: Callable[[int], str]) -> None:
     """Raises where a sample of a retrieval has no caption, or one in another encoding."""
+    most = TEXT.most
     for row, text in enumerate(held.text):
         try:
-            told = bool(text.decode().strip())
+            told = len(text) <= most and bool(text.decode().strip())
         except UnicodeDecodeError:
             told = False
         if not told and not _captions(text, f"the captions of {where(row)}"):
@@ -313,11 +329,12 @@ def _same_images(held: _Index, image: Callable[[int], bytes], read: tuple[tuple[
 
 def _label(text: bytes, where: Callable[[int], str], row: int, classes: int) -> int:
     told = text.decode("ascii", errors="replace").strip()
-    if not told.lstrip("-").isdigit():
-        what = f"the label {told!r}, which is not a whole number" if told else "no label (.cls)"
+    label = whole(told)
+    if label is None:
+        what = f"the label {shortly(told)}, which is not a whole number" if told else "no label (.cls)"
         raise CrossguardError(f"{where(row)} has {what}; fetch the shard again")
-    if not 0 <= int(told) < classes:
+    if not 0 <= label < classes:
         raise CrossguardError(
-            f"label {told} of {where(row)} is outside classnames.txt with its {classes} names (0 to {classes - 1})"
+            f"label {label} of {where(row)} is outside classnames.txt with its {classes} names (0 to {classes - 1})"
         )
-    return int(told)
+    return label

@@ -13,15 +13,19 @@ from typing import BinaryIO
 import numpy as np
 
 from crossguard.errors import CrossguardError
+from crossguard.limits import whole
 
 BLOCK = 512
-RECORD = re.compile(rb"(\d+) ([^=]+)=")  # of a header of POSIX: its length, its key
+RECORD = re.compile(rb"(\d{1,18}) ([^=]+)=")  # of a header of POSIX: its length, its key
+OCTAL = re.compile(rb"[0-7]+")
 CHECKED = 4096  # headers whose checksums are verified at once
+LONGEST = 1_000_000  # bytes that say what the next member is called: no path is that long
 
 FILE, OLD_FILE, CONTIGUOUS = b"0", b"\0", b"7"
 WITHOUT_DATA = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # links, devices, folders, pipes
 LONG_NAME, LONG_LINK, SPARSE = b"L", b"K", b"S"  # of GNU tar
 EXTENDED, EXTENDED_BY_SUN, FOR_ALL = b"x", b"X", b"g"  # of POSIX: what the next member, or all that follow, are called
+ABOUT_OTHERS = frozenset({LONG_NAME, LONG_LINK, EXTENDED, EXTENDED_BY_SUN, FOR_ALL})
 
 
 def members(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
@@ -62,6 +66,8 @@ def members(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
         at = data + (size + BLOCK - 1) // BLOCK * BLOCK
         if data + size > end:
             raise _cut(path)
+        if size > LONGEST and kind in ABOUT_OTHERS:
+            raise _not_whole(path, f"a name in it takes {size:,} bytes")
         if kind in (EXTENDED, EXTENDED_BY_SUN):
             special = _records(file.read(size), path)
         elif kind == FOR_ALL:
@@ -93,12 +99,12 @@ def _name(field: bytes, path: str) -> str:
 
 def _number(field: bytes, path: str) -> int:
     """A number in octal digits or, where these do not suffice, in bytes."""
-    try:
-        if field[0] == 0x80:
-            return int.from_bytes(field[1:], "big")
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        raise _not_whole(path, "a header in it is damaged") from None
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0", 1)[0].strip() or b"0"
+    if not OCTAL.fullmatch(digits):  # also a number below zero, with which a reader would go back for ever
+        raise _not_whole(path, "a header in it is damaged")
+    return int(digits, 8)
 
 
 def _records(data: bytes, path: str) -> dict[str, str]:
@@ -118,9 +124,10 @@ def _records(data: bytes, path: str) -> dict[str, str]:
 
 
 def _decimal(field: bytes, path: str) -> int:
-    if not field.isdigit():
+    number = whole(field.decode("ascii", errors="replace"))
+    if number is None or number < 0:
         raise _not_whole(path, "a header in it is damaged")
-    return int(field)
+    return number
 
 
 def _verify(headers: list[bytes], path: str) -> None:

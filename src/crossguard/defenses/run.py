@@ -313,7 +313,9 @@ def _finished(folder: Path, question: dict[str, str]) -> bool:
     old, new = before.get("contents", ""), question.get("contents", "")
     if old == new:
         return finished and _is_whole(folder)
-    names = sorted({part.partition(":")[0] for part in set(old.split()) ^ set(new.split())})
+    # Where the same files lie behind other words, all of them have changed.
+    changed = set(old.split()) ^ set(new.split()) or {*old.split()}
+    names = sorted({part.partition(":")[0] for part in changed})
     aside = _put_aside(folder, before)
     say(
         f"what {' and '.join(names)} reads has changed since the training in {folder}; that one is now in {aside}, and "
