@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from crossguard import files, signatures, words
 from crossguard.errors import CrossguardError
 from crossguard.limits import at_least, shortly
+from crossguard.printing import LogFormatter
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import Missing, read_toml
 from crossguard.report import Report, ReportError, key
@@ -530,7 +531,7 @@ def _logging(path: Path) -> Iterator[logging.Logger]:
     """A logger that appends to a file while the run lasts."""
     log = logging.getLogger("crossguard.experiment")
     handler = files.LogFile(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)

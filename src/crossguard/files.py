@@ -17,7 +17,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crossguard.errors import CrossguardError, say
+from crossguard.errors import CrossguardError
+from crossguard.printing import say
 
 if TYPE_CHECKING:
     from torch import Tensor
