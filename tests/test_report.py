@@ -284,6 +284,9 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path):
     with pytest.raises(CrossguardError, match="cannot be written to"):
         files.check_writable(tmp_path / "file")
     files.check_writable(tmp_path / "new" / "folder")
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+    files.make_writable(tmp_path / "new" / "folder")
+    files.check_writable(tmp_path / "new" / "folder")
     assert not list((tmp_path / "new" / "folder").iterdir())
 
 

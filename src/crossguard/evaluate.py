@@ -312,6 +312,7 @@ class _Record:
         if self.path is None:
             return
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 if file.tell() == 0:
                     file.write(json.dumps(self.head) + "\n")

@@ -233,8 +233,8 @@ class Experiment:
         group = joined()
         check_folder(out)
         cells = self.cells()
-        files.check_writable(out)
-        files.check_writable(out / ".locks")
+        files.make_writable(out)
+        files.make_writable(out / ".locks")
         if group.first:
             files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
         with _logging(out / "log.txt") as log:
