@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from crossguard import (
     PGD,
@@ -177,8 +178,49 @@ def test_a_run_that_was_killed_goes_on_with_what_it_crafted(tmp_path: Path, sear
     assert [columns(one) for one in again] == [columns(one) for one in whole]
 
 
-@pytest.mark.parametrize("damage", [b"", b"no safetensors at all"])
-def test_what_is_broken_is_crafted_anew(tmp_path: Path, searches: list[int], damage: bytes) -> None:
+def damaged(file: Path, damage: str) -> None:
+    tensors, texts = load_file(file), "[]"
+    if damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "no safetensors":
+        file.write_bytes(b"no safetensors at all")
+    elif damage == "another pixel":
+        tensors["images"][0, 0, 0, 0] += 0.5
+        save_file(tensors, file, {"texts": texts, "digest": crafted._digest(load_file(file), texts)})
+    else:  # well formed, but not what is made
+        if damage in tensors:
+            tensors.pop(damage)
+        elif damage == "shape":
+            tensors["images"] = tensors["images"][:1]
+        elif damage == "type":
+            tensors["images"] = tensors["images"].double()
+        elif damage == "more":
+            tensors["others"] = tensors["images"].clone()
+        elif damage == "texts":
+            texts = '["a"]'
+        else:
+            assert damage == "deep"
+            texts = "[" * 100_000
+        save_file(tensors, file, {"texts": texts, "digest": crafted._digest(tensors, texts)})
+
+
+DAMAGES = [
+    "empty",
+    "no safetensors",
+    "another pixel",
+    "images",
+    "forwards",
+    "gradients",
+    "shape",
+    "type",
+    "more",
+    "texts",
+    "deep",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_broken_is_crafted_anew(tmp_path: Path, searches: list[int], damage: str) -> None:
     task, attack, budget = CASES[0]
 
     def ask(model: VisionLanguageModel) -> Report:
@@ -187,7 +229,7 @@ def test_what_is_broken_is_crafted_anew(tmp_path: Path, searches: list[int], dam
     ask(MODELS["five"])
     (folder,) = tmp_path.iterdir()
     for file in folder.glob("images-*"):
-        file.write_bytes(damage)
+        damaged(file, damage)
     found = ask(MODELS["three"])
     assert searches == 2 * [4, 2]
     alone = evaluate(task, MODELS["three"], attack, budget, Tiny(), limit=6, seed=3, batch=4)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from crossguard import (
     PGD,
@@ -26,10 +29,11 @@ from crossguard import (
     Words,
     ZeroShot,
     evaluate,
+    files,
 )
 from crossguard.attacks.base import ImageAttack
 from crossguard.data import Dataset
-from crossguard.evaluate import question
+from crossguard.evaluate import _checksum, question
 from crossguard.report import _COLUMNS, Report
 
 TASK = ZeroShot(Scenes("color", count=40))
@@ -83,6 +87,36 @@ def test_a_killed_evaluation_goes_on_and_redoes_nothing(tmp_path: Path) -> None:
     assert sorted(Counting.seen) == once, "a finished image was attacked again, or one was not attacked"
     same(whole, after)
     assert not list(tmp_path.iterdir()), "the file of the outcomes so far is left"
+
+
+WRONG = [
+    "5", "[]", "{}", '{"rows": "text", "seconds": 1.0}', '{"rows": [null], "seconds": 1.0}', '{"rows": {}}',
+    '{"rows": [], "seconds": "x"}', '{"rows": [{"index": "x"}], "seconds": 1.0}',
+    '{"rows": [{"id": 5}], "seconds": 1.0}', "\x00", "[" * 100_000,
+]  # fmt: skip
+
+
+def test_lines_that_are_not_what_was_written_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial, name = tmp_path / "part", "part.0"
+    with pytest.raises(Killed):
+        evaluate(TASK, Tiny(), Counting(), BUDGET, batch=16, partial=partial, progress=killing_after(2))
+    head, first, second = (tmp_path / name).read_text().splitlines()
+    whole = evaluate(TASK, Tiny(), Counting(), BUDGET, batch=16)
+    same_rows = json.loads(second.partition(" ")[2])
+    changed = second.replace('"right": true', '"right": false').replace('"adversarial"', '"adversarial" ')
+    lines = [*WRONG, second[:-5], changed, second.replace(" ", "", 1), json.dumps(same_rows), head]
+    # Whoever makes the checksum as well is not believed either, as long as the form is another.
+    lines += [f"{_checksum(line.encode())} {line}" for line in WRONG[:-2]]
+    assert len(set(lines)) == len(lines)
+    (tmp_path / name).write_text("\n".join([head, *lines, first]) + "\n")
+    Counting.seen.clear()
+    same(whole, evaluate(TASK, Tiny(), Counting(), BUDGET, batch=16, partial=partial))
+    assert len(Counting.seen) == 40 - 16, "the whole line counts, and no other"
+    for broken in ("", "\xff\n", f"{first}\n{second}\n", f"{head[1:]}\n{first}\n"):
+        (tmp_path / name).write_text(broken, "latin-1")
+        Counting.seen.clear()
+        same(whole, evaluate(TASK, Tiny(), Counting(), BUDGET, batch=16, partial=partial))
+        assert len(Counting.seen) == 40, broken
 
 
 def test_what_another_question_left_is_not_taken(tmp_path: Path) -> None:
@@ -219,6 +253,191 @@ def test_what_a_stopped_evaluation_keeps_is_neither_mixed_nor_taken_for_there(tm
     made = evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, partial=partial, keep=keep)
     again = evaluate(ZeroShot(Kept(str(keep))), Tiny())
     assert np.array_equal(again.outcomes.clean, made.outcomes.adversarial), "the first images were thought to be there"
+
+
+def stopped(keep: Path, batches: int = 2, **other: Any) -> None:
+    asked = {"attack": Counting(), "budget": BUDGET, "batch": 8} | other
+    with pytest.raises(Killed):
+        evaluate(TASK, Tiny(), keep=keep, progress=killing_after(batches), **asked)
+
+
+def kept_images(keep: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    data = Kept(str(keep))
+    return data._index, [data.stored(index) for index in range(len(data))]
+
+
+@pytest.fixture(scope="module")
+def kept_whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, evaluate(TASK, Tiny(), Counting(), BUDGET, batch=8, keep=folder)
+
+
+def delete_folder(keep: Path) -> None:
+    shutil.rmtree(keep)
+
+
+def delete_file(keep: Path) -> None:
+    (keep / "images-000008.safetensors").unlink()
+
+
+def keep_another(keep: Path) -> None:
+    evaluate(TASK, Tiny(), PGD(steps=1), Linf(1 / 255), limit=16, batch=8, keep=keep, overwrite=True)
+    (keep / ".outcomes.part.0").write_bytes((keep.parent / "kept-aside").read_bytes())
+
+
+def swap_image(keep: Path) -> None:
+    (keep / "images-000008.safetensors").write_bytes((keep / "images-000000.safetensors").read_bytes())
+
+
+def link_image(keep: Path) -> None:
+    path = keep / "images-000008.safetensors"
+    path.symlink_to(path.rename(keep.parent / "elsewhere.safetensors"))
+
+
+def lose_journal(keep: Path) -> None:
+    (keep / ".kept.json").unlink()
+
+
+def lose_outcomes(keep: Path) -> None:
+    (keep / ".outcomes.part.0").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "asked"),
+    [(delete_folder, 40), (delete_file, 32), (keep_another, 40), (swap_image, 32), (link_image, 32), (lose_journal, 24),
+     (lose_outcomes, 40)],
+)  # fmt: skip
+def test_what_is_kept_belongs_to_its_question_and_its_folder(
+    tmp_path: Path, kept_whole: tuple[Path, Report], capsys: pytest.CaptureFixture[str], harm: Any, asked: int
+) -> None:
+    keep, (folder, report) = tmp_path / "kept", kept_whole
+    stopped(keep)
+    (tmp_path / "kept-aside").write_bytes((keep / ".outcomes.part.0").read_bytes())
+    harm(keep)
+    capsys.readouterr()
+    Counting.seen.clear()
+    same(report, evaluate(TASK, Tiny(), Counting(), BUDGET, batch=8, keep=keep, overwrite=harm is keep_another))
+    assert len(Counting.seen) == asked
+    said = f"{asked - 24} of the 16 samples that were asked about are asked again: their images are not in {keep}"
+    assert (said in capsys.readouterr().err) == (harm in (delete_file, keep_another, swap_image, link_image))
+    (index, images), (index_whole, images_whole) = kept_images(keep), kept_images(folder)
+    assert index == index_whole and all(map(torch.equal, images, images_whole))
+    assert {path.name for path in keep.iterdir()} == {path.name for path in folder.iterdir()}
+
+
+def test_only_what_we_wrote_and_an_index_of_ours_names_is_removed(tmp_path: Path) -> None:
+    keep, outside = tmp_path / "kept", tmp_path / "outside"
+    evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=keep, keep_as="png")
+    outside.mkdir()
+    mine = [keep / name for name in ("thesis.tex", "report.json", "999999.png", "000001.PNG", "images-1.safetensors")]
+    mine += [outside / "000002.png", outside / "linked.png"]
+    for path in mine:
+        path.write_text("mine")
+    linked = keep / Kept(str(keep)).samples[0]["file"]
+    linked.unlink()
+    linked.symlink_to(outside / "linked.png")
+    index = json.loads((keep / "kept.json").read_text())
+    named = [
+        "thesis.tex",
+        "report.json",
+        "000001.PNG",
+        "../outside/000002.png",
+        str(outside / "000002.png"),
+        "kept.json",
+    ]
+    index["samples"] += [{"id": name, "file": name, "row": 0} for name in named]
+    (keep / "kept.json").write_text(json.dumps(index))
+    evaluate(TASK, Tiny(), ATTACK, Linf(1 / 255), limit=4, keep=keep, overwrite=True)
+    assert all(path.read_text() == "mine" for path in mine)
+    assert {path.name for path in keep.iterdir()} == {
+        *(path.name for path in mine if path.parent == keep), "kept.json", ".lock", Kept(str(keep)).samples[0]["file"],
+    }  # fmt: skip
+
+
+def test_files_of_a_stopped_evaluation_do_not_stay(tmp_path: Path) -> None:
+    stopped(tmp_path, 3)
+    evaluate(TASK, Tiny(), Counting(), BUDGET, batch=20, keep=tmp_path)  # 16 more than what is known
+    stopped(tmp_path / "b", 3)
+    (tmp_path / "b" / ".outcomes.part.0").unlink()
+    evaluate(TASK, Tiny(), Counting(), BUDGET, batch=20, keep=tmp_path / "b")
+    stopped(tmp_path / "c", 1, limit=10)
+    evaluate(TASK, Tiny(), Counting(), BUDGET, limit=10, keep=tmp_path / "c", keep_as="png")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        ".lock", "images-000000.safetensors", "images-000020.safetensors", "kept.json",
+    ]  # fmt: skip
+    assert {path.suffix for path in (tmp_path / "c").iterdir()} == {".png", ".json", ""}
+    assert len(list((tmp_path / "c").iterdir())) == 10 + 2
+    for folder in (tmp_path, tmp_path / "b", tmp_path / "c"):
+        assert not [name for name in folder.glob(".*") if name.name != ".lock"]
+
+
+def test_a_folder_is_kept_in_by_one_evaluation_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=tmp_path)
+    found = list[Report]()
+    thread = threading.Thread(
+        target=lambda: found.append(evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=tmp_path))
+    )
+    with files.owned(tmp_path, "keeps images"):
+        thread.start()
+        thread.join(0.5)
+        assert not found and thread.is_alive()
+    thread.join()
+    assert len(found) == 1 and f"waiting for another process that keeps images in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_folder_that_is_removed_meanwhile_is_one_sentence(tmp_path: Path, after: int) -> None:
+    keep = tmp_path / "kept"
+
+    def removing(done: int, total: int) -> None:
+        if done == 8 * after:
+            shutil.rmtree(keep)
+
+    with pytest.raises(CrossguardError, match=r"kept.* (was removed|cannot be written)"):
+        evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=8, keep=keep, progress=removing)
+    assert not (keep / "kept.json").exists()
+
+
+def test_data_in_another_order_takes_no_name_of_a_kept_file(tmp_path: Path) -> None:
+    task = ZeroShot(Renamed())
+    Renamed.rows[:] = range(1, 13)
+    with pytest.raises(Killed):
+        evaluate(task, Tiny(), ATTACK, BUDGET, batch=4, keep=tmp_path, progress=killing_after(1))
+    Renamed.rows[:] = [0, 13, *range(2, 11)]
+    made = evaluate(task, Tiny(), ATTACK, BUDGET, batch=4, keep=tmp_path)
+    again = evaluate(ZeroShot(Kept(str(tmp_path))), Tiny())
+    assert again.outcomes.id == made.outcomes.id and np.array_equal(again.outcomes.clean, made.outcomes.adversarial)
+    assert [sample["index"] for sample in Kept(str(tmp_path)).samples] == list(range(11))
+
+
+def test_the_fingerprint_of_kept_images_is_that_of_their_content(tmp_path: Path) -> None:
+    evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, batch=2, keep=tmp_path)
+    one, two = sorted(tmp_path.glob("images-*"))
+    before, whole = Kept(str(tmp_path)).fingerprint, one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    assert len(whole) == one.stat().st_size
+    with pytest.raises(CrossguardError, match=f"{one.name} is not the file that was kept there"):
+        Kept(str(tmp_path)).fingerprint  # noqa: B018
+    index = json.loads((tmp_path / "kept.json").read_text())
+    (tmp_path / "kept.json").write_text(json.dumps({name: index[name] for name in index if name != "files"}))
+    other = Kept(str(tmp_path)).fingerprint
+    one.write_bytes(whole)
+    assert len({before, other, Kept(str(tmp_path)).fingerprint}) == 3
+    save_file({"images": load_file(one)["images"] * 300}, one)
+    with pytest.raises(CrossguardError, match=rf"{one.name} is damaged \(its pixels are not in \[0, 1\]"):
+        Kept(str(tmp_path)).stored(0)
+    one.unlink()
+    with pytest.raises(CrossguardError, match=f"{one.name} cannot be read: no such file"):
+        Kept(str(tmp_path)).fingerprint  # noqa: B018
+
+
+def test_an_index_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    keep = tmp_path / "kept"
+    evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=keep)
+    (keep / "kept.json").rename(tmp_path / "private.json")
+    (keep / "kept.json").symlink_to(tmp_path / "private.json")
+    with pytest.raises(CrossguardError, match="a link that leads out of"):
+        len(Kept(str(keep)))
 
 
 def test_images_are_not_kept_over_the_ones_that_are_asked_about(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from crossguard.datasets.kept import Kept
-from crossguard.look import FORMATS, Look, Shot, lines, marks, picture
+from crossguard.look import FORMATS, Look, Shot, lines, marks, picture, plain
 from crossguard.report import Report
 from test_cli import call, error
 
@@ -93,7 +93,7 @@ def test_attack_keeps_images_and_report_and_shows_the_first(name: str, made: Mad
     folder, text = made(name)
     report = Report.load(folder / "report.json")
     assert len(Kept(str(folder))) == LIMIT and report.question["attack"].startswith("Independent(")
-    assert not list(folder.glob(".*")), "something unfinished is left"
+    assert [path.name for path in folder.glob(".*")] == [".lock"], "something unfinished is left"
     assert f"written to {folder / 'report.json'}" in text and len(titles(text)) == 2
     assert text.endswith(f"'crossguard show {folder}' shows more\n")
     assert all(sample["index"] == int(sample["id"].split("/")[-1]) for sample in Look(folder).kept.samples)
@@ -202,6 +202,7 @@ def test_marks_of_changes() -> None:
     )  # fmt: skip
     assert marks("a b", "a") == (("same", "a"), ("old", "b"))
     assert marks("", "a") == (("new", "a"),)
+    assert plain("a\x1b[31m\n\ud800b") == "a\\x1b[31m\\n\\ud800b"
 
 
 def test_colors_mark_on_a_terminal(classes: Path) -> None:

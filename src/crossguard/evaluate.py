@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from crossguard.attacks.base import Attack, ImageAttack
 from crossguard.attacks.crafted import Crafted
 from crossguard.budgets import Budget, Linf, PixelBudget, sized
-from crossguard.datasets.kept import FORMATS, Kept, begin, check_folder, finish
-from crossguard.datasets.kept import keep as store
+from crossguard.datasets.keeping import OUTCOMES, Rows, keeping
+from crossguard.datasets.kept import FORMATS, Kept
 from crossguard.device import check_gradients, describe, precision
 from crossguard.diagnose import averages, diagnose
 from crossguard.errors import CrossguardError
-from crossguard.files import WriteError, check_writable, reason, write
+from crossguard.files import WriteError, append, check_writable, reason, write
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import Unrolled, layers
 from crossguard.opening import evaluating
 from crossguard.processes import ALONE, Processes, joined
+from crossguard.reading import misfit
 from crossguard.report import Outcomes, Ranks, Report, Texts, check_place, key, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
 from crossguard.words import contents, quoted, show, within
 
-_FORMAT = 3  # of the lines in a file of outcomes so far; those of another are not read
+_FORMAT = 4  # of the lines in a file of outcomes so far; those of another are not read
 
 
 def question(
@@ -123,7 +125,8 @@ def evaluate(
         seed: of all noise; each sample draws its own, so `batch` changes nothing but speed and memory.
         progress: is told (samples done, samples in all) at the start and after each batch.
         partial: a file for the outcomes so far; an evaluation that was killed goes on after its last whole batch and
-            ends in the same report. Beside `out`, if not given; removed at the end, when the report is saved.
+            ends in the same report. In `keep`, else beside `out`, if not given; removed at the end, when the report is
+            saved.
         keep: a folder for the images and texts under attack, which `Kept(folder)` reads; the report then also says
             what is left of the attack when pixels are rounded to 8 bits.
         keep_as: 'safetensors' (exact) or 'png' (rounded to 8 bits).
@@ -146,88 +149,100 @@ def evaluate(
     doubt, batch = at_least("doubt", doubt, 0), at_least("batch", batch, 1)
     group = joined() if processes else ALONE
     file, folder = (None if path is None else Path(path) for path in (out, keep))
-    with group.together():
-        begun = folder is not None and check_folder(folder, asked, overwrite)
-        if file is not None:
-            check_place(file, asked, overwrite)
-            check_writable(file.parent)
-        indices = task.chosen(limit)
-        ids = _ids(task, indices)
-    if partial is None and file is not None:
-        partial = file.with_name(f".{file.name}.part")
-    record = _Record.open(
-        None if partial is None else Path(partial),
-        {"question": asked, "kept": str(keep), "format": _FORMAT},
-        set(ids) if keep is None or begun else set(),
-        group,
-    )
-    loading = time.monotonic()
-    for word in (model, surrogate):
-        if word is not None:
-            _ = word.device  # opens the network, so that the time of that is not the time of the questions
-    loading = time.monotonic() - loading
-    began = time.monotonic() - record.seconds
-    mine = group.share([index for index, name in zip(indices, ids, strict=True) if name not in record.rows])
-    carried = attack
-    if attack is not None and surrogate is not None and crafts is not None:
-        carried = Crafted(attack, Path(crafts) / craft_key(asked))
-    if progress is not None:
-        progress(len(record.rows), len(indices))  # before the texts are attacked, which may take long
-    trial = task.prepare(model, carried, budget, surrogate, indices, seed, group)
-    done = len(record.rows)
-    sizes: set[tuple[int, ...]] = set()
-    with group.together():
-        for samples in task.batches(batch, mine):
-            sizes.add(tuple(samples.images.shape[-2:]))
-            here, mine = mine[: len(samples)], mine[len(samples) :]
-            seeds = keys(samples.ids, seed)
-            answers = trial.answer(samples, seeds)
-            columns: dict[str, list[Any]] = {"id": list(samples.ids), **answers.columns}
-            places: list[dict[str, Any]] = [{}] * len(samples)
-            if folder is not None:
-                if not record.rows and group.first:
-                    begin(folder, asked, group.world == 1)  # not before there is something to take its place
-                places = store(folder, keep_as, here, answers.images)
-                rounded = (answers.images * 255.0).round() / 255.0
-                right, standing = answers.right
-                columns |= {"right": right, "stands": standing}
+    kept_in = nullcontext() if folder is None else keeping(folder, asked, keep_as, overwrite, group)
+    with kept_in as kept:
+        with group.together():
+            if file is not None:
+                check_place(file, asked, overwrite)
+                check_writable(file.parent)
+            indices = task.chosen(limit)
+            ids = _ids(task, indices)
+        if partial is None and folder is not None:
+            partial = folder / OUTCOMES
+        elif partial is None and file is not None:
+            partial = file.with_name(f".{file.name}.part")
+
+        def usable(rows: Rows) -> Rows:
+            rows = {name: rows[name] for name in ids if name in rows}
+            return rows if kept is None else kept.held(rows)
+
+        head = {"question": asked, "kept": kept and keep_as, "format": _FORMAT}
+        record = _Record.open(None if partial is None else Path(partial), head, group, usable)
+        if kept is not None:
+            kept.take(record.rows)
+        loading = time.monotonic()
+        for word in (model, surrogate):
+            if word is not None:
+                _ = word.device  # opens the network, so that the time of that is not the time of the questions
+        loading = time.monotonic() - loading
+        began = time.monotonic() - record.seconds
+        mine = group.share([index for index, name in zip(indices, ids, strict=True) if name not in record.rows])
+        carried = attack
+        if attack is not None and surrogate is not None and crafts is not None:
+            carried = Crafted(attack, Path(crafts) / craft_key(asked))
+        if progress is not None:
+            progress(len(record.rows), len(indices))  # before the texts are attacked, which may take long
+        trial = task.prepare(model, carried, budget, surrogate, indices, seed, group)
+        done = len(record.rows)
+        begun = group.world > 1  # then all must know when
+        if kept is not None and begun:
+            with group.together():
+                if group.first:
+                    kept.begin()
+        with group.together():
+            for samples in task.batches(batch, mine):
+                here, mine = mine[: len(samples)], mine[len(samples) :]
+                seeds = keys(samples.ids, seed)
+                answers = trial.answer(samples, seeds)
+                columns: dict[str, list[Any]] = {"id": list(samples.ids), **answers.columns}
+                columns["shape"] = [list(samples.images.shape[-2:])] * len(samples)
+                places: list[dict[str, Any]] = [{}] * len(samples)
+                if kept is not None:
+                    if not begun:
+                        kept.begin()  # not before there is something to take its place
+                        begun = True
+                    places = kept.add(here, answers.images)
+                    rounded = (answers.images * 255.0).round() / 255.0
+                    right, standing = answers.right
+                    columns |= {"right": right, "stands": standing}
+                    if trial.pixels is not None:
+                        again = trial.again(samples, answers, rounded, seeds)
+                        columns["rounded"] = [
+                            {name: one[row] for name, one in again.items()} for row in range(len(samples))
+                        ]
+                        columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
+                rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+                record.add([row | place for row, place in zip(rows, places, strict=True)], time.monotonic() - began)
+                done += len(samples) * group.world
+                if progress is not None:
+                    progress(min(done, len(indices)), len(indices))
+        known = {name: row for rows in group.gather(record.rows) for name, row in rows.items()}
+        found = [known[name] for name in ids]
+        sizes = {tuple(row["shape"]) for row in found}
+
+        def concluded() -> Report:
+            outcomes = trial.score(found)
+            notes = [*trial.notes, *trial.remarks(found), *_skipped(task), *_several(sizes)]
+            notes += _of_the_question(model, attack, trial)
+            if kept is not None:
                 if trial.pixels is not None:
-                    again = trial.again(samples, answers, rounded, seeds)
-                    columns["rounded"] = [
-                        {name: one[row] for name, one in again.items()} for row in range(len(samples))
-                    ]
-                    columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
-            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            record.add([row | place for row, place in zip(rows, places, strict=True)], time.monotonic() - began)
-            done += len(samples) * group.world
-            if progress is not None:
-                progress(min(done, len(indices)), len(indices))
-    known = {name: row for rows in group.gather(record.rows) for name, row in rows.items()}
-    found = [known[name] for name in ids]
-    sizes = set().union(*group.gather(sizes))
+                    notes += _rounding(found, outcomes, trial, trial.pixels)
+                placed = [row | {"index": index} for row, index in zip(found, indices, strict=True)]
+                kept.finish(placed, trial.prompts)
+            report = Report(
+                asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began, loading=loading,
+                texts=_texts(trial, attack, budget),
+            )  # fmt: skip
+            if doubt and attack is not None:
+                doubts = diagnose(report, task, model, attack, budget, surrogate, doubt, seed)
+                report = replace(report, notes=(*notes, *doubts))
+            if file is not None:
+                report.save(file, overwrite)
+            record.close()
+            return report
 
-    def concluded() -> Report:
-        outcomes = trial.score(found)
-        notes = [*trial.notes, *trial.remarks(found), *_skipped(task), *_several(sizes)]
-        notes += _of_the_question(model, attack, trial)
-        if folder is not None:
-            if trial.pixels is not None:
-                notes += _rounding(found, outcomes, trial, trial.pixels)
-            finish(folder, asked, found, trial.prompts)
-        report = Report(
-            asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began, loading=loading,
-            texts=_texts(trial, attack, budget),
-        )  # fmt: skip
-        if doubt and attack is not None:
-            doubts = diagnose(report, task, model, attack, budget, surrogate, doubt, seed)
-            report = replace(report, notes=(*notes, *doubts))
-        if file is not None:
-            report.save(file, overwrite)
-        record.close()
+        (report,) = group.each([concluded], lambda work: work())
         return report
-
-    (report,) = group.each([concluded], lambda work: work())
-    return report
 
 
 def _texts(trial: Trial, attack: Attack | None, budget: Budget | None) -> Texts | None:
@@ -274,7 +289,7 @@ def _ids(task: Task, indices: Sequence[int]) -> list[str]:
 @dataclass
 class _Record:
     """What is known of the samples so far, by their ids: in memory, and where a file is given in one line of it per
-    batch. A line that was cut off by a kill doesn't count."""
+    batch, with a checksum. A line that was cut off by a kill, or that is not what was written, doesn't count."""
 
     rows: dict[str, dict[str, Any]]
     seconds: float = 0.0
@@ -282,28 +297,33 @@ class _Record:
     head: Mapping[str, Any] = field(default_factory=dict)  # the first line: what is asked
 
     @staticmethod
-    def open(path: Path | None, head: dict[str, Any], ids: Collection[str], group: Processes) -> _Record:
+    def open(path: Path | None, head: dict[str, Any], group: Processes, usable: Callable[[Rows], Rows]) -> _Record:
         """Each process appends to a file of its own; the first one reads those of all and tells the others.
 
         Args:
-            ids: of the samples whose outcomes are of use.
+            usable: which of the rows that were found are of use.
         """
         record = _Record({}, path=None if path is None else path.with_name(f"{path.name}.{group.rank}"), head=head)
         if path is None or record.path is None:
             return record
-        if group.first:
-            for other in _files(path):
-                lines = _lines(other)
-                for line in lines[1:] if lines and lines[0] == head else []:
-                    record.rows |= {row["id"]: row for row in line["rows"] if row["id"] in ids}
-                    record.seconds = max(record.seconds, line["seconds"])
+        with group.together():
+            if group.first:
+                for other in _files(path):
+                    lines = _lines(other)
+                    for line in lines[1:] if lines[:1] == [head] else []:
+                        if misfit(line, _Line):
+                            continue
+                        record.rows |= {row["id"]: row for row in line["rows"]}
+                        record.seconds = max(record.seconds, line["seconds"])
+                record.rows = usable(record.rows)
         record.rows, record.seconds = group.tell((dict(record.rows), record.seconds))
-        check_writable(path.parent)
-        if group.first and record.rows:
-            line = {"rows": list(record.rows.values()), "seconds": record.seconds}
-            write(record.path, "".join(json.dumps(one) + "\n" for one in (head, line)))
-        else:
-            record.path.unlink(missing_ok=True)  # what lies there is of another question, or broken
+        with group.together():
+            check_writable(path.parent)
+            if group.first and record.rows:
+                line = {"rows": list(record.rows.values()), "seconds": record.seconds}
+                write(record.path, _line(head) + _line(line))
+            else:
+                _remove(record.path)  # what lies there is of another question, or broken
         return record
 
     def add(self, rows: list[dict[str, Any]], seconds: float) -> None:
@@ -311,21 +331,24 @@ class _Record:
         self.seconds = seconds
         if self.path is None:
             return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                if file.tell() == 0:
-                    file.write(json.dumps(self.head) + "\n")
-                file.write(json.dumps({"rows": rows, "seconds": seconds}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise WriteError(f"{self.path} cannot be written: {reason(error)}") from error
+        begun = self.path.is_file()
+        append(self.path, ("" if begun else _line(self.head)) + _line({"rows": rows, "seconds": seconds}))
 
     def close(self) -> None:
         if self.path is not None:
             for path in _files(self.path.with_suffix("")):
-                path.unlink(missing_ok=True)
+                _remove(path)
+
+
+class _Line(TypedDict):
+    """What a line holds behind the first one."""
+
+    rows: list[_Row]
+    seconds: float
+
+
+class _Row(TypedDict):
+    id: str
 
 
 def _files(path: Path) -> list[Path]:
@@ -333,15 +356,31 @@ def _files(path: Path) -> list[Path]:
     return sorted(other for other in path.parent.iterdir() if own.fullmatch(other.name)) if path.parent.is_dir() else []
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; what follows a broken one is left out."""
-    found: list[dict[str, Any]] = []
+def _remove(path: Path) -> None:
     try:
-        for line in path.read_text().splitlines():
-            found.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
-    return found
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"{path} cannot be removed: {reason(error)}") from error
+
+
+def _line(content: Mapping[str, Any]) -> str:
+    """A line of a file of outcomes: its content behind a checksum."""
+    text = json.dumps(content)
+    return f"{_checksum(text.encode())} {text}\n"
+
+
+def _lines(path: Path) -> list[Any]:
+    """The lines of a file that are as they were written; others are left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    parts = [line.partition(b" ") for line in lines]
+    return [json.loads(text) for told, _, text in parts if told.decode("latin-1") == _checksum(text)]
+
+
+def _checksum(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:32]
 
 
 def _rounding(rows: list[dict[str, Any]], outcomes: Outcomes | Ranks, trial: Trial, pixels: PixelBudget) -> list[str]:

@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 from crossguard import files, signatures, words
 from crossguard.errors import CrossguardError
 from crossguard.limits import at_least, shortly
-from crossguard.printing import LogFormatter
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import Missing, read_toml
 from crossguard.report import Report, ReportError, key
@@ -233,8 +232,8 @@ class Experiment:
         group = joined()
         check_folder(out)
         cells = self.cells()
-        files.make_writable(out)
-        files.make_writable(out / ".locks")
+        files.check_writable(out)
+        files.check_writable(out / ".locks")
         if group.first:
             files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
         with _logging(out / "log.txt") as log:
@@ -275,6 +274,10 @@ class _Work:
         out, log, watch = self.out, self.log, self.watch
         waiting = [cell for cell in cells if self.known(cell) is None]
         log.info("%s: %d cells, %d answered", self.experiment.source, len(cells), len(cells) - len(waiting))
+        unanswered = {cell.key for cell in waiting}
+        for cell in cells:  # killed between the answer and the end of the outcomes so far
+            for stale in out.glob(f".{cell.key}.json.part.*") if cell.key not in unanswered else ():
+                stale.unlink(missing_ok=True)
         watch.start(len(cells), len(cells) - len(waiting))
         # Cells that share what is crafted on a surrogate come one after the other; behind the last it is dropped.
         sharing = Counter(cell.craft for cell in waiting)
@@ -531,7 +534,7 @@ def _logging(path: Path) -> Iterator[logging.Logger]:
     """A logger that appends to a file while the run lasts."""
     log = logging.getLogger("crossguard.experiment")
     handler = files.LogFile(path)
-    handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)

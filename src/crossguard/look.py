@@ -20,10 +20,10 @@ from torch import Tensor
 from crossguard import files
 from crossguard.budgets import Budget, Linf, PixelBudget
 from crossguard.data import Dataset
-from crossguard.datasets.kept import INDEX, REPORT, Kept, rounded
+from crossguard.datasets.keeping import rounded
+from crossguard.datasets.kept import INDEX, REPORT, Kept
 from crossguard.errors import CrossguardError
 from crossguard.pages import figure, render
-from crossguard.printing import plain
 from crossguard.report import Ranks, Report, ReportError, shortened
 from crossguard.words import build
 
@@ -313,6 +313,11 @@ def marks(before: str, after: str) -> Pieces:
             found += [("old", [*left]), ("new", [*right])]
     joined = [(kind, " ".join(words)) for kind, words in found]
     return tuple((kind, words) for kind, words in joined if words)
+
+
+def plain(text: str) -> str:
+    """The text with everything that a terminal would obey spelled out."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def lines(number: int, sample: Sample, color: bool) -> Iterator[Text]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Crafted(Attack):
         def craft() -> tuple[dict[str, Tensor], list[str]]:
             return {}, self.attack.rewrite(victim, texts, budget, rivals, goal)
 
-        return self._once("texts", "\n".join(texts).encode(), craft)[1]
+        return self._once("texts", "\n".join(texts).encode("utf-8", "surrogatepass"), craft, len(texts))[1]
 
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
         if self.spends(budget)[0] is None:
@@ -59,7 +60,7 @@ class Crafted(Attack):
         def craft() -> tuple[dict[str, Tensor], list[str]]:
             return {"images": self.attack.perturb(victim, images, goal, budget, seeds)}, []
 
-        return self._images(craft, victim.before.queries, images, seeds)[0]
+        return self._images(craft, victim.before.queries, images, seeds, 0)[0]
 
     def match(
         self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
@@ -70,33 +71,65 @@ class Crafted(Attack):
             made, words = self.attack.match(victim, images, texts, budget, seeds)
             return {} if apart else {"images": made}, words
 
-        return self._images(craft, victim.encode.queries, images, seeds)
+        return self._images(craft, victim.encode.queries, images, seeds, len(texts), apart)
 
-    def _images(self, craft: _Craft, queries: Queries | None, clean: Images, seeds: Seeds) -> tuple[Images, list[str]]:
+    def _images(
+        self, craft: _Craft, queries: Queries | None, clean: Images, seeds: Seeds, texts: int, apart: bool = False
+    ) -> tuple[Images, list[str]]:
         def counted() -> tuple[dict[str, Tensor], list[str]]:
             tensors, texts = craft()
             if queries is not None:
                 tensors |= {"forwards": queries.forwards, "gradients": queries.gradients}
             return tensors, texts
 
-        tensors, texts = self._once("images", seeds.cpu().numpy().tobytes(), counted)
+        wanted = {} if apart else {"images": (clean.dtype, clean.shape)}
+        if queries is not None:
+            counts = {"forwards": queries.forwards, "gradients": queries.gradients}
+            wanted |= {name: (count.dtype, count.shape) for name, count in counts.items()}
+        tensors, words = self._once("images", seeds.cpu().numpy().tobytes(), counted, texts, wanted)
         if queries is not None:
             queries.forwards.copy_(tensors["forwards"])
             queries.gradients.copy_(tensors["gradients"])
-        return tensors["images"].to(clean.device) if "images" in tensors else clean, texts
+        return tensors["images"].to(clean.device) if "images" in tensors else clean, words
 
-    def _once(self, kind: str, what: bytes, craft: _Craft) -> tuple[dict[str, Tensor], list[str]]:
+    def _once(
+        self, kind: str, what: bytes, craft: _Craft, count: int, wanted: Mapping[str, _Form] | None = None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """What lies in the folder, if it is whole and has the form of what would be made now; otherwise it is made.
+
+        Args:
+            count: of the texts.
+            wanted: the tensors that are made, with their types and shapes.
+        """
         path = self.folder / f"{kind}-{hashlib.sha256(what).hexdigest()[:16]}.safetensors"
         try:
             with safe_open(path, "pt") as file:
-                texts = json.loads(file.metadata()["texts"])
-                return {name: file.get_tensor(name) for name in file.keys()}, texts  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there yet, or broken
-            tensors, texts = craft()
+                told = file.metadata()
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            words = json.loads(told["texts"])
+            forms = {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
+            if told["digest"] == _digest(found, told["texts"]) and forms == (wanted or {}) and len(words) == count:
+                return found, words
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+            pass  # not there yet, or broken
+        tensors, texts = craft()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with suppress(WriteError):  # what does not fit on the disk is made again
-            save_tensors(path, tensors, {"texts": json.dumps(texts)})
+            said = json.dumps(texts)
+            save_tensors(path, tensors, {"texts": said, "digest": _digest(tensors, said)})
         return tensors, texts
+
+
+def _digest(tensors: Mapping[str, Tensor], texts: str) -> str:
+    """Tells what was written whole from what was not, or was changed since."""
+    whole = hashlib.sha256(texts.encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+_Form = tuple[torch.dtype, torch.Size]
 
 
 _Craft = Callable[[], tuple[dict[str, Any], list[str]]]

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from crossguard import files, reading
 from crossguard.data import Dataset, Prompts
-from crossguard.datasets.pixels import SUFFIXES, decode
+from crossguard.datasets.pixels import decode
 from crossguard.errors import CrossguardError
 from crossguard.limits import ENCODED, shortly
 from crossguard.reading import fingerprint
-from crossguard.report import differs
-from crossguard.shapes import Images, Labels
+from crossguard.shapes import Labels
 
 INDEX = "kept.json"
-UNFINISHED = ".kept.json"  # the question of an evaluation that has not kept everything yet
 AGAIN = "run the evaluation with --keep again"
 REPORT = "report.json"  # beside the kept images, where `crossguard attack` wrote
 FORMATS = ("safetensors", "png")
@@ -46,11 +40,12 @@ class _Sample(_Told):
     row: int
 
 
-class _Question(TypedDict, total=False):
+class _Kept(TypedDict, total=False):
     question: dict[str, str]
+    files: dict[str, str]  # SHA-256 by name
 
 
-class _Index(_Question):
+class _Index(_Kept):
     """What is read of the index."""
 
     names: list[str]
@@ -81,7 +76,7 @@ class Kept(Dataset):
     @cached_property
     def _told(self) -> tuple[_Index, str]:
         """The index, and a hash of it."""
-        path = Path(self.path) / INDEX
+        path = reading.inside(Path(self.path), INDEX, "the kept folder")
         try:
             written = reading.content(path, AGAIN)
         except reading.Missing:
@@ -133,9 +128,21 @@ class Kept(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Says what the index holds, and how large the files of the images are."""
-        sizes = {file: _size(self._place(file)) for file in {sample["file"] for sample in self._index["samples"]}}
-        return fingerprint((self._told[1], *sorted(sizes.items())))
+        """Says what the index and the files of the images hold.
+
+        Raises:
+            CrossguardError: a file is missing, or is not the one that was kept.
+        """
+        told = self._index.get("files", {})
+        found = {
+            file: files.hashed(self._place(file)) for file in {sample["file"] for sample in self._index["samples"]}
+        }
+        for file, content in sorted(found.items()):
+            if told.get(file, content) != content:
+                raise CrossguardError(
+                    f"{self._place(file)} is not the file that was kept there, but has been changed since; {AGAIN}"
+                )
+        return fingerprint((self._told[1], *sorted(found.items())))
 
     def _place(self, file: str) -> Path:
         """Where a file is that the index names."""
@@ -157,118 +164,10 @@ class Kept(Dataset):
                 images, row = file.get_slice("images"), sample["row"]
                 count = images.get_shape()[0]
                 if 0 <= row < count:
-                    return images[row : row + 1][0]
+                    image = images[row : row + 1][0]
+                    if not bool(((image >= 0) & (image <= 1)).all()):
+                        raise ValueError("its pixels are not in [0, 1]")
+                    return image
         except Exception as error:  # safetensors has one error for every kind of damage
             raise CrossguardError(f"{path} is damaged ({error}); {AGAIN}") from error
         raise CrossguardError(f"{path} is damaged (it has {count} images); {AGAIN}")
-
-
-def _size(path: Path) -> int:
-    """In bytes; -1 where there is no file, which is said when it is read."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def check_folder(folder: Path, question: Mapping[str, str], overwrite: bool = False) -> bool:
-    """Raises where the images of this question would replace those of another, or lie among images of somebody else:
-    these might be overwritten, and a data set that is read from there would have more samples than before.
-
-    Args:
-        overwrite: nothing is refused.
-
-    Returns:
-        Whether an evaluation of this question began to keep its images here and was stopped.
-    """
-    found = {name: _question(folder / name) for name in (INDEX, UNFINISHED)}
-    for there in found.values():
-        if not overwrite and there is not None and there != dict(question):
-            raise CrossguardError(
-                f"{folder} holds what was kept for another question ({differs(there, question)}); give another "
-                "folder, or overwrite this one"
-            )
-    if not overwrite and folder.is_dir() and not any((folder / name).exists() for name in found):
-        for file in sorted(folder.iterdir()):
-            if file.name.lower().endswith(SUFFIXES):
-                raise CrossguardError(
-                    f"{folder} holds images that no evaluation kept ({file.name}); give a folder of its own"
-                )
-    return found[UNFINISHED] == dict(question)
-
-
-def _question(path: Path) -> dict[str, str] | None:
-    """What an index is the answer to; None where there is none, or one that cannot be read."""
-    try:
-        return reading.read_json(path, _Question, AGAIN).get("question")
-    except CrossguardError:
-        return None
-
-
-def begin(folder: Path, question: Mapping[str, str], alone: bool = True) -> None:
-    """Takes away what an earlier run kept, the index first: until `finish`, the folder is not to be read.
-
-    Args:
-        alone: whether no other process writes images into the folder already.
-    """
-    stale: set[str] = set()
-    with suppress(CrossguardError, TypeError):  # nothing is there, or its index is broken
-        stale = {sample["file"] for sample in Kept(str(folder)).samples if alone}
-    if _question(folder / INDEX) not in (None, dict(question)):
-        stale.add(REPORT)  # of the images that go
-    try:
-        for name in (INDEX, *stale):
-            if Path(name).name == name:
-                (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise files.WriteError(f"{folder / INDEX} cannot be replaced: {files.reason(error)}") from error
-    files.write(folder / UNFINISHED, json.dumps({"question": dict(question)}) + "\n")
-
-
-def keep(folder: Path, form: str, indices: Sequence[int], images: Images) -> list[dict[str, Any]]:
-    """Writes the images of one batch and says where each is; `finish` makes the folder readable."""
-    if form == "png":
-        places = []
-        for index, image in zip(indices, images, strict=True):
-            name = f"{index:06d}.png"
-            _save_png(folder / name, rounded(image))
-            places.append({"file": name, "row": 0, "index": index})
-        return places
-    name = f"images-{indices[0]:06d}.safetensors"
-    files.save_tensors(folder / name, {"images": images.detach().cpu().contiguous()})
-    return [{"file": name, "row": row, "index": index} for row, index in enumerate(indices)]
-
-
-def finish(
-    folder: Path,
-    question: Mapping[str, str],
-    samples: Sequence[Mapping[str, Any]],
-    prompts: tuple[Prompts, Prompts] | None = None,
-) -> None:
-    """Writes the index; written last, it says that everything else is there.
-
-    Args:
-        prompts: the class prompts before and after the attack; without them the samples have captions of their own,
-            as `texts` and `clean_texts`.
-    """
-    content: dict[str, Any] = {"question": dict(question), "names": (), "clean_texts": (), "texts": ()}
-    if prompts is not None:
-        before, after = prompts
-        content |= {"names": before.names, "clean_texts": before.texts, "texts": after.texts}
-    content["samples"] = [
-        {name: value for name, value in sample.items() if name not in ("embedding", "rounded")} for sample in samples
-    ]
-    files.write(folder / INDEX, json.dumps(content) + "\n")
-    (folder / UNFINISHED).unlink(missing_ok=True)
-
-
-def rounded(image: Tensor) -> Image.Image:
-    """The image with 8 bits."""
-    pixels = (image * 255.0).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels)
-
-
-def _save_png(path: Path, image: Image.Image) -> None:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    files.write(path, content.getvalue())
