@@ -714,9 +714,17 @@ def test_a_refused_run_leaves_nothing_new(tmp_path: Path) -> None:
     out, kept = tmp_path / "reports" / "r.json", tmp_path / "kept"
     asked = (*RETRIEVED, "--attack", "CoAttack(RayS(queries=5))", "--budget", "Both(Linf(4/255), Words(1))")
     assert "Away never says so" in error("eval", *asked, "--out", str(out), "--keep", str(kept))
-    assert not any(out.parent.iterdir()) and not any(kept.iterdir())
-    assert "kept as 'jpg'" in error("eval", *asked, "--keep", str(tmp_path / "other"), "--keep-as", "jpg")
-    assert not (tmp_path / "other").exists()
+    assert "kept as 'jpg'" in error("eval", *asked, "--keep", str(kept), "--keep-as", "jpg")
+    places = ("--limit", "2", "--out", str(out), "--keep", str(kept))
+    for option, wrong, said in (
+        ("--task", "Nonsense()", "unknown name"),
+        ("--attack", "Tiny()", "is not an attack"),
+        ("--model", "HuggingFace('nowhere/at-all')", "nowhere/at-all"),
+    ):
+        words = {"--task": "ZeroShot(Scenes('shape'))", "--model": "Tiny()", "--attack": "PGD(steps=1)"}
+        words |= {"--budget": "Linf(1/255)", option: wrong}
+        assert said in error("eval", *(text for pair in words.items() for text in pair), *places)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_another_question_left_is_not_replaced_unasked(tmp_path: Path) -> None:

@@ -284,6 +284,9 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path):
     with pytest.raises(CrossguardError, match="cannot be written to"):
         files.check_writable(tmp_path / "file")
     files.check_writable(tmp_path / "new" / "folder")
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+    files.make_writable(tmp_path / "new" / "folder")
+    files.check_writable(tmp_path / "new" / "folder")
     assert not list((tmp_path / "new" / "folder").iterdir())
 
 
@@ -337,7 +340,8 @@ def test_every_format_renders(folder: Path):
     assert "| the base | 75.0 % [30.1, 95.4] | 0.0 % [0.0, 49.0] |" in markdown
     assert "x\\|y" in markdown and "\\<b>" in markdown
     latex = render(answers, "latex")
-    assert "\\begin{tabular}{lrrr}" in latex and "75.0 \\% [30.1, 95.4]" in latex and "A\\_1 \\& <b>" in latex
+    assert "\\begin{tabular}{lrrr}" in latex and "75.0 \\% [30.1, 95.4]" in latex
+    assert "A\\_1 \\& \\textless{}b\\textgreater{}" in latex
     rows = list(csv.DictReader(io.StringIO(render(answers, "csv"))))
     assert [row["robust"] for row in rows] == ["", "0.0", "0.5", "", "0.5"], "nobody attacked"
     assert rows[1]["attack"] == "image" and rows[1]["n"] == "4" and rows[1]["robust_high"] == "0.489891"

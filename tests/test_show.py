@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from crossguard.datasets.kept import Kept
-from crossguard.look import FORMATS, Look, Shot, lines, marks, picture, plain
+from crossguard.look import FORMATS, Look, Shot, lines, marks, picture
 from crossguard.report import Report
 from test_cli import call, error
 
@@ -202,7 +202,6 @@ def test_marks_of_changes() -> None:
     )  # fmt: skip
     assert marks("a b", "a") == (("same", "a"), ("old", "b"))
     assert marks("", "a") == (("new", "a"),)
-    assert plain("a\x1b[31m\n\ud800b") == "a\\x1b[31m\\n\\ud800b"
 
 
 def test_colors_mark_on_a_terminal(classes: Path) -> None:

@@ -8,6 +8,7 @@ transformers.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import lazy_loader
@@ -22,8 +23,10 @@ VOCABULARY = tuple(sorted(_names))
 __all__ = ["VOCABULARY", "__version__", *_names]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
+@cache
 def plugins() -> dict[str, Any]:
-    """The entry points of the group `crossguard` of installed packages: word -> entry point, unloaded."""
+    """The entry points of the group `crossguard` of installed packages: word -> entry point, unloaded. Looked up once a
+    process: that reads the metadata of all packages, some 10 ms."""
     from importlib.metadata import entry_points
 
     return {point.name: point for point in entry_points(group="crossguard")}

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,13 +27,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.text import Text
 from typer.core import TyperGroup
 
 from crossguard import __version__, files
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Cell, Experiment, Unanswered, Watch, read
 from crossguard.limits import at_least, shortly, whole
+from crossguard.printing import brief, one_line, plain, plain_lines, say
 from crossguard.processes import leads, several, speaks
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ class _Group(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            _debug()
+            if _debugging():
+                typer.echo(plain_lines(traceback.format_exc()), err=True, nl=False)
             sentence, code = _explained(error)
         if speaks():
-            _say(f"crossguard: {sentence}")
+            say(sentence if _debugging() else brief(sentence))
         raise typer.Exit(code)
 
 
@@ -76,12 +78,12 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, CrossguardError):
         return f"error: {error}", 2
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return f"error: {where}{files.reason(error)}", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's, of a GPU
         what = "the GPU" if not isinstance(error, MemoryError) else "this machine"
         return f"error: the memory of {what} is full; a smaller --batch needs less, and changes no result", 2
-    first = (str(error).strip().splitlines() or [""])[0][:300]
+    first = (str(error).strip().splitlines() or [""])[0]
     return (
         f"error: unexpected {type(error).__name__}{': ' * bool(first)}{first.rstrip('.')}; this may be a fault of "
         "Crossguard, and 'crossguard --debug COMMAND ...' shows where it happened",
@@ -184,7 +186,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error, as CROSSGUARD_DEBUG=1 does.")
+        bool, typer.Option("--debug", help="Show all of an error and its traceback, as CROSSGUARD_DEBUG=1 does.")
     ] = False,
 ) -> None:
     if debug:
@@ -250,9 +252,9 @@ def attack_command(
         told = _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken, overwrite)
     if told:
         if first:
-            typer.echo()
+            _print()
             _print_samples(keep, first)
-        typer.echo(f"'crossguard show {shlex.quote(str(keep))}' shows more")
+        _print(f"'crossguard show {shlex.quote(str(keep))}' shows more")
 
 
 @app.command("show")
@@ -331,9 +333,9 @@ def _ask(
         return False
     for path in reports[1:]:
         report.save(path, overwrite)
-    typer.echo(str(report))
+    _print(str(report))
     for path in reports:
-        typer.echo(f"written to {path}")
+        _print(f"written to {path}")
     return True
 
 
@@ -387,8 +389,8 @@ def train(
             raise
     if leads():
         if told := _trained(out):
-            _say(f"crossguard: {told}")
-        typer.echo(show(trained, short=True))
+            say(told)
+        _print(show(trained, short=True))
 
 
 def _saved(out: Path) -> str:
@@ -563,6 +565,7 @@ class _Bar(Watch):
 
     def step(self, description: str) -> None:
         """A bar of samples, with this description."""
+        description = plain(description)
         if self.samples is not None:
             self.bar.remove_task(self.samples)
         self.samples = self.bar.add_task(description, total=None)
@@ -605,7 +608,7 @@ class _Bar(Watch):
 
     def fails(self, cell: Cell, error: CrossguardError) -> None:
         self.advance()
-        reason = "for the same reason" if str(error) in self.reasons else str(error)
+        reason = "for the same reason" if str(error) in self.reasons else brief(str(error))
         self.reasons.add(str(error))
         self.line(f"[{self.done}/{self.total}] {cell.label}: not answered: {reason}")
 
@@ -618,7 +621,11 @@ class _Bar(Watch):
             self.bar.advance(self.cells)
 
     def line(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(plain(text), soft_wrap=True)
+
+
+def _print(text: str = "") -> None:
+    typer.echo(plain_lines(text))
 
 
 def _print_samples(folder: Path, count: int, changed: bool = False, out: Path | None = None) -> None:
@@ -628,16 +635,16 @@ def _print_samples(folder: Path, count: int, changed: bool = False, out: Path | 
     samples = kept.pick(count, changed)
     doubt = None if out is None else look.save(kept, samples, out)
     console = Console(markup=False, highlight=False)
-    typer.echo(kept.summary)
+    _print(kept.summary)
     for number, sample in enumerate(samples, 1):
         console.print()
         for line in look.lines(number, sample, console.is_terminal and not console.no_color):
             console.print(line, soft_wrap=True)
     if out is not None:
         console.print()
-        typer.echo(f"written to {out}")
+        _print(f"written to {out}")
     if doubt:
-        _say(f"crossguard: {doubt}")
+        say(doubt)
 
 
 def _print_table(folder: Path, form: str | None, worst: bool, crossed: bool = False) -> None:
@@ -667,27 +674,27 @@ def _print_vocabulary() -> None:
             groups.setdefault(found.kind, []).append((name, found.summary))
     width = max(len(name) for listed in groups.values() for name, _ in listed)
     for kind, listed in sorted(groups.items(), key=lambda group: group[0] == "cannot be loaded"):
-        typer.echo(f"{kind}")
+        _print(kind)
         for name, line in listed:
-            typer.echo(f"  {name:<{width}}  {line}")
-        typer.echo()
-    typer.echo("'crossguard words NAME' shows the fields of a word.")
+            _print(f"  {name:<{width}}  {one_line(line)}")
+        _print()
+    _print("'crossguard words NAME' shows the fields of a word.")
 
 
 def _print_word(name: str) -> None:
     from crossguard import signatures
 
     found = signatures.find(name)
-    typer.echo(f"{name} ({found.kind})")
-    typer.echo()
+    _print(f"{name} ({found.kind})")
+    _print()
     for one in found.parameters:
-        typer.echo(f"  {one.name}: {one.type}{'' if one.default is None else f' = {one.default}'}")
+        _print(f"  {one.name}: {one.type}{'' if one.default is None else f' = {one.default}'}")
     if not found.parameters:
-        typer.echo("  no fields")
-    typer.echo()
-    typer.echo(found.doc)
+        _print("  no fields")
+    _print()
+    _print(found.doc)
     for base, options in found.inherited:  # what inherited fields mean stands with the class that brought them
-        typer.echo(f"\nArgs of every {base}:\n{options}")
+        _print(f"\nArgs of every {base}:\n{options}")
 
 
 # Checking
@@ -749,13 +756,6 @@ def _skipping(option: str, word: Any) -> Any:
     return changed
 
 
-def _say(sentence: str) -> None:
-    Console(stderr=True, markup=False, highlight=False).print(Text(sentence), soft_wrap=True)
-
-
-def _debug() -> None:
-    """With CROSSGUARD_DEBUG=1, the traceback that an error sentence leaves out."""
-    if os.environ.get("CROSSGUARD_DEBUG", "0") not in ("", "0"):
-        import traceback
-
-        traceback.print_exc()
+def _debugging() -> bool:
+    """Whether errors show their traceback and all of their text."""
+    return os.environ.get("CROSSGUARD_DEBUG", "0") not in ("", "0")

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from crossguard import files, signatures, words
 from crossguard.errors import CrossguardError
 from crossguard.limits import at_least, shortly
+from crossguard.printing import LogFormatter
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import Missing, read_toml
 from crossguard.report import Report, ReportError, key
@@ -232,8 +233,8 @@ class Experiment:
         group = joined()
         check_folder(out)
         cells = self.cells()
-        files.check_writable(out)
-        files.check_writable(out / ".locks")
+        files.make_writable(out)
+        files.make_writable(out / ".locks")
         if group.first:
             files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
         with _logging(out / "log.txt") as log:
@@ -534,7 +535,7 @@ def _logging(path: Path) -> Iterator[logging.Logger]:
     """A logger that appends to a file while the run lasts."""
     log = logging.getLogger("crossguard.experiment")
     handler = files.LogFile(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)

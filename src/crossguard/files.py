@@ -17,7 +17,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crossguard.errors import CrossguardError, say
+from crossguard.errors import CrossguardError
+from crossguard.printing import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,10 +117,12 @@ def append(path: Path, text: str, make: bool = True) -> None:
     elsewhere, so that is refused.
 
     Args:
-        make: whether the file is made where it is not there yet.
+        make: whether the file and its folder are made where they are not there yet.
     """
     flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | (os.O_CREAT if make else 0)
     try:
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, flags, 0o666)
         try:
             rest = text.encode()
@@ -133,8 +136,20 @@ def append(path: Path, text: str, make: bool = True) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder, and raises now rather than after hours of work if no file can be written in it. Removes what
-    killed processes have left there half-written."""
+    """Raises now rather than after hours of work if no file can be written in the folder. Where it is not there, it is
+    not there afterwards: what is found wrong later than this leaves no empty folders."""
+    missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    try:
+        make_writable(folder)
+    finally:
+        for one in missing:
+            with suppress(OSError):  # it could not be made, or another process has put something there
+                one.rmdir()
+
+
+def make_writable(folder: Path) -> None:
+    """Makes the folder, and raises if no file can be written in it. Removes what killed processes have left there
+    half-written."""
     probe = folder / f".{_tag()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +174,7 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    check_writable(folder)
+    make_writable(folder)
     path = folder / LOCK
     try:
         if path.is_symlink():

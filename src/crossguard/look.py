@@ -24,6 +24,7 @@ from crossguard.datasets.keeping import rounded
 from crossguard.datasets.kept import INDEX, REPORT, Kept
 from crossguard.errors import CrossguardError
 from crossguard.pages import figure, render
+from crossguard.printing import plain
 from crossguard.report import Ranks, Report, ReportError, shortened
 from crossguard.words import build
 
@@ -313,11 +314,6 @@ def marks(before: str, after: str) -> Pieces:
             found += [("old", [*left]), ("new", [*right])]
     joined = [(kind, " ".join(words)) for kind, words in found]
     return tuple((kind, words) for kind, words in joined if words)
-
-
-def plain(text: str) -> str:
-    """The text with everything that a terminal would obey spelled out."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def lines(number: int, sample: Sample, color: bool) -> Iterator[Text]:

@@ -20,6 +20,7 @@ import numpy as np
 from crossguard import files, reading
 from crossguard.errors import CrossguardError
 from crossguard.limits import shortly
+from crossguard.printing import plain
 from crossguard.words import build, show
 
 SCHEMA = 1
@@ -28,6 +29,10 @@ WORDS = ("task", "model", "attack", "budget", "surrogate")  # the parts of a que
 
 class ReportError(CrossguardError):
     """A file that is not a whole report."""
+
+
+class NoReportError(ReportError):
+    """A file of something else."""
 
 
 @dataclass(frozen=True)
@@ -565,8 +570,9 @@ class Report:
             raise ReportError(f"there is no report {path}") from None
         except CrossguardError as error:
             raise ReportError(str(error)) from None
-        if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
-            raise ReportError(f"{path} is not a report")
+        known = isinstance(content, dict) and {"question", "outcomes"} <= content.keys()
+        if not known or not isinstance(content.get("schema"), int):
+            raise NoReportError(f"{path} is not a report")
         if content["schema"] != SCHEMA:
             raise ReportError(
                 f"{path} is a report of schema {shortly(content['schema'])}, and this crossguard reads schema {SCHEMA}"
@@ -608,8 +614,9 @@ class Report:
         return found
 
     def lines(self) -> list[tuple[str, str]]:
-        """The report in short, as names and values: what a number needs beside it to mean something."""
-        said = [(name, self.short.get(name, value)) for name, value in self.question.items()]
+        """The report in short, as names and values: what a number needs beside it to mean something. What a terminal
+        would obey is spelled out."""
+        said = [(plain(name), plain(self.short.get(name, value))) for name, value in self.question.items()]
         rates = self.outcomes.lines(self.attacked)
         if self.texts is not None and self.texts.prompts:
             name, value = rates.pop()
@@ -621,17 +628,18 @@ class Report:
         """The lines and, below them, the notes."""
         lines = self.lines()
         width = max(len(name) for name, _ in lines)
-        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in lines), *(f"- {n}" for n in self.notes)])
+        said = [f"{name:<{width}}  {value}" for name, value in lines]
+        return "\n".join([*said, *(f"- {plain(note)}" for note in self.notes)])
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{name.strip()}: {value}" for name, value in self.lines())
-        notes = "".join(f"; note: {note}" for note in self.notes)
+        notes = "".join(f"; note: {plain(note)}" for note in self.notes)
         return f"<Report {inside}{notes}>"
 
     def _repr_html_(self) -> str:
         from crossguard.pages import render
 
-        return render("report.html", lines=self.lines(), notes=self.notes)
+        return render("report.html", lines=self.lines(), notes=map(plain, self.notes))
 
 
 def check_place(path: Path, question: Mapping[str, str], overwrite: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,9 +20,11 @@ from rich.text import Text
 from crossguard import files, reading
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
-from crossguard.report import Rate, Report, ReportError
+from crossguard.printing import one_line, plain
+from crossguard.report import NoReportError, Rate, Report, ReportError
 
 FORMATS = ("markdown", "csv", "json", "latex")
+_LISTED = 3  # files that are not reports; more are counted
 
 # Parts of a question with what their files held: the same word may have read other weights, other data.
 _TASK = ("task", "data")
@@ -84,7 +87,7 @@ class Answers:
         if not folder.is_dir():
             raise CrossguardError(f"there is no folder {folder}; give the one that 'crossguard run' wrote to")
         labels, order = _index(folder / INDEX)
-        reports, doubts = {}, []
+        reports, doubts, others = {}, [], []
         try:
             paths = sorted(path for path in folder.glob("*.json") if path.name != INDEX)
         except OSError as error:
@@ -92,8 +95,14 @@ class Answers:
         for path in paths:
             try:
                 reports[path.stem] = Report.load(path)
+            except NoReportError:
+                others.append(path.name)
             except ReportError as error:
                 doubts.append(f"left out: {error}.")
+        if others:
+            more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+            what = "are not reports" if len(others) > 1 else "is not a report"
+            doubts.append(f"left out: {', '.join(others[:_LISTED])}{more} in {folder} {what}.")
         if not reports:
             broken = f" that can be read ({doubts[0]})" if doubts else ""
             raise CrossguardError(f"there is no report in {folder}{broken}")
@@ -358,16 +367,20 @@ def pretty(answers: Answers) -> RenderableType:
     shown: list[RenderableType] = []
     for table in answers.tables():
         grid = RichTable(
-            title=Text(table.caption), title_justify="left", caption=Text(table.legend), caption_justify="left"
+            title=_text(table.caption), title_justify="left", caption=_text(table.legend), caption_justify="left"
         )
-        grid.add_column(table.corner, overflow="fold")
+        grid.add_column(_text(table.corner), overflow="fold")
         for column in table.columns:
-            grid.add_column(Text(column), justify="right", overflow="fold")
+            grid.add_column(_text(column), justify="right", overflow="fold")
         for row in table.cells:
-            grid.add_row(*(Text(cell) for cell in row))
+            grid.add_row(*map(_text, row))
         shown.append(grid)
-    shown.extend(Text(f"- {note}") for note in answers.notes())
+    shown.extend(_text(f"- {note}") for note in answers.notes())
     return Group(*shown)
+
+
+def _text(text: str) -> Text:
+    return Text(plain(text))
 
 
 def _markdown(answers: Answers) -> str:
@@ -387,9 +400,8 @@ def _row(cells: list[str]) -> str:
 
 
 def _in_markdown(text: str) -> str:
-    for sign in "\\|*_`<":
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
+    """The text as markdown shows it: no markup, no link, no end of a cell."""
+    return re.sub(r"([\\|*_`<]|\](?=[(\[:]))", r"\\\1", one_line(text))
 
 
 def _csv(answers: Answers) -> str:
@@ -398,8 +410,21 @@ def _csv(answers: Answers) -> str:
     names = dict.fromkeys(name for record in records for name in record)
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({name: _in_csv(value) for name, value in record.items()} for record in records)
     return text.getvalue()
+
+
+_FORMULA = "=+-@＝＋－＠"  # spreadsheets compute a cell that begins so
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", re.ASCII | re.IGNORECASE)
+
+
+def _in_csv(value: Any) -> Any:
+    """A value as a cell that no spreadsheet computes: where a text that is no number begins as a formula does, an
+    apostrophe goes before it, as the OWASP project advises against CSV injection."""
+    if not isinstance(value, str):
+        return value
+    text = plain(value)
+    return f"'{text}" if text.lstrip().startswith(tuple(_FORMULA)) and not _NUMBER.fullmatch(text) else text
 
 
 def _latex(answers: Answers) -> str:
@@ -418,12 +443,16 @@ def _latex(answers: Answers) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-_LATEX = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+_LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"}
+_LATEX |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+_LATEX |= {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"}
 
 
 def _in_latex(text: str) -> str:
-    text = " ".join(text.split())
-    return "".join(_LATEX.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
+    """The text as LaTeX typesets it. What begins with `[` or `*` would be taken for an option of the line end before
+    it."""
+    text = "".join(_LATEX.get(sign, sign) for sign in one_line(text))
+    return f"{{}}{text}" if text[:1] in ("[", "*") else text
 
 
 def _cell(rate: Rate | None, with_n: bool) -> str:

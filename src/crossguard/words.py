@@ -362,8 +362,8 @@ def unknown(name: str, known: Iterable[str] = ()) -> WordError:
     """What is wrong with a name that is none of the vocabulary, nor of what else is known."""
     hint = _path(name)
     if not hint:
-        hint = nearest(name, (*names(), *known)).removeprefix("; ") or f"a string needs quotes: '{name}'"
-    return WordError(f"unknown name {name!r}; {hint}")
+        hint = nearest(name, (*names(), *known)).removeprefix("; ") or f"a string needs quotes: {_quote(name)}"
+    return WordError(f"unknown name {_quote(name)}; {hint}")
 
 
 def no_word(name: str) -> WordError:
@@ -625,8 +625,8 @@ def needs(name: str, missing: Sequence[str], takes: Sequence[str]) -> WordError:
 
 def _no_field(name: str, wrong: str, listed: Sequence[str]) -> str:
     if not listed:
-        return f"{name} has no field {wrong!r}; it has none at all"
-    return f"{name} has no field {wrong!r}{nearest(wrong, listed)} (fields: {', '.join(listed)})"
+        return f"{name} has no field {_quote(wrong)}; it has none at all"
+    return f"{name} has no field {_quote(wrong)}{nearest(wrong, listed)} (fields: {', '.join(listed)})"
 
 
 def _argument_text(field: Field) -> str:

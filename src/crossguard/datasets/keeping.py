@@ -24,7 +24,8 @@ from crossguard import files, reading
 from crossguard.data import Prompts
 from crossguard.datasets.kept import AGAIN, INDEX, REPORT, Kept
 from crossguard.datasets.pixels import SUFFIXES
-from crossguard.errors import CrossguardError, say
+from crossguard.errors import CrossguardError
+from crossguard.printing import say
 from crossguard.processes import Processes
 from crossguard.report import Report, ReportError, differs
 from crossguard.shapes import Images

@@ -32,10 +32,11 @@ from crossguard.defenses.feed import Feed
 from crossguard.defenses.plan import Plan
 from crossguard.defenses.step import Learner
 from crossguard.device import chosen, exact
-from crossguard.errors import CrossguardError, say
+from crossguard.errors import CrossguardError
 from crossguard.files import LOCK, LogFile, WriteError, hashed, owned, reason, save_tensors, tidy, write
 from crossguard.models.base import Checkpoint
 from crossguard.models.huggingface import HuggingFace
+from crossguard.printing import LogFormatter, say
 from crossguard.processes import Processes
 from crossguard.words import contents, show
 
@@ -504,7 +505,7 @@ def _logger(folder: Path) -> logging.Logger:
         log.removeHandler(handler)
         handler.close()
     handler = LogFile(folder / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     return log
 
