@@ -28,7 +28,7 @@ def image_attacks() -> list[ImageAttack]:
     """Every image attack that the vocabulary offers, with its defaults: a new one is tested the day it is exported."""
     kinds = [getattr(crossguard, name) for name in names()]
     kinds = [kind for kind in kinds if is_word(kind) and issubclass(kind, ImageAttack)]
-    kinds.remove(crossguard.AtGate)  # needs a defense with a gate; test_meta.py has one
+    kinds.remove(crossguard.AtGate)  # needs a defense with a gate; test_wrappers.py has one
     return [quick(kind()) for kind in kinds]
 
 

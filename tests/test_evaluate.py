@@ -42,7 +42,8 @@ from crossguard.attacks.joint import Independent
 from crossguard.data import Prompts
 from crossguard.evaluate import craft_key, question
 from crossguard.models.base import VisionLanguageModel, cosine
-from crossguard.models.wrapper import BitDepth, GaussianNoise
+from crossguard.models.noise import GaussianNoise
+from crossguard.models.purification import BitDepth
 from crossguard.seeds import derive, normal
 from crossguard.shapes import Embeddings, Images, Logits
 from crossguard.tasks.base import twins

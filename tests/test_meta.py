@@ -19,9 +19,9 @@ from crossguard import (
     L1,
     L2,
     PGD,
-    AtGate,
     AutoAttack,
     BitDepth,
+    Blind,
     CrossguardError,
     Drift,
     EachTarget,
@@ -32,25 +32,27 @@ from crossguard import (
     Restarts,
     RobustCLIP,
     Scenes,
+    Smooth,
     Square,
     Targeted,
     Tiny,
-    Unrolled,
     Untargeted,
     Worst,
     ZeroShot,
     evaluate,
 )
+from crossguard.answer import Answer, Said
 from crossguard.attacks.base import ImageAttack, ImageVictim, Made, Queries
 from crossguard.attacks.meta import likeliest
 from crossguard.data import Prompts
 from crossguard.diagnose import _Case
 from crossguard.goals import Towards
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Wrapper
+from crossguard.models.kinds import Transform
+from crossguard.models.wrapper import Live, Wrapper
 from crossguard.report import Outcomes, Report
 from crossguard.seeds import by_position, drawn, keys, normal, uniform
-from crossguard.shapes import Images, PerImage
+from crossguard.shapes import Images
 from crossguard.table import Answers, render
 from crossguard.testing import LinearVictim, check_model
 from toys import Dots, Toy, middle, reach, with_fields
@@ -222,13 +224,14 @@ def test_the_noise_of_eot_leaves_images_that_a_defense_may_attack_itself() -> No
 
 
 @dataclass(frozen=True)
-class Masked(BitDepth):
+class Masked(Transform):
     """Quantizes, and lets no gradient through: what a defense looks like to an attack that ignores it."""
 
-    def encode_image(self, images: Images) -> torch.Tensor:
-        return self.base.encode_image(self.purify(images).detach() + 0.0 * images)
+    base: VisionLanguageModel
+    bits: int = 4
 
-    differentiable = False
+    def transform(self, images: Images) -> torch.Tensor:
+        return torch.round(images * (2**self.bits - 1)) / (2**self.bits - 1)
 
 
 def test_a_masking_defense_looks_robust_until_it_is_attacked_adaptively() -> None:
@@ -236,11 +239,11 @@ def test_a_masking_defense_looks_robust_until_it_is_attacked_adaptively() -> Non
     attack = PGD(steps=20, step=0.1)
     naive = evaluate(TOYS, masked, attack, budget)
     bpda = evaluate(TOYS, open_, attack, budget)
-    unrolled = evaluate(TOYS, open_, attack, budget, surrogate=Unrolled(open_))
+    unrolled = evaluate(TOYS, open_, Smooth(attack), budget)
     assert naive.robust_accuracy > 0.9 and naive.clean_accuracy > 0.9
     assert bpda.robust_accuracy < 0.5 * naive.robust_accuracy
     assert unrolled.robust_accuracy < 0.5 * naive.robust_accuracy
-    assert unrolled.question["knowledge"] == "white box, unrolled" and bpda.question["knowledge"] == "white box, BPDA"
+    assert unrolled.question["knowledge"] == "white box, smooth" and bpda.question["knowledge"] == "white box, BPDA"
 
 
 def test_a_random_defense_looks_robust_until_it_is_attacked_as_one() -> None:
@@ -293,20 +296,23 @@ class Vote(Wrapper):
 
     base: VisionLanguageModel
 
-    def encode_image(self, images: Images) -> torch.Tensor:
-        answers = torch.stack([self.base.encode_image(images) for _ in range(4)])
-        LOG.append(answers)
-        return answers.mean(0)
+    def around(self, inner: Answer, live: Live) -> Answer:
+        def hard(images: Images) -> Said:
+            said = [inner.hard(images) for _ in range(4)]
+            LOG.append(torch.stack([one.embeddings for one in said]))
+            return said[0].moved(LOG[-1].mean(0))
+
+        return replace(inner, hard=hard)
 
 
 @dataclass(frozen=True)
 class Some(Wrapper):
-    """Asks its base about one image alone."""
+    """Asks its base about some of the images alone."""
 
     base: VisionLanguageModel
 
-    def encode_image(self, images: Images) -> torch.Tensor:
-        return self.base.encode_image(images[:3]).mean(0, keepdim=True).expand(len(images), -1)
+    def around(self, inner: Answer, live: Live) -> Answer:
+        return replace(inner, hard=lambda images: inner.hard(images[:3]))
 
 
 def test_a_wrapper_that_asks_its_random_base_twice_gets_two_draws() -> None:
@@ -342,79 +348,8 @@ def test_classes_of_one_name_have_one_column_in_any_batch() -> None:
 
 
 def test_attacks_that_cannot_be_nested_say_so() -> None:
-    for attack in (Worst((AtGate(),)), EOT(AtGate()), PredictedLabel(AtGate())):
-        with pytest.raises(CrossguardError, match="outermost"):
-            evaluate(TASK, Gate(Tiny()), attack, BUDGET, limit=4)
     with pytest.raises(CrossguardError, match="averages twice"):
         evaluate(TASK, Tiny(), EOT(EOT(PGD(steps=1))), BUDGET, limit=4)
-
-
-def test_unrolling_and_gates_reach_through_other_wrappers() -> None:
-    images = middle(3, 32).requires_grad_(True)
-    gradients = [
-        torch.autograd.grad(model.encode_image(images).sum(), images)[0]
-        for model in (Unrolled(Gate(BitDepth(Tiny(), 3), 9.0)), Unrolled(BitDepth(Tiny(), 3)), BitDepth(Tiny(), 3))
-    ]
-    assert torch.allclose(gradients[0], gradients[1]) and not torch.allclose(gradients[0], gradients[2])
-    gate = Gate(Tiny(), 0.3)
-    assert torch.allclose(GaussianNoise(gate).gate(images), gate.gate(images))
-    assert torch.allclose(BitDepth(gate, 8).gate(images), gate.gate(images), atol=1e-2)
-    assert torch.allclose(Unrolled(gate).gate(images), gate.gate(images))
-
-
-def test_the_smooth_staircase_follows_the_hard_one_and_has_a_gradient() -> None:
-    defense, images = BitDepth(Tiny(), 3), middle(4, 12)
-    assert float((defense.smoothed(images) - defense.purify(images)).abs().max()) < 0.5 / 7 + 1e-3
-    levels = torch.arange(8).view(1, 1, 1, 8).expand(1, 3, 1, 8) / 7
-    assert torch.allclose(defense.smoothed(levels), levels, atol=1e-4)
-    images.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(Unrolled(defense).encode_image(images).sum(), images)
-    (plain,) = torch.autograd.grad(defense.encode_image(images).sum(), images)
-    assert bool(gradient.flatten(1).any(1).all()) and not torch.allclose(gradient, plain)
-    noisy = Unrolled(GaussianNoise(BitDepth(Tiny(), 3), 0.0))
-    assert torch.allclose(noisy.encode_image(images), Unrolled(defense).encode_image(images))
-
-
-@dataclass(frozen=True)
-class Gate(Wrapper):
-    """Answers by a gray image where the image is bright: a defense that acts on a gate."""
-
-    base: VisionLanguageModel
-    threshold: float = 0.5
-
-    def gate(self, images: Images) -> PerImage:
-        return images.mean((1, 2, 3)) - self.threshold
-
-    def encode_image(self, images: Images) -> torch.Tensor:
-        acts = (self.gate(images) > 0).view(-1, 1, 1, 1)
-        return self.base.encode_image(
-            torch.where(acts, images.detach().mean((2, 3), keepdim=True) + 0 * images, images)
-        )
-
-
-@dataclass(frozen=True)
-class Shield(Gate):
-    """Rounds the pixels of bright images, without a gradient: who wants to turn such an image must darken it first."""
-
-    def encode_image(self, images: Images) -> torch.Tensor:
-        acts = (self.gate(images) > 0).view(-1, 1, 1, 1)
-        return self.base.encode_image(torch.where(acts, (images * 7).round().detach() / 7, images))
-
-
-def test_an_attack_at_the_gate_switches_the_defense_off_and_turns_the_answer() -> None:
-    batch = next(TASK.batches(48, range(48)))
-    model = Shield(Tiny(), float(batch.images.mean((1, 2, 3)).median()) - 0.02)
-    attack, budget = PGD(steps=12, step=0.2, random_start=False), Linf(12 / 255)
-    left, shut = {}, {}
-    for name, one in (("plain", attack), ("gate", AtGate(attack, 1000.0))):
-        answers = TASK.prepare(model, one, budget, None).answer(batch, by_position(48))
-        left[name], shut[name] = sum(answers.right[1]), int((model.gate(answers.images) <= 0).sum())
-    assert shut["gate"] > shut["plain"] + 4, "it slips below the threshold"
-    assert left["gate"] < left["plain"] - 4, "and the answer falls: who only darkened the image would not do that"
-    with pytest.raises(CrossguardError, match="no gate to aim at"):
-        evaluate(TASK, BitDepth(Tiny()), AtGate(PGD(steps=1)), BUDGET, limit=4)
-    with pytest.raises(CrossguardError, match="this model has none"):
-        evaluate(TASK, Tiny(), AtGate(PGD(steps=1)), BUDGET, limit=4)
 
 
 def test_own_answer_attacks_what_the_model_said_and_not_the_truth() -> None:
@@ -462,9 +397,8 @@ def case(model: VisionLanguageModel, attack: ImageAttack, surrogate: VisionLangu
 class Probabilities(Wrapper):
     base: VisionLanguageModel
 
-    def classifier(self, prompts):
-        inner = self.base.classifier(prompts)
-        return lambda images: inner(images).softmax(1)
+    def around(self, inner: Answer, live: Live) -> Answer:
+        return inner.then(lambda said: said.reread(lambda logits: logits.softmax(1)))
 
 
 @dataclass(frozen=True)
@@ -473,11 +407,11 @@ class Optimizing(Wrapper):
 
     base: VisionLanguageModel
 
-    def encode_image(self, images: Images) -> torch.Tensor:
-        with torch.enable_grad():
-            pixels = images.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(self.base.encode_image(pixels).square().sum(), pixels)
-        return self.base.encode_image(images + 0.0 * gradient)
+    def around(self, inner: Answer, live: Live) -> Answer:
+        def still(images: Images) -> Images:
+            return images + 0.0 * inner.ascend(images, lambda said: said.embeddings.square().sum(1))[0]
+
+        return inner.before(still)
 
 
 @pytest.mark.parametrize(
@@ -503,8 +437,9 @@ def test_a_sign_of_a_weak_evaluation_is_said(
 
 
 def test_a_gray_box_alone_is_said() -> None:
-    said = diagnose._undefended(case(BitDepth(Tiny()), PGD(steps=2), Tiny()))
-    assert said is not None and "only a gray box" in said
+    for attack, surrogate in ((PGD(steps=2), Tiny()), (Blind(PGD(steps=2)), None)):
+        said = diagnose._undefended(case(BitDepth(Tiny()), attack, surrogate))
+        assert said is not None and "only a gray box" in said
 
 
 def test_a_random_attack_on_a_random_model_is_not_doubted_for_it() -> None:

@@ -31,7 +31,7 @@ from crossguard.models.base import VisionLanguageModel, frozen
 from crossguard.models.embedded import WEIGHTS, Tiny
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import _PROBES, HuggingFace, TransformersEncoder, _check_reading
-from crossguard.models.wrapper import BitDepth
+from crossguard.models.purification import BitDepth
 from crossguard.testing import check_model
 from fixtures import TOWER, WORDS, change_config, floats, pictures, save_clip, save_siglip, save_tokenizer, small
 
@@ -181,7 +181,7 @@ def test_the_contract_of_fresh_and_wrapped_models(folders: dict[str, Path]) -> N
     fresh = small(folders["tokenizer"])
     check_model(fresh)
     check_model(BitDepth(fresh, bits=5))
-    assert BitDepth(fresh).differentiable is False and fresh.differentiable is True
+    assert BitDepth(fresh).masks is True and fresh.masks is False
     if WEIGHTS.is_dir():
         check_model(Tiny())
 
@@ -191,7 +191,7 @@ def test_a_purifier_is_attacked_as_if_it_were_the_identity(folders: dict[str, Pa
     model = BitDepth(base, bits=2)
     prompts = Prompts.of(("red circle", "blue star"), ("a photo of a {}",))
     images, goal = floats(pictures(3, 32, 32)), Untargeted(torch.tensor([0, 1, 0]))
-    pure = model.purify(images)
+    pure = model.purify(images, base.answer())
     assert len(pure.unique()) == 4 and float((pure - images).abs().max()) <= 0.5 / 3 + 1e-6
     found, losses, _ = ImageVictim(model.classifier(prompts)).ascend(images, goal)
     expected, expected_losses, _ = ImageVictim(base.classifier(prompts)).ascend(pure, goal)

@@ -37,7 +37,7 @@ from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace, TransformersEncoder
-from crossguard.models.wrapper import BitDepth
+from crossguard.models.purification import BitDepth
 from crossguard.processes import ALONE, joined
 from crossguard.shapes import Labels
 from crossguard.words import Reads, contents

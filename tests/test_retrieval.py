@@ -68,7 +68,7 @@ from crossguard.errors import CrossguardError
 from crossguard.gallery import Away, Gallery, image_ranks, text_ranks
 from crossguard.goals import Drift, Mismatch
 from crossguard.models.base import cosine
-from crossguard.models.wrapper import BitDepth
+from crossguard.models.purification import BitDepth
 from crossguard.report import _RANKED, DIRECTIONS, RANKS, Ranks, Report, interval
 from crossguard.seeds import keys
 from crossguard.table import FORMATS, Answers, render

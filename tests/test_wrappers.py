@@ -1,91 +1,33 @@
-"""Defenses around defenses: they compose or are refused, and their noise belongs to the sample."""
+"""Defenses around defenses: nothing is lost, and their noise belongs to the sample."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from crossguard import (
-    PGD,
-    AtGate,
-    BitDepth,
-    Drift,
-    GaussianNoise,
-    ImageVictim,
-    Linf,
-    PairVictim,
-    Tiny,
-    Unrolled,
-    Wrapper,
-    words,
-)
-from crossguard.attacks.base import Queries
+from crossguard import PGD, Answer, BitDepth, Changed, Drift, GaussianNoise, Linf, Said, Tiny, Wrapper, words
+from crossguard.answer import counting
 from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Purifier
-from crossguard.seeds import by_position, drawing, drawn, fold, inherited, keys, normal, same_draw, uniform
-from crossguard.shapes import Embeddings, Images, Logits, PerImage
+from crossguard.models.kinds import Ensemble, Latent, Purifier, Transform
+from crossguard.models.wrapper import Live
+from crossguard.seeds import by_position, drawing, drawn, fold, inherited, keys, normal, replay, uniform
+from crossguard.shapes import Embeddings, Images, PerImage
 from crossguard.testing import check_model, check_wrapper
+from toys import Toy, middle
 
 PROMPTS = Prompts.of(("red circle", "blue star", "green square"), ("a photo of a {}",))
 IMAGES = uniform(by_position(4), (3, 32, 32))
 SEEDS = keys("abcd")
-
-
-@dataclass(frozen=True)
-class Counterattack(Purifier):
-    """Moves images whose embeddings noise hardly moves by an inner attack, as TTC does; here away from their mirror
-    image, since at the image itself a gradient is of rounding alone."""
-
-    base: VisionLanguageModel
-    limit: float = 0.1
-    random_start: bool = True
-    random = True
-
-    def gate(self, images: Images) -> PerImage:
-        noise = 4 / 255 * normal(self.keys(len(images), "gate"), images.shape[1:])
-        clean = self.base.encode_image(images)
-        return self.limit - (self.base.encode_image((images + noise).clamp(0, 1)) - clean).norm(dim=1) / clean.norm(
-            dim=1
-        )
-
-    def purify(self, images: Images) -> Images:
-        gate, attack = self.gate(images), PGD(steps=2, step=0.5, random_start=self.random_start)
-        moved = attack(self.base.encode_image, images, Drift(self.base.encode_image(images.flip(3))), Linf(4 / 255))
-        acted.append(gate)
-        return torch.where((gate > 0)[:, None, None, None], moved, images)
-
-
-acted: list[PerImage] = []
-
-
-@dataclass(frozen=True)
-class Cautious(Wrapper):
-    """Knows the prompts: halves the logits."""
-
-    base: VisionLanguageModel
-
-    def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
-        inner = self.base.classifier(prompts)
-        return lambda images: inner(images) / 2
-
-
-@dataclass(frozen=True)
-class Centered(Wrapper):
-    """Knows the prompts otherwise: from class embeddings it takes their mean."""
-
-    base: VisionLanguageModel
-
-    def class_embeddings(self, prompts: Prompts) -> Embeddings:
-        found = self.base.class_embeddings(prompts)
-        return found - found.mean(0)
 
 
 def vocabulary() -> Iterator[type[Any]]:
@@ -106,101 +48,227 @@ def around(kind: type[Any], base: VisionLanguageModel) -> Any:
     return kind(base)
 
 
+def told(model: VisionLanguageModel | Answer, images: Tensor) -> Said:
+    """What a model says to some images under fixed keys, without a graph."""
+    answer = model if isinstance(model, Answer) else model.answer(PROMPTS)
+    with drawing(keys("abcd"[: len(images)])), torch.no_grad():
+        return answer.hard(images)
+
+
+# --- Nothing is lost ---
+
+
 @pytest.mark.parametrize(("outer", "inner"), itertools.product(WRAPPERS, WRAPPERS))
-def test_a_wrapper_around_a_wrapper_is_both(outer: type[Any], inner: type[Any]) -> None:
-    within = around(inner, Tiny())
-    answer = around(outer, within).classifier(PROMPTS)
-    once, images = within.classifier(PROMPTS), IMAGES
-    with drawing(SEEDS), torch.no_grad():
-        if issubclass(outer, Purifier):
-            images = around(outer, within).purify(images)
-        elif outer is GaussianNoise:
-            noise = normal(drawn(4, "GaussianNoise 3 "), images.shape[1:])
-            images = (images + 8 / 255 * noise).clamp(0, 1)
-        else:
-            pytest.fail(f"say here what {outer.__name__} does, and that it is done around {inner.__name__}")
-        expected = once(images)
-    with drawing(SEEDS), torch.no_grad():
-        found = answer(IMAGES)
-    assert torch.allclose(found, expected, atol=1e-4)
-    assert not torch.allclose(found, Tiny().classifier(PROMPTS)(IMAGES), atol=1e-3)
+def test_any_pair_of_defenses_composes(outer: type[Any], inner: type[Any]) -> None:
+    """The outer one changes the answer, and what the inner one says, of its classes and of its gates, is still said."""
+    images, within = middle(4), around(inner, Toy())
+    model = around(outer, within)
+    once, both = within.answer(PROMPTS), model.answer(PROMPTS)
+    if (outer, inner) != (BitDepth, BitDepth):  # what is rounded twice is rounded
+        assert not torch.allclose(told(both, images).logits, told(once, images).logits, atol=1e-5)
+    assert both.layers == 2 and both.random == (model.random or within.random) and both.masks >= once.masks
+    assert set(once.gates) <= set(told(both, images).gates) == set(both.gates)
+
+    loud = once.then(lambda said: said.reread(lambda logits: logits + torch.tensor([0.0, 1e3, 0.0])))
+    heard = told(model.around(loud, Live(model, Toy(), PROMPTS)), images)
+    assert bool((heard.logits.argmax(1) == 1).all()), "the inner one is no longer asked"
 
 
-@pytest.mark.parametrize("knowing", [Cautious, Centered])
-@pytest.mark.parametrize("outer", [*WRAPPERS, Counterattack])
-def test_a_defense_that_knows_the_prompts_is_not_dropped(outer: type[Any], knowing: type[Any]) -> None:
-    lost = "classifier" if knowing is Cautious else "class_embeddings"
-    for model in (outer(knowing(Tiny())), outer(outer(knowing(Tiny())))):
-        with pytest.raises(CrossguardError, match=f"would lose what {knowing.__name__} does .* {lost}"):
-            model.classifier(PROMPTS)
-    assert knowing(outer(Tiny())).classifier(PROMPTS)(IMAGES).shape == (4, 3)
-    outer(knowing(Tiny())).encode_image(IMAGES)  # of embeddings nothing is lost
+@dataclass(frozen=True)
+class Mirrored(Ensemble):
+    """The image and its mirror image."""
+
+    base: VisionLanguageModel
+
+    def views(self, images: Images) -> Tensor:
+        return torch.stack([images, images.flip(3)], 1)
 
 
-def test_a_smooth_version_drops_nothing_either() -> None:
+@dataclass(frozen=True)
+class Pulled(Latent):
+    """A quarter of the way to the mean of the classes."""
+
+    base: VisionLanguageModel
+    share: float = 0.25
+
+    def move(self, embeddings: Embeddings, anchors: Tensor) -> Embeddings:
+        return torch.lerp(F.normalize(embeddings, dim=1), anchors.mean(0), self.share)
+
+
+@dataclass(frozen=True)
+class Padded(Transform):
+    """Black borders: another size."""
+
+    base: VisionLanguageModel
+
+    def transform(self, images: Images) -> Images:
+        return F.pad(images, (2, 2, 2, 2))
+
+
+def test_the_kinds_of_defenses_do_what_they_say() -> None:
+    plain = Tiny().answer(PROMPTS)
+    one, other = plain(IMAGES), plain(IMAGES.flip(3))
+    assert torch.allclose(told(Mirrored(Tiny()), IMAGES).logits, (one + other) / 2, atol=1e-4)
+    assert torch.allclose(told(Padded(Tiny()), IMAGES).logits, plain(F.pad(IMAGES, (2, 2, 2, 2))), atol=1e-4)
+    assert plain.texts is not None
+    unit = F.normalize(plain.encode(IMAGES), dim=1)
+    moved = unit + 0.25 * (plain.texts.mean(0) - unit)
+    assert torch.allclose(told(Pulled(Tiny()), IMAGES).logits, Tiny().logits(moved, plain.texts), atol=1e-4)
+    for model in (Padded(Tiny()), Pulled(Mirrored(Tiny()))):
+        check_wrapper(model)
+
+
+def test_what_moves_an_embedding_moves_that_of_all_views() -> None:
+    """Read as the ensemble reads: the mean of what each view is taken for, here with logits that know their view."""
+    first = torch.tensor([[0.0, 0.0, 6.0], [0.0, 0.0, 0.0]]).repeat(4, 1)
+    inner = Tiny().answer(PROMPTS).then(lambda said: said.reread(lambda logits: logits + first[: len(logits)]))
+    model = Mirrored(Tiny())
+    views = model.around(inner, Live(model, Tiny(), PROMPTS))
+    still = Pulled(model, share=0.0)
+    found = told(still.around(views, Live(still, Tiny(), PROMPTS)), IMAGES)
+    mean = told(views, IMAGES).embeddings
+    assert inner.texts is not None
+    assert torch.allclose(found.logits, Tiny().logits(mean, inner.texts) + torch.tensor([0.0, 0.0, 3.0]), atol=1e-4)
+
+
+def test_defenses_that_know_the_classes_say_so_where_there_are_none() -> None:
+    with pytest.raises(CrossguardError, match="Pulled compares images with the texts of classes, and none were given"):
+        Pulled(Tiny()).encode_image(IMAGES)
+    captions = Tiny().encode_text(["a red circle", "two blue stars"])
+    answer = Pulled(BitDepth(Tiny())).answer(captions)
+    assert answer(IMAGES).shape == (4, captions.shape[1]), "in a retrieval it answers with embeddings"
+    assert told(answer, IMAGES).logits.shape == (4, 2)
+    with pytest.raises(CrossguardError, match="no classes were given"):
+        _ = BitDepth(Tiny()).answer().hard(IMAGES).logits
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_every_defense_checks_what_it_stands_around(kind: type[Any]) -> None:
+    with pytest.raises(CrossguardError, match=r"base must be a VisionLanguageModel, and PGD\(\) was given"):
+        words.build(f"{kind.__name__}(PGD())")
+    checked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wrapper, "_check_base", lambda self: checked.append(self))
+        made = around(kind, Toy())
+    assert checked == [made]
+
+
+@pytest.mark.parametrize("base", [3, "runs/base", None, Tiny, PGD()])
+def test_what_is_no_model_cannot_be_defended(base: Any) -> None:
+    with pytest.raises(CrossguardError, match=r"Mirrored stands around a model, and .* is none"):
+        Mirrored(base)
+
     @dataclass(frozen=True)
-    class Both(BitDepth):
-        def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
-            inner = super().classifier(prompts)
-            return lambda images: -inner(images)
+    class Own(Transform):
+        base: VisionLanguageModel
 
-    assert Both(Tiny()).classifier(PROMPTS)(IMAGES).shape == (4, 3)
-    with pytest.raises(CrossguardError, match="would lose"):
-        Unrolled(Both(Tiny())).classifier(PROMPTS)
+        def __post_init__(self) -> None:
+            pass
+
+        def transform(self, images: Images) -> Images:
+            return images
+
+    with pytest.raises(CrossguardError, match="Own stands around a model"):
+        Own(base).answer(PROMPTS)
+
+
+def test_a_defense_that_nothing_around_it_would_ask_is_refused() -> None:
+    for name in ("encode_image", "classifier", "answer"):
+        with pytest.raises(CrossguardError, match=f"Old writes {name} itself.* writes around"):
+            type("Old", (BitDepth,), {name: lambda self, images: images})
+
+    @dataclass(frozen=True)
+    class Lazy(Wrapper):
+        base: VisionLanguageModel
+
+        def around(self, inner: Answer, live: Live) -> Any:
+            return inner.encode
+
+    with pytest.raises(CrossguardError, match=r"Lazy\.around returned .* instead of an Answer"):
+        Lazy(Tiny()).answer()
+
+
+def test_a_defense_may_ask_for_what_is_innermost() -> None:
+    live = Live(BitDepth(Tiny()), Tiny(), PROMPTS)
+    assert live.network is Tiny().network
+    assert torch.equal(live.anchors(["a red box"]), Tiny().encode_text(["a red box"]))
+    with pytest.raises(CrossguardError, match="network of a checkpoint, and Toy has none"):
+        _ = Live(BitDepth(Toy()), Toy(), PROMPTS).network
+
+
+def test_what_goes_through_the_towers_is_counted() -> None:
+    with counting() as costs:
+        told(Mirrored(Tiny()), IMAGES)
+        assert (costs.forwards, costs.backwards) == (8, 0)
+        with counting() as inside:
+            Tiny().answer().ascend(IMAGES, lambda said: said.embeddings.sum(1))
+    assert (inside.forwards, inside.backwards) == (4, 4) and (costs.forwards, costs.backwards) == (12, 4)
 
 
 # --- Noise belongs to the sample ---
 
 
+@dataclass(frozen=True)
+class Counterattack(Purifier):
+    """Moves images whose embeddings noise hardly moves by an attack of the vocabulary; here away from their mirror
+    image, since at the image itself a gradient is of rounding alone."""
+
+    base: VisionLanguageModel
+    limit: float = 0.1
+    random_start: bool = True
+    says: bool = True
+    random = True
+
+    def gates(self) -> Mapping[str, Callable[[Images, Answer], PerImage]]:
+        return {"limit": self.below}
+
+    def below(self, images: Images, inner: Answer) -> PerImage:
+        noisy = (images + 4 / 255 * self.normal(images, "gate")).clamp(0, 1)
+        clean = inner.encode(images)
+        return self.limit - (inner.encode(noisy) - clean).norm(dim=1) / clean.norm(dim=1)
+
+    def purify(self, images: Images, inner: Answer) -> Tensor | Changed:
+        gate, attack = self.below(images, inner), PGD(steps=2, step=0.5, random_start=self.random_start)
+        moved = attack(inner.encode, images, Drift(inner.encode(images.flip(3))), Linf(4 / 255))
+        made = torch.where((gate > 0)[:, None, None, None], moved, images)
+        return Changed(made, {"limit": gate}) if self.says else made
+
+
 @pytest.mark.parametrize("base", [Tiny(), GaussianNoise(Tiny(), std=2 / 255)])
 @pytest.mark.parametrize("random_start", [True, False])
 def test_a_counterattack_answers_alike_in_every_batch(base: VisionLanguageModel, random_start: bool) -> None:
-    model = Counterattack(base, limit=1.0, random_start=random_start)
+    answer = Counterattack(base, limit=1.0, random_start=random_start).answer()
     with torch.no_grad():
         with drawing(SEEDS) as lent:
-            whole = model.encode_image(IMAGES)
+            whole = answer(IMAGES)
         assert lent.used
         singles = []
         for i in (2, 0, 3, 1):
             with drawing(SEEDS[i : i + 1]):
-                singles.append(model.encode_image(IMAGES[i : i + 1]))
+                singles.append(answer(IMAGES[i : i + 1]))
         assert torch.allclose(whole[[2, 0, 3, 1]], torch.cat(singles), atol=1e-3)
         with drawing(fold(SEEDS, 1)):
-            same = torch.allclose(model.encode_image(IMAGES), whole, atol=1e-3)
+            same = torch.allclose(answer(IMAGES), whole, atol=1e-3)
         assert same == (not random_start and base == Tiny())
-    check_wrapper(model)
 
 
-def test_the_gate_is_the_one_that_acts() -> None:
-    model = Counterattack(GaussianNoise(Tiny(), std=2 / 255))
-    acted.clear()
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("base", [Toy(), GaussianNoise(Toy(), std=2 / 255), Counterattack(Toy())])
+@pytest.mark.parametrize("wrap", [lambda model: model, GaussianNoise, BitDepth, Mirrored])
+def test_a_gate_says_what_acted(wrap: Any, base: VisionLanguageModel, says: bool) -> None:
+    """In one draw, whether the defense says it itself or is asked once more; also when it is asked a second time."""
+    images, answer = middle(4), wrap(Counterattack(base, says=says)).answer()
     with torch.no_grad(), drawing(SEEDS):
-        with same_draw():
-            before = model.gate(IMAGES)
-        with same_draw():
-            model.encode_image(IMAGES)
-        assert torch.equal(before, acted[0])
-        with same_draw():
-            assert torch.equal(model.gate(IMAGES), before)
-        assert not torch.equal(model.gate(IMAGES), model.gate(IMAGES))  # who asks on gets other noise
-    assert float(before.std()) > 0
-
-
-def test_at_gate_aims_at_the_gate_that_acts() -> None:
-    """In each question of the attack, what it is told of the gate is what the defense did."""
-    model, told = Counterattack(Tiny()), list[PerImage]()
-
-    def gate(images: Images) -> PerImage:
-        told.append(model.gate(images))
-        return told[-1]
-
-    victim = PairVictim(*(ImageVictim(model.encode_image, Queries.none(4), SEEDS) for _ in range(3)))
-    victim = dataclasses.replace(victim, gate=ImageVictim(gate))
-    acted.clear()
-    AtGate(PGD(steps=3)).perturb(victim, IMAGES, Drift(Tiny().encode_image(IMAGES)), Linf(4 / 255), SEEDS)
-    assert len(told) == len(acted) >= 3
-    assert all(torch.equal(said, done) for said, done in zip(told, acted, strict=True))
-    assert not torch.equal(told[0], told[1])
+        values = []
+        for _ in range(2):
+            again, said = replay(), answer.hard(images)
+            assert set(said.gates) == set(answer.gates) and "limit" in said.gates
+            for name, gate in answer.gates.items():
+                with again():
+                    assert torch.allclose(gate(images), said.gates[name], atol=1e-5), name
+            values.append(said.gates["limit"])
+    assert not torch.equal(*values), "another answer has another draw"
+    assert float(values[0].std()) > 0
 
 
 def test_an_inner_attack_without_chance_makes_no_model_random() -> None:
@@ -222,19 +290,24 @@ def test_noise_is_named_by_who_draws_and_not_by_when() -> None:
     with drawing(SEEDS):
         one, other, again = drawn(4, "one"), drawn(4, "other"), drawn(4, "one")
     with drawing(SEEDS):
+        start = replay()
         assert torch.equal(drawn(4, "other"), other) and torch.equal(drawn(4, "one"), one)
-        with same_draw():
+        with start():
             views = drawn(8, "one")
+        with start():
+            assert torch.equal(drawn(4, "one"), one)
+        assert torch.equal(drawn(4, "one"), again), "what was replayed did not count"
     assert not bool((one == other).any() or (one == again).any())
     assert len(set(views.tolist()) | set(one.tolist())) == 12
     with drawing(SEEDS[1:2]):
+        start = replay()
         assert torch.equal(drawn(1, "one"), one[1:2]) and torch.equal(drawn(1, "one"), again[1:2])
-        with same_draw():
+        with start():
             assert torch.equal(drawn(2, "one"), views[2:4])
     with drawing(SEEDS), pytest.raises(CrossguardError, match="6 images where 4 samples"):
         drawn(6, "one")
-    twice = GaussianNoise(GaussianNoise(Tiny()))
-    with drawing(SEEDS), torch.no_grad():
+    with drawing(SEEDS):
+        twice = GaussianNoise(GaussianNoise(Tiny()))
         assert not torch.equal(twice.keys(4), twice.base.keys(4))  # type: ignore[attr-defined]
 
 
@@ -248,56 +321,107 @@ def test_purifying_is_done_without_gradients_unless_it_asks_for_some() -> None:
     class Climbing(Purifier):
         base: VisionLanguageModel
 
-        def purify(self, images: Images) -> Images:
+        def purify(self, images: Images, inner: Answer) -> Images:
             seen.append((torch.is_grad_enabled(), images.requires_grad))
-            with torch.enable_grad():
-                pixels = images.clone().requires_grad_(True)
-                (gradient,) = torch.autograd.grad(self.base.encode_image(pixels).square().sum(), pixels)
+            gradient, said = inner.ascend(images, lambda said: said.embeddings.square().sum(1))
+            assert not gradient.requires_grad and not said.embeddings.requires_grad
             return (images + 1 / 255 * gradient.sign()).clamp(0, 1)
 
     model, pixels = Climbing(Tiny()), IMAGES.clone().requires_grad_(True)
     found = model.encode_image(pixels)
     (gradient,) = torch.autograd.grad(found.sum(), pixels)
     assert seen == [(False, False)]
-    pure = model.purify(IMAGES).requires_grad_(True)
+    with torch.no_grad():
+        pure = model.purify(IMAGES, Tiny().answer())
+    assert torch.equal(found, Tiny().encode_image(pure)), "the forward is the purified image, to the bit"
+    pure.requires_grad_(True)
     (expected,) = torch.autograd.grad(Tiny().encode_image(pure).sum(), pure)  # as if purifying were the identity
     assert torch.allclose(gradient, expected, atol=1e-5) and bool(gradient.any())
     check_wrapper(model)
 
 
-# --- The contract of models takes random ones ---
+def test_a_smooth_stand_in_reaches_through_what_is_around_it_and_inside() -> None:
+    pixels = middle(3, 32).requires_grad_(True)
+
+    def slope(model: VisionLanguageModel, soft: bool = True) -> Tensor:
+        answer = model.answer()
+        assert (answer.soft is not None) == soft
+        with drawing(SEEDS[:3]):
+            return torch.autograd.grad(answer.smooth(pixels).sum(), pixels)[0]
+
+    alone = slope(BitDepth(Tiny(), 3))
+    assert torch.allclose(slope(GaussianNoise(BitDepth(Tiny(), 3), 0.0)), alone, atol=1e-6)
+    assert torch.allclose(slope(BitDepth(GaussianNoise(Tiny(), 0.0), 3)), alone, atol=1e-6)
+    hard = torch.autograd.grad(BitDepth(Tiny(), 3).answer()(pixels).sum(), pixels)[0]
+    assert not torch.allclose(hard, alone)
+    assert torch.allclose(slope(GaussianNoise(Tiny(), 0.0), soft=False), slope(Tiny(), soft=False))
+
+
+def test_the_smooth_staircase_follows_the_hard_one() -> None:
+    defense, images, inner = BitDepth(Tiny(), 3), middle(4, 12), Tiny().answer()
+    assert float((defense.smoothed(images, inner) - defense.purify(images, inner)).abs().max()) < 0.5 / 7 + 1e-3
+    levels = torch.arange(8).view(1, 1, 1, 8).expand(1, 3, 1, 8) / 7
+    assert torch.allclose(defense.smoothed(levels, inner), levels, atol=1e-4)
+
+
+# --- The contract ---
 
 
 def test_a_random_model_meets_the_contract() -> None:
     check_model(GaussianNoise(Tiny()))
     check_wrapper(BitDepth(GaussianNoise(Tiny())))
+    check_wrapper(Counterattack(Tiny()))
+    check_wrapper(Counterattack(Tiny(), says=False))
 
 
-def test_noise_of_the_batch_or_of_nobody_does_not() -> None:
+@pytest.mark.parametrize(
+    ("way", "sentence"),
+    [
+        ("batch", "its singles"),
+        ("place", "its singles"),
+        ("torch", "the same images under"),
+        ("silent", "does not say so"),
+        ("bright", "asked about pixels"),
+        ("deaf", "asks nothing"),
+    ],
+)
+def test_a_broken_defense_does_not(way: str, sentence: str) -> None:
     @dataclass(frozen=True)
-    class Noisy(Wrapper):
+    class Broken(Wrapper):
         base: VisionLanguageModel
-        way: str = "batch"
 
-        def encode_image(self, images: Images) -> Embeddings:
-            if self.way == "batch":
-                noise = uniform(by_position(len(images)) + len(images), images.shape[1:])
-            elif self.way == "place":
-                noise = uniform(by_position(len(images)), images.shape[1:])
-            else:
-                noise = torch.rand_like(images)
-            return self.base.encode_image((images + 0.1 * noise).clamp(0, 1))
+        def around(self, inner: Answer, live: Live) -> Answer:
+            def change(images: Images) -> Images:
+                noise = {
+                    "batch": lambda: uniform(by_position(len(images)) + len(images), images.shape[1:]),
+                    "place": lambda: uniform(by_position(len(images)), images.shape[1:]),
+                    "torch": lambda: torch.rand_like(images),
+                    "silent": lambda: self.uniform(images),
+                    "bright": lambda: 30.0,
+                }
+                made = images + 0.1 * noise[way]()
+                return made if way == "bright" else made.clamp(0, 1)
 
-    for way, sentence in (("batch", "its singles"), ("place", "its singles"), ("torch", "the same images under")):
-        with pytest.raises(AssertionError, match=sentence):
-            check_model(Noisy(Tiny(), way))
+            if way == "deaf":
+                fixed = Tiny().answer(PROMPTS)
+                return replace(inner, hard=fixed.hard)
+            return inner.before(change)
+
+    with pytest.raises(AssertionError, match=sentence):
+        check_wrapper(Broken(Tiny()))
 
 
 def test_a_gate_of_two_draws_does_not() -> None:
     @dataclass(frozen=True)
-    class Fickle(BitDepth):
-        def gate(self, images: Images) -> PerImage:
-            return torch.rand(len(images))
+    class Fickle(Purifier):
+        base: VisionLanguageModel
+        random = True
+
+        def gates(self) -> Mapping[str, Callable[[Images, Answer], PerImage]]:
+            return {"luck": lambda images, inner: normal(self.keys(len(images), "asked"), (1,))[:, 0]}
+
+        def purify(self, images: Images, inner: Answer) -> Changed:
+            return Changed(images, {"luck": normal(self.keys(len(images), "acted"), (1,))[:, 0]})
 
     with pytest.raises(AssertionError, match="two values"):
         check_wrapper(Fickle(Tiny()))

@@ -3,6 +3,9 @@
 
 import typing
 
+from .answer import Answer as Answer
+from .answer import Changed as Changed
+from .answer import Said as Said
 from .attacks.apgd import APGD as APGD
 from .attacks.base import Attack as Attack
 from .attacks.base import ImageAttack as ImageAttack
@@ -23,9 +26,12 @@ from .attacks.joint import Independent as Independent
 from .attacks.joint import Joint as Joint
 from .attacks.joint import JointAttack as JointAttack
 from .attacks.joint import SepAttack as SepAttack
+from .attacks.knowledge import Adaptive as Adaptive
+from .attacks.knowledge import AtGate as AtGate
+from .attacks.knowledge import Blind as Blind
+from .attacks.knowledge import Smooth as Smooth
 from .attacks.meta import BF16 as BF16
 from .attacks.meta import EOT as EOT
-from .attacks.meta import AtGate as AtGate
 from .attacks.meta import EachTarget as EachTarget
 from .attacks.meta import PredictedLabel as PredictedLabel
 from .attacks.meta import Restarts as Restarts
@@ -111,13 +117,18 @@ from .goals import Untargeted as Untargeted
 from .models.base import Checkpoint as Checkpoint
 from .models.base import DualEncoder as DualEncoder
 from .models.base import VisionLanguageModel as VisionLanguageModel
+from .models.counterattack import TTC as TTC
 from .models.embedded import Tiny as Tiny
 from .models.fresh import Fresh as Fresh
 from .models.huggingface import HuggingFace as HuggingFace
-from .models.wrapper import BitDepth as BitDepth
-from .models.wrapper import GaussianNoise as GaussianNoise
-from .models.wrapper import Purifier as Purifier
-from .models.wrapper import Unrolled as Unrolled
+from .models.kinds import Ensemble as Ensemble
+from .models.kinds import Latent as Latent
+from .models.kinds import Purifier as Purifier
+from .models.kinds import Transform as Transform
+from .models.noise import RN as RN
+from .models.noise import GaussianNoise as GaussianNoise
+from .models.purification import BitDepth as BitDepth
+from .models.wrapper import Live as Live
 from .models.wrapper import Wrapper as Wrapper
 from .report import Ranks as Ranks
 from .report import Report as Report

@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard.attacks.base import Attack, ImageAttack, ImageVictim
+from crossguard.attacks.base import GRAY, WHITE, Attack, ImageAttack, ImageVictim
+from crossguard.attacks.knowledge import Adaptive, Blind
 from crossguard.attacks.meta import EOT
 from crossguard.attacks.query import Square
 from crossguard.attacks.standard import AutoAttack
 from crossguard.budgets import Both, Budget, Linf, PixelBudget
 from crossguard.data import Batch
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Unrolled, Wrapper, layers
+from crossguard.models.wrapper import layers
 from crossguard.opening import evaluating
 from crossguard.report import Report
 from crossguard.seeds import fold, keys
@@ -115,7 +116,7 @@ class _Case:
     @property
     def white(self) -> bool:
         """Whether the adversary has the gradients of the model itself."""
-        return self.surrogate is None or isinstance(self.surrogate, Unrolled)
+        return self.surrogate is None and self.attack is not None and self.attack.knows.startswith(WHITE)
 
     @property
     def pixels(self) -> PixelBudget | None:
@@ -171,8 +172,7 @@ def _zero_gradients(case: _Case) -> str | None:
         return None
     return (
         f"zero gradients: for {count} of {len(case.indices)} images the gradient of the loss vanishes, so an attack by "
-        "gradients stands still; attack with Square() or RayS(), through Unrolled(...), or with another loss (DLR(), "
-        "Margin())"
+        "gradients stands still; attack with Square(), RayS() or Smooth(...), or with another loss (DLR(), Margin())"
     )
 
 
@@ -185,8 +185,7 @@ def _optimizes(case: _Case) -> str | None:
         return None
     return (
         "optimization inside the forward: the model takes gradients to answer, so standard attacks see an "
-        "approximation of it; attack the fixed model and transfer (surrogate = its base), through Unrolled(...), and "
-        "with Square()"
+        "approximation of it; attack with Adaptive(...), which also takes Blind(...), Smooth(...) and Square()"
     )
 
 
@@ -240,23 +239,23 @@ def _query_attack(case: _Case) -> str | None:
 
 def _undefended(case: _Case) -> str | None:
     """What the base of a defense gives away."""
-    if not isinstance(case.model, Wrapper) or case.pixels is None:
-        return None
     inner = layers(case.model)[1:]
-    if case.surrogate in inner:
+    if not inner or case.pixels is None or not isinstance(case.attack, ImageAttack):
+        return None
+    if case.surrogate in inner or (case.surrogate is None and case.attack.knows == GRAY):
         return (
             "only a gray box: the attack was crafted on the undefended base and doesn't know the defense; leave out "
-            "the surrogate for an adaptive attack"
+            "the surrogate or Blind(...) for an adaptive attack"
         )
     if not case.white:
         return None
-    now, transferred = case.now, case.standing(case.attack, case.budget, inner[-1])
+    now, transferred = case.now, case.standing(Blind(case.attack), case.budget)
     more = sum(stands and not beaten for stands, beaten in zip(now, transferred, strict=True))
     if not more:
         return None
     return (
         f"transfer beats the white box: crafted on the undefended base, the same attack breaks {more} of the "
-        f"{sum(now)} images that stood; count the worst case per image of both ('crossguard table --worst')"
+        f"{sum(now)} images that stood; attack with Adaptive(...), which takes the worst of both for each image"
     )
 
 
@@ -274,7 +273,11 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
 
 def averages(attack: Attack | None) -> bool:
     """Whether an attack averages over noise."""
-    return any(within(attack, EOT)) or any(part.version == "rand" for part in within(attack, AutoAttack))
+    return (
+        any(within(attack, EOT))
+        or any(within(attack, Adaptive))
+        or any(part.version == "rand" for part in within(attack, AutoAttack))
+    )
 
 
 def _doubled(attack: Attack | None) -> Attack | None:

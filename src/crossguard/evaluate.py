@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from crossguard.attacks.base import Attack, ImageAttack
+from crossguard.attacks.base import GRAY, WHITE, Attack
 from crossguard.attacks.crafted import Crafted
+from crossguard.attacks.knowledge import Blind
 from crossguard.budgets import Budget, Linf, PixelBudget, sized
 from crossguard.datasets.keeping import OUTCOMES, Rows, keeping
 from crossguard.datasets.kept import FORMATS, Kept
@@ -24,14 +25,14 @@ from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, append, check_writable, reason, write
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Unrolled, layers
+from crossguard.models.wrapper import layers
 from crossguard.opening import evaluating
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import misfit
 from crossguard.report import Outcomes, Ranks, Report, Texts, check_place, key, versions
 from crossguard.seeds import keys
 from crossguard.tasks.base import Task, Trial
-from crossguard.words import contents, quoted, show, within
+from crossguard.words import contents, mapped, quoted, show, within
 
 _FORMAT = 4  # of the lines in a file of outcomes so far; those of another are not read
 
@@ -406,14 +407,13 @@ def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: Vis
     """What the adversary knows, and how gradients get through what has none."""
     if attack is None:
         return "no attack"
-    seen = {part.sees for part in within(attack, ImageAttack) if len(list(within(part, Attack))) == 1}
-    if surrogate in (None, model) and seen and "gradients" not in seen:
-        return "black box, scores" if "scores" in seen else "black box, decisions"
-    if isinstance(surrogate, Unrolled) and surrogate.base == model:
-        return "white box, unrolled"
-    if surrogate is None or surrogate == model:
-        return "white box" if all(layer.differentiable for layer in layers(model)) else "white box, BPDA"
-    return "gray box" if surrogate in layers(model) else "transfer"
+    inside = layers(model)
+    if surrogate not in (None, model):
+        return GRAY if surrogate in inside else "transfer"
+    if len(inside) == 1:  # there is nothing that the adversary could not know of
+        attack = mapped(attack, lambda part: part.attack if isinstance(part, Blind) else part)
+    around = attack.knows == WHITE and any(layer.masks for layer in inside)
+    return f"{WHITE}, BPDA" if around else attack.knows
 
 
 def _skipped(task: Task) -> list[str]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -74,15 +74,34 @@ def drawing(seeds: Seeds) -> Iterator[Lent]:
             outer.used = True
 
 
-@contextmanager
-def same_draw() -> Iterator[None]:
-    """Inside, all noise is that which the answer began with: for what belongs to one answer but is asked apart, such as
-    what a gate says and what acts behind it."""
+def replay() -> Callable[[], AbstractContextManager[None]]:
+    """A context, to be entered as often as one likes, in which all noise is that which was drawn since this was called:
+    for what belongs to one answer but is asked apart, such as what a defense did and what each of its gates says."""
     lent = _drawing.get()
-    if lent is None:
+    before = Counter[str]() if lent is None else lent.draws.copy()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        if lent is None:
+            yield
+            return
+        after, lent.draws = lent.draws, before.copy()
+        try:
+            yield
+        finally:
+            lent.draws = after
+
+    return again
+
+
+@contextmanager
+def some_draw(count: int) -> Iterator[None]:
+    """Inside, noise comes from keys, so that there can be a `replay`: from those that are lent or, where none are,
+    from fresh ones."""
+    if _drawing.get() is not None:
         yield
         return
-    with drawing(lent.seeds):
+    with drawing(drawn(count)):
         yield
 
 

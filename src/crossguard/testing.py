@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from crossguard import words
+from crossguard.answer import Said
 from crossguard.attacks.base import Attack, ImageAttack, ImageVictim, Queries, TextAttack
 from crossguard.budgets import L1, L2, Characters, Linf, Words
 from crossguard.data import Prompts
-from crossguard.errors import CrossguardError
 from crossguard.goals import Drift, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Purifier, Wrapper
-from crossguard.seeds import drawing, same_draw
+from crossguard.models.wrapper import Live, Wrapper, layers
+from crossguard.seeds import drawing, replay
 from crossguard.shapes import Embeddings, Images, Logits
 
 PIXEL_BUDGETS: tuple[Linf | L2 | L1, ...] = (Linf(8 / 255), L2(0.5), L1(2.0))
@@ -57,9 +57,11 @@ def check_model(model: VisionLanguageModel, size: int = 32) -> None:
     images, seeds = _pictures(3, size), torch.arange(3) + 100
     prompts = Prompts.of(("circle", "square", "star"), ("a photo of a {}", "a picture of a {}"))
 
+    answer = model.answer(prompts)
+
     def encoded(rows: slice) -> Embeddings:
         with drawing(seeds[rows]):
-            return model.encode_image(images[rows])
+            return answer.encode(images[rows])
 
     embeddings = encoded(slice(3))
     texts = model.encode_text(prompts.flat)
@@ -73,9 +75,8 @@ def check_model(model: VisionLanguageModel, size: int = 32) -> None:
     assert torch.allclose(embeddings, singles, rtol=1e-3, atol=1e-4), "a batch of images does not equal its singles"
     single_texts = torch.cat([model.encode_text([text]) for text in prompts.flat])
     assert torch.allclose(texts, single_texts, rtol=1e-3, atol=1e-4), "a batch of texts does not equal its singles"
-    other = model.encode_image(_pictures(1, size + 8))
+    other = answer.encode(_pictures(1, size + 8))
     assert other.shape == (1, embeddings.shape[1]), "an image of another size has embeddings of another shape"
-    answer = model.classifier(prompts)
     with drawing(seeds):
         logits = answer(images)
     assert logits.shape == (3, 3), f"the classifier of 3 classes gave {tuple(logits.shape)} for 3 images"
@@ -85,28 +86,52 @@ def check_model(model: VisionLanguageModel, size: int = 32) -> None:
 
 
 def check_wrapper(wrapper: Wrapper, size: int = 32) -> None:
-    """The contract of a defense around a model: that of a model, purified images that are images, and a gate, where it
-    has one, that is the same before and after the defense acts."""
+    """The contract of a defense around a model: that of a model, what it declares, and what attacks need to know of it.
+
+    It asks about images in [0, 1]; it draws noise only if it says so, and then each image its own; a smooth stand-in
+    has a gradient; and a gate says in the same draw what the defense has done.
+    """
     check_model(wrapper, size)
     images, seeds = _pictures(3, size), torch.arange(3) + 100
-    if isinstance(wrapper, Purifier):
-        with drawing(seeds), torch.no_grad():
-            pure = wrapper.purify(images)
-        assert pure.shape == images.shape, f"purified images have shape {tuple(pure.shape)}, not {tuple(images.shape)}"
-        assert float(pure.min()) >= 0.0 and float(pure.max()) <= 1.0, "purified images leave the range of pixels"
-    try:
-        with drawing(seeds), torch.no_grad():
-            with same_draw():
-                before = wrapper.gate(images)
-            wrapper.encode_image(images)
-            with same_draw():
-                after = wrapper.gate(images)
-    except CrossguardError:  # it has none
-        return
-    assert before.shape == (3,), f"the gate of 3 images has shape {tuple(before.shape)}"
-    assert torch.equal(before, after), (
-        "the gate of one answer has two values; let its noise come from self.keys, under a use of its own"
-    )
+    prompts = Prompts.of(("circle", "square", "star"), ("a photo of a {}",))
+    inner, asked = wrapper.base.answer(prompts), list[Tensor]()
+
+    def listening(images: Images) -> Said:
+        asked.append(images.detach())
+        return inner.hard(images)
+
+    spied = wrapper.around(replace(inner, hard=listening), Live(wrapper, layers(wrapper)[-1], prompts))
+    with drawing(seeds), torch.no_grad():
+        spied.hard(images)
+    assert asked, "the defense asks nothing of the model inside"
+    low, high = min(float(one.min()) for one in asked), max(float(one.max()) for one in asked)
+    assert low >= -1e-6 and high <= 1.0 + 1e-6, f"the model inside is asked about pixels from {low:.4g} to {high:.4g}"
+
+    answer = wrapper.answer(prompts)
+    assert answer.layers == len(layers(wrapper)) - 1
+    with drawing(seeds) as lent, torch.no_grad():
+        again = replay()
+        said = answer.hard(images)
+        gates = dict[str, Tensor]()
+        for name, gate in answer.gates.items():
+            with again():
+                gates[name] = gate(images)
+    assert answer.random or not lent.used, "it draws noise and does not say so: random = True"
+    assert set(said.gates) == set(gates), f"the gates {sorted(gates)} are declared, and {sorted(said.gates)} were told"
+    for name, gate in gates.items():
+        assert gate.shape == (3,), f"the gate {name} of 3 images has shape {tuple(gate.shape)}"
+        assert torch.allclose(gate, said.gates[name], rtol=1e-3, atol=1e-4), (
+            f"the gate {name} of one answer has two values; let its noise come from self.normal or self.uniform, under "
+            "the same use as where it acts"
+        )
+    if answer.soft is not None:
+        goal = Untargeted(said.logits.argmax(1))
+        with drawing(seeds):
+            near = answer.soft(images.requires_grad_(True)).logits
+            (gradient,) = torch.autograd.grad(goal.loss(near).sum(), images)
+        assert bool(gradient.isfinite().all() and gradient.flatten(1).any(1).all()), (
+            "the gradient through the smooth stand-in is zero or not finite"
+        )
 
 
 class LinearVictim(nn.Module):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from crossguard.device import check_gradients
 from crossguard.errors import CrossguardError
 from crossguard.gallery import Gallery
 from crossguard.goals import Drift, Goal, Untargeted
-from crossguard.seeds import drawing, fold, inherited
+from crossguard.seeds import drawing, fold, inherited, replay
 from crossguard.shapes import Embeddings, Images, Labels, Mask, Owners, PerImage, Seeds, TextEmbeddings
 from crossguard.words import WordError, show
 
@@ -72,6 +72,9 @@ class ImageVictim:
         draw: instead of being new at each question, the noise is that of this number.
         elsewhere: how many of the questions about each sample of the batch do not count where the noise is numbered,
             because they were asked for another attack; none, if not given.
+        aside: what is climbed beside the goal, a value for each image: a second aim, of which the goal knows nothing
+            and which decides neither success nor merit. It is asked in the same draw as the answer, and counts as a
+            gradient of its own.
     """
 
     answer: Callable[[Images], Tensor]
@@ -80,6 +83,7 @@ class ImageVictim:
     rows: Tensor | None = None
     draw: int | None = None
     elsewhere: Labels | None = None
+    aside: Callable[[Images], PerImage] | None = None
 
     def __call__(self, images: Images) -> Tensor:
         """The outputs, without a gradient."""
@@ -95,9 +99,13 @@ class ImageVictim:
         `.grad`.
         """
         pixels = images.detach().requires_grad_(True)
-        with torch.enable_grad(), self._asked("gradients", len(images)):
+        with torch.enable_grad(), self._asked("gradients", len(images), 1 if self.aside is None else 2):
+            again = replay()
             outputs = self.answer(pixels).float()
             losses = goal.loss(outputs)
+            if self.aside is not None:
+                with again():
+                    losses = losses + self.aside(pixels)
             (gradient,) = torch.autograd.grad(losses.sum(), pixels)
         self.note(~losses.detach().isfinite())
         return gradient, losses.detach(), outputs.detach()
@@ -172,8 +180,8 @@ class ImageVictim:
             self.queries.broken = self.queries.broken.to(broken.device) | broken.any()
 
     @contextmanager
-    def _asked(self, kind: str, count: int) -> Iterator[None]:
-        """Counts a question about `count` images, or several views of each, and lends its noise to the model."""
+    def _asked(self, kind: str, count: int, questions: int = 1) -> Iterator[None]:
+        """Counts questions about `count` images, or several views of each, and lends their noise to the model."""
         if self.queries is None:
             yield
             return
@@ -184,7 +192,7 @@ class ImageVictim:
                 f"the victim of {samples} samples was asked about {count} images; ask about all of them or the same "
                 "number of views of each, or take a part of the victim first: victim.at(rows)"
             )
-        times = count // samples if samples else 1
+        times = questions * (count // samples if samples else 1)
         if self.rows is None:
             counter += times
         else:
@@ -217,14 +225,13 @@ class PairVictim:
     """What an attack may ask where images meet texts, for the samples of one batch.
 
     `before` answers images against the clean texts, `after` against the texts as the attack rewrote them; `encode`
-    gives the images' raw embeddings, `gate` how far the defense is from doing nothing, where it has a gate. All share
-    one counter. `classes` gives the embeddings of the rewritten texts, one for each class; few attacks ask for them.
+    gives the images' raw embeddings. All share one counter. `classes` gives the embeddings of the rewritten texts, one
+    for each class; few attacks ask for them.
     """
 
     before: ImageVictim
     after: ImageVictim
     encode: ImageVictim
-    gate: ImageVictim | None = None
     classes: Callable[[], TextEmbeddings] | None = None
 
 
@@ -365,6 +372,20 @@ class Found:
         return Made(self.images, self.won, self.merit)
 
 
+WHITE, GRAY = "white box", "gray box"
+_SEES = {"gradients": WHITE, "scores": "black box, scores", "decisions": "black box, decisions"}
+
+
+def known(attacks: Sequence[Attack]) -> str:
+    """What is known where several attacks are tried: what the one that knows most does, and all its ways."""
+    said = [attack.knows for attack in attacks]
+    for level in (WHITE, GRAY, *_SEES.values()):
+        ways = [one.removeprefix(level).removeprefix(", ") for one in said if one.startswith(level)]
+        if ways:
+            return ", ".join([level, *dict.fromkeys(way for way in ways if way)])
+    raise ValueError(f"none of {said} is a way of knowing")
+
+
 _BUDGETS: dict[tuple[str, ...], str] = {("image",): "'Linf(8/255)'", ("text",): "'Words(1)'"}  # what to try
 
 
@@ -381,6 +402,19 @@ class Attack(ABC):
     def needs_classes(self) -> bool:
         """Whether its images must be of classes, not of captions."""
         return False
+
+    @property
+    def knows(self) -> str:
+        """What its adversary knows of the model, for the report: what its parts know, or what it `sees`."""
+        return known(self._parts) if self._parts else _SEES[self.sees]
+
+    @property
+    def _parts(self) -> list[Attack]:
+        """The attacks that it is made of, those on images if there are any."""
+        held = [getattr(self, item.name) for item in fields(self)] if is_dataclass(self) else []
+        flat = [one for item in held for one in (item if isinstance(item, tuple) else (item,))]
+        parts = [one for one in flat if isinstance(one, Attack)]
+        return [one for one in parts if isinstance(one, ImageAttack)] or parts
 
     def rewrite(
         self,

@@ -3,19 +3,20 @@ what is random."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, MatchVictim, PairVictim, spelled
+from crossguard.answer import Answer
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, spelled
 from crossguard.attacks.gradient import PGD
-from crossguard.budgets import Budget, PixelBudget
+from crossguard.budgets import PixelBudget
 from crossguard.errors import CrossguardError
-from crossguard.goals import DLR, Goal, Loss, Towards, Untargeted, classification
-from crossguard.seeds import fold, normal, same_draw
+from crossguard.goals import DLR, Goal, Towards, Untargeted, classification
+from crossguard.seeds import fold, normal
 from crossguard.shapes import Images, Labels, Logits, Mask, PerImage, Seeds
 
 
@@ -150,17 +151,8 @@ class EOT(ImageAttack):
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         if isinstance(victim, _Averaged):
             raise CrossguardError("an EOT inside an EOT averages twice; give one of them more samples instead")
-        averaged = _Averaged(
-            victim.answer,
-            victim.queries,
-            victim.seeds,
-            victim.rows,
-            victim.draw,
-            victim.elsewhere,
-            self.samples,
-            self.noise,
-            self.flip,
-        )
+        held = {item.name: getattr(victim, item.name) for item in fields(ImageVictim)}
+        averaged = _Averaged(**held, samples=self.samples, noise=self.noise, flip=self.flip)
         # What beats the average may not beat the model itself, so nothing is said of the images.
         return Made(self.attack.craft(averaged, clean, goal, budget, seeds).images)
 
@@ -207,82 +199,15 @@ class BF16(ImageAttack):
         return self.attack.draws
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
-        full = victim.answer
+        full, rounding = victim.answer, partial(torch.autocast, clean.device.type, torch.bfloat16)
 
         def answer(images: Images) -> Tensor:
-            with torch.autocast(images.device.type, torch.bfloat16):
+            with rounding():
                 return full(images).float()
 
+        half = full.inside(rounding) if isinstance(full, Answer) else answer
         # What it knows of its images it knows in bfloat16, so nothing is said of them.
-        return Made(self.attack.craft(replace(victim, answer=answer), clean, goal, budget, seeds).images)
-
-
-@dataclass(frozen=True)
-class AtGate(ImageAttack):
-    """The attack with a second aim: that the defense does nothing.
-
-    Climbs the goal's loss minus `weight` times what is left above the gate, so the image slips below the threshold
-    while it is turned (detector-aware attacks, Carlini and Wagner 2017; Tramer et al. 2020). Aims at models with a
-    `gate`, and holds attacks that climb one loss, such as PGD and APGD.
-    """
-
-    attack: ImageAttack = field(default_factory=PGD)
-    weight: float = 10.0
-
-    def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
-        pixels, _ = self.spends(budget)
-        assert pixels is not None
-        if victim.gate is None:
-            raise CrossguardError("AtGate needs a defense with a gate to aim at; this model has none")
-        before, gate = victim.before.answer, victim.gate.answer
-
-        def both(images: Images) -> Tensor:
-            with same_draw():
-                outputs = before(images)
-            with same_draw():
-                return torch.cat([outputs, gate(images)[:, None]], 1)
-
-        aim = _Gated(goal, self.weight, ends=goal.ends)
-        return self.attack(replace(victim.before, answer=both), images, aim, pixels, seeds)
-
-    def match(
-        self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
-    ) -> tuple[Images, list[str]]:
-        raise CrossguardError("AtGate aims at the gate of a classification; for a retrieval, try the attack inside it")
-
-    def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
-        raise CrossguardError("AtGate must be the outermost attack, where the gate is known: AtGate(EOT(PGD()))")
-
-
-@dataclass(frozen=True)
-class _Gated(Goal):
-    """A goal over logits, with the gate as a last column of the outputs. The defense's own answer says who has won;
-    among equals both being wrong and slipping below the gate count."""
-
-    goal: Goal
-    weight: float
-    classes: ClassVar[bool] = True
-
-    def loss(self, outputs: Tensor) -> PerImage:
-        return self.goal.loss(outputs[:, :-1]) - self._above(outputs)
-
-    def won(self, outputs: Tensor) -> Mask:
-        return self.goal.won(outputs[:, :-1])
-
-    def merit(self, outputs: Tensor) -> PerImage:
-        return self.goal.merit(outputs[:, :-1]) - self._above(outputs)
-
-    def at(self, keep: Tensor) -> _Gated:
-        return replace(self, goal=self.goal.at(keep))
-
-    def counts(self) -> tuple[int, ...]:
-        return self.goal.counts()
-
-    def climbing(self, loss: Loss) -> _Gated:
-        return replace(self, goal=self.goal.climbing(loss))
-
-    def _above(self, outputs: Tensor) -> PerImage:
-        return self.weight * outputs[:, -1].clamp_min(0.0)
+        return Made(self.attack.craft(replace(victim, answer=half), clean, goal, budget, seeds).images)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossguard.answer import Answer, Read, Said, counted, embeddings_of, logits_of
 from crossguard.data import Prompts
 from crossguard.device import Choice, chosen
 from crossguard.errors import CrossguardError
@@ -132,7 +133,7 @@ class VisionLanguageModel(ABC):
     is a model."""
 
     random: bool = False  # the same question may be answered differently
-    differentiable: bool = True  # gradients are the true ones; otherwise they are an approximation (BPDA)
+    masks: bool = False  # has steps without a gradient, which attacks see through by an approximation (BPDA)
 
     @abstractmethod
     def encode_image(self, images: Images) -> Embeddings:
@@ -156,25 +157,49 @@ class VisionLanguageModel(ABC):
         del texts
         return 0
 
-    def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
-        """Images to one logit per class. The prompts are encoded here, once: unit embeddings averaged over
-        templates. The networks are opened here as well, and no file is looked at when images come."""
+    def answer(self, classes: Prompts | TextEmbeddings | None = None) -> Answer:
+        """What this model says to images, for as long as anybody asks. The networks are opened here, and no file is
+        looked at when images come.
+
+        Args:
+            classes: the prompts of classes, which are encoded here, once: unit embeddings averaged over templates;
+                then it answers with one logit per class. With embeddings of texts (the captions of a retrieval), or
+                without any, it answers with embeddings.
+        """
         with opening() as held:
-            classes = self.class_embeddings(prompts)
-        # Classes of the same prompts get the same column, equal to the bit: computed apart they would differ by
-        # rounding, and the answer would depend on the batch.
-        place = {texts: row for row, texts in reversed(list(enumerate(prompts.texts)))}
-        same = [place[texts] for texts in prompts.texts]
-        distinct = sorted(place.values())
-        columns = torch.tensor([distinct.index(row) for row in same], device=classes.device)
-        kept = classes if len(distinct) == len(same) else classes[distinct]
+            if isinstance(classes, Prompts):
+                texts, tell = self.class_embeddings(classes), logits_of
+                read = self._reading(texts, classes.texts)
+            else:
+                texts, tell = classes, embeddings_of
+                read = None if texts is None else self._reading(texts)
 
-        def answer(images: Images) -> Logits:
+        def hard(images: Images) -> Said:
             with held.inside():
-                logits = self.logits(self.encode_image(images), kept)
-            return logits if len(distinct) == len(same) else logits[:, columns]
+                return Said(counted(self.encode_image(images)), reading)
 
-        return answer
+        def reading_inside(embeddings: Embeddings) -> Logits:
+            assert read is not None
+            with held.inside():
+                return read(embeddings)
+
+        reading = None if read is None else reading_inside
+        return Answer(hard, texts=texts, random=self.random, masks=self.masks, tell=tell)
+
+    def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
+        """Images to one logit per class (`answer`)."""
+        return self.answer(prompts)
+
+    def _reading(self, texts: TextEmbeddings, strings: Sequence[object] = ()) -> Read:
+        """Embeddings to one logit for each text. Classes of the same prompts get the same column, equal to the bit:
+        computed apart they would differ by rounding, and the answer would depend on the batch."""
+        place = {one: row for row, one in reversed(list(enumerate(strings)))}
+        distinct = sorted(place.values())
+        if len(distinct) == len(strings):
+            return lambda embeddings: self.logits(embeddings, texts)
+        kept = texts[distinct]
+        columns = torch.tensor([distinct.index(place[one]) for one in strings], device=texts.device)
+        return lambda embeddings: self.logits(embeddings, kept)[:, columns]
 
     def class_embeddings(self, prompts: Prompts) -> Embeddings:
         """One embedding per class: the mean over templates of unit text embeddings, without gradient."""

@@ -138,16 +138,21 @@ class Embedded(NamedTuple):
 
 
 def embedded(
-    model: VisionLanguageModel, task: Task, indices: Sequence[int], seed: int, group: Processes = ALONE
+    encode: Callable[[Images], Embeddings],
+    device: torch.device,
+    task: Task,
+    indices: Sequence[int],
+    seed: int,
+    group: Processes = ALONE,
 ) -> Embedded:
-    """The clean images of a task as a model embeds them; each batch is embedded by one of the processes. Unless the
-    model draws noise, equal images are equal to the bit: in another batch they would differ by rounding."""
+    """The clean images of a task as a model on this device embeds them; each batch is embedded by one of the processes.
+    Unless the model draws noise, equal images are equal to the bit: in another batch they would differ by rounding."""
 
     def embed(rows: Sequence[int]) -> tuple[Tensor, list[bytes], bool]:
         found, digests, drew = [], list[bytes](), False
         for batch in task.batches(AT_ONCE, rows):
             with torch.no_grad(), drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
-                found.append(finite(model.encode_image(batch.images.to(model.device)), "embeddings").cpu())
+                found.append(finite(encode(batch.images.to(device)), "embeddings").cpu())
             drew |= lent.used
             digests += [hashlib.sha256(image.tobytes()).digest() for image in batch.images.cpu().numpy()]
         return torch.cat(found), digests, drew
@@ -155,7 +160,7 @@ def embedded(
     parts = group.each([indices[start : start + AT_ONCE] for start in range(0, len(indices), AT_ONCE)], embed)
     places: dict[bytes, int] = {}
     first = [places.setdefault(digest, place) for place, digest in enumerate(d for _, one, _ in parts for d in one)]
-    images = torch.cat([one for one, _, _ in parts]).to(model.device)
+    images = torch.cat([one for one, _, _ in parts]).to(device)
     drew = any(drew for _, _, drew in parts)
     return Embedded(images if drew else images[torch.tensor(first, device=images.device)], first)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossguard.answer import Answer
 from crossguard.attacks.base import Attack, ImageVictim, MatchVictim, Queries, spelled
 from crossguard.attacks.candidates import doubts
 from crossguard.budgets import Budget, TextBudget
@@ -99,10 +100,11 @@ class Retrieval(Task):
         owners = torch.tensor([place for place, texts in enumerate(listed) for _ in texts])
         texts = [text for one in listed for text in one]
         crafting = model if surrogate is None else surrogate
-        clean, copies = _gallery(model, self, rows, texts, owners, seed, group)
-        crafted = clean if crafting is model else _gallery(crafting, self, rows, texts, owners, seed, group)[0]
+        judging = seen = _seen(model, self, rows, texts, owners, seed, group)
+        if crafting is not model:
+            seen = _seen(crafting, self, rows, texts, owners, seed, group)
         places = {name: place for place, name in enumerate(ids)}
-        return _RetrievalTrial(self, model, attack, budget, crafting, clean, crafted, places, texts, copies)
+        return _RetrievalTrial(self, model, attack, budget, crafting, judging, seen, places, texts)
 
 
 def _check_attack(attack: Attack) -> None:
@@ -121,7 +123,21 @@ def _check_attack(attack: Attack) -> None:
                 )
 
 
-def _gallery(
+@dataclass(frozen=True)
+class _Seen:
+    """A retrieval as a model sees it when nobody attacks.
+
+    Args:
+        answer: images to embeddings.
+        copies: how many of the images have a copy among the others.
+    """
+
+    answer: Answer
+    gallery: Gallery
+    copies: int
+
+
+def _seen(
     model: VisionLanguageModel,
     task: Retrieval,
     rows: Sequence[int],
@@ -129,10 +145,11 @@ def _gallery(
     owners: Owners,
     seed: int,
     group: Processes,
-) -> tuple[Gallery, int]:
-    """The clean gallery as a model embeds it, and how many of its images have a copy in it."""
-    images = embedded(model, task, rows, seed, group)
-    return Gallery(images.images, encoded(model, texts, group), owners.to(model.device), model.logits), images.copies
+) -> _Seen:
+    captions = encoded(model, texts, group)
+    answer = model.answer(captions)
+    images = embedded(answer, model.device, task, rows, seed, group)
+    return _Seen(answer, Gallery(images.images, captions, owners.to(model.device), model.logits), images.copies)
 
 
 def encoded(model: VisionLanguageModel, texts: Sequence[str], group: Processes = ALONE) -> TextEmbeddings:
@@ -161,16 +178,16 @@ class _RetrievalTrial(Trial):
     attack: Attack | None
     budget: Budget | None
     crafting: VisionLanguageModel
-    clean: Gallery
-    crafted: Gallery  # the same as the crafting model sees it
+    judging: _Seen
+    seen: _Seen  # the same as the crafting model sees it
     places: Mapping[str, int]  # of the samples in the gallery
     texts: Sequence[str]  # all clean captions
-    copies: int = 0  # images of the gallery with the pixels of another one
     words: TextBudget | None = None
 
     def __post_init__(self) -> None:
         if self.attack is not None and self.budget is not None:
             self.pixels, self.words = self.attack.spends(self.budget)
+        self.clean = self.judging.gallery
         self.known = {text: place for place, text in enumerate(self.texts)}
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.clean.owners.cpu().bincount().cumsum(0)])
         self.starts = starts.tolist()  # where the captions of each image begin
@@ -181,12 +198,12 @@ class _RetrievalTrial(Trial):
                 *self.notes,
                 f"{cut} of {len(self.texts)} captions are longer than the model reads; their ends are not seen",
             ]
-        if self.copies:
+        if self.judging.copies:
             self.notes = [
                 *self.notes,
-                f"{self.copies} of the {len(self.places)} images have the same pixels as another one: where their "
-                "captions are not the same, neither can come first, so recall is bounded below 100 %; make one sample "
-                "of each image, with all its captions",
+                f"{self.judging.copies} of the {len(self.places)} images have the same pixels as another one: where "
+                "their captions are not the same, neither can come first, so recall is bounded below 100 %; make one "
+                "sample of each image, with all its captions",
             ]
         distinct = list(self.known)
         deaf = twins(self.clean.texts[[self.known[text] for text in distinct]])
@@ -207,7 +224,7 @@ class _RetrievalTrial(Trial):
 
     def climb(self, batch: Batch) -> tuple[Callable[[Images], Embeddings], Goal]:
         rows, captions, owners = self._places(batch)
-        return self.model.encode_image, self.clean.lost_images(rows, self.clean.texts[captions], owners)
+        return self.judging.answer, self.clean.lost_images(rows, self.clean.texts[captions], owners)
 
     def answer(self, batch: Batch, seeds: Seeds) -> Answers:
         assert isinstance(batch, Pairs)
@@ -217,9 +234,9 @@ class _RetrievalTrial(Trial):
         adversarial, made = images, texts
         if self.attack is not None and self.budget is not None:
             victim = MatchVictim(
-                ImageVictim(self.crafting.encode_image, queries, fold(seeds, ATTACKED)),
+                ImageVictim(self.seen.answer, queries, fold(seeds, ATTACKED)),
                 self.crafting.encode_text,
-                self.crafted,
+                self.seen.gallery,
                 rows,
                 captions,
                 owners,
@@ -248,7 +265,7 @@ class _RetrievalTrial(Trial):
 
     def judge(self, images: Images, seeds: Seeds) -> Embeddings:
         with torch.no_grad(), drawing(fold(seeds, JUDGED)):
-            return finite(self.model.encode_image(images.to(self.model.device)), "embeddings")
+            return finite(self.judging.answer(images.to(self.model.device)), "embeddings")
 
     def again(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> Mapping[str, list[Any]]:
         return {"embedding": [_packed(one) for one in self.judge(images, seeds)]}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from crossguard.answer import embeddings_of
 from crossguard.attacks.base import Attack, ImageVictim, PairVictim, Queries
 from crossguard.attacks.candidates import doubts
 from crossguard.attacks.text import collisions
@@ -20,7 +21,6 @@ from crossguard.datasets.names import unspoken
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Mismatch, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Unrolled, Wrapper
 from crossguard.processes import ALONE, Processes
 from crossguard.report import Outcomes, Rate
 from crossguard.seeds import drawing, fold
@@ -107,7 +107,8 @@ class ZeroShot(Task):
                 f"text_goal='mismatch' needs one template, and there are {len(prompts.texts[0])}; give templates=(...,)"
             )
         rows = range(len(self)) if indices is None else indices
-        images = embedded(model, self, rows, seed, group).images
+        answer = replace(model.answer(prompts), tell=embeddings_of)
+        images = embedded(answer, model.device, self, rows, seed, group).images
         with torch.no_grad():
             texts = model.encode_text(prompts.flat)
         return Mismatch.of(images, self.labels()[list(rows)].to(texts.device), texts)
@@ -151,13 +152,13 @@ class _ZeroShotTrial(Trial):
 
     def __post_init__(self) -> None:
         same = self.before.texts == self.after.texts
-        self.clean = self.model.classifier(self.before)
-        self.rewritten = self.clean if same else self.model.classifier(self.after)
+        self.clean = self.model.answer(self.before)
+        self.rewritten = self.clean if same else self.model.answer(self.after)
         crafting = self.crafting or self.model
         self.craft_before, self.craft_after = self.clean, self.rewritten
         if crafting is not self.model:
-            self.craft_before = crafting.classifier(self.before)
-            self.craft_after = self.craft_before if same else crafting.classifier(self.after)
+            self.craft_before = crafting.answer(self.before)
+            self.craft_after = self.craft_before if same else crafting.answer(self.after)
         words = None
         if self.attack is not None and self.budget is not None:
             self.pixels, words = self.attack.spends(self.budget)
@@ -239,13 +240,11 @@ class _ZeroShotTrial(Trial):
         return Outcomes([row["id"] for row in rows], *([row[name] for row in rows] for name in _COLUMNS))
 
     def _victim(self, queries: Queries, seeds: Seeds) -> PairVictim:
-        crafting = self.crafting or self.model
         noise = fold(seeds, ATTACKED)
         return PairVictim(
             ImageVictim(self.craft_before, queries, noise),
             ImageVictim(self.craft_after, queries, noise),
-            ImageVictim(crafting.encode_image, queries, noise),
-            ImageVictim(crafting.gate, queries, noise) if isinstance(crafting, Wrapper | Unrolled) else None,
+            ImageVictim(replace(self.craft_before, tell=embeddings_of), queries, noise),
             lambda: self.classes,
         )
 
