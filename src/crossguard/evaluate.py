@@ -410,10 +410,11 @@ def _knowledge(model: VisionLanguageModel, attack: Attack | None, surrogate: Vis
     inside = layers(model)
     if surrogate not in (None, model):
         return GRAY if surrogate in inside else "transfer"
+    told: Attack = attack
     if len(inside) == 1:  # there is nothing that the adversary could not know of
-        attack = mapped(attack, lambda part: part.attack if isinstance(part, Blind) else part)
-    around = attack.knows == WHITE and any(layer.masks for layer in inside)
-    return f"{WHITE}, BPDA" if around else attack.knows
+        told = mapped(attack, lambda part: part.attack if isinstance(part, Blind) else part)
+    around = told.knows == WHITE and any(layer.masks for layer in inside)
+    return f"{WHITE}, BPDA" if around else told.knows
 
 
 def _skipped(task: Task) -> list[str]:
