@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import crossguard
-from crossguard import reading, shapes
+from crossguard import Report, Tiny, ZeroShot, evaluate, reading, shapes
 from crossguard.attacks.synonyms import CharacterEdits, Synonyms, word_list
 from crossguard.datasets import index, parquet, shards, tar
 from crossguard.datasets.captions import Captions
@@ -156,6 +156,17 @@ def test_a_folder_that_is_not_utf_8(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system has names in UTF-8 only")
     assert "not UTF-8; rename it" in refused(lambda: Images(str(tmp_path)).names)
+
+
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    put(tmp_path, "cat/0.png", "dog/1.png")
+    try:
+        (tmp_path / "cat" / "0.png").rename(tmp_path / "cat" / os.fsdecode(b"caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    report = evaluate(ZeroShot(Images(str(tmp_path))), Tiny(), limit=2, out=tmp_path / "r.json")
+    assert set(report.outcomes.id) == {"cat/caf\udce9.png", "dog/1.png"}
+    assert Report.load(tmp_path / "r.json").outcomes.id == report.outcomes.id
 
 
 @pytest.mark.parametrize(
@@ -348,7 +359,7 @@ def test_the_kinds_of_bytes_that_arrow_has(tmp_path: Path) -> None:
         assert [data.opened.read(place) for place in range(3)] == images
     many = [bytes([number % 7]) * number for number in range(600)]  # more than are read at once
     path = table(tmp_path / "many.parquet", image=pa.array([picture(), *many], pa.binary_view()), caption=["a"] * 601)
-    opened = parquet._Table.of(path, (0, 0))
+    opened = parquet._Table.of(path, (0, 0, ""))
     assert [opened.read(row) for row in range(1, 601)] == many
 
 
@@ -704,7 +715,7 @@ def test_fingerprints_follow_the_files(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps([{"image": "cat/0.png", "caption": "a cat"}]))
     first = prints()
     assert prints() == first and len(set(first)) == 4 and all(first)
-    os.utime(tmp_path / "f" / "cat" / "0.png", ns=(1, 1))
+    (tmp_path / "f" / "cat" / "0.png").write_bytes(picture(1))
     second = prints()
     assert [one != other for one, other in zip(first, second, strict=True)] == [True, True, False, True]
     table(tmp_path / "x.parquet", image=[picture(1)], label=[0], name=["cow"])

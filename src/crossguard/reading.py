@@ -19,10 +19,12 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar, overload
 
 from crossguard.errors import CrossguardError
-from crossguard.files import reason
+from crossguard.files import hashed, reason
 from crossguard.limits import DEPTH, EXPERIMENT, FILE, LARGEST, TEXT, Limit, shortly
 
 T = TypeVar("T")
+
+BYTES_HASHED, MOST_HASHED = 64_000_000, 2_000  # so many bytes in so many files are hashed in a second
 
 LEFT_BEHIND = frozenset({"__MACOSX"})  # folders that archives hold without anybody having put them there
 
@@ -319,13 +321,20 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     except OSError as error:
         raise CrossguardError(f"the folder {str(folder)!r} cannot be read ({reason(error)})") from error
     for entry in seen:
-        try:
-            entry.name.encode()
-        except UnicodeEncodeError:
+        if not is_text(entry.name) and entry.is_dir():  # a file of any name will do; a folder's may be that of a class
             raise CrossguardError(
                 f"the name {os.fsencode(entry.name)!r} in the folder {str(folder)!r} is not UTF-8; rename it"
-            ) from None
+            )
     return sorted(seen, key=lambda entry: entry.name)
+
+
+def identities(root: Path, files: Sequence[Found]) -> tuple[str, ...]:
+    """What tells each of these files from what it was before: the hash of its content, where hashing all of them is a
+    matter of a second, and otherwise its size and date. A large file that is replaced by another of the same size and
+    date passes for the old one."""
+    if len(files) > MOST_HASHED or sum(file.size for file in files) > BYTES_HASHED:
+        return tuple(f"{file.size} {file.modified}" for file in files)
+    return tuple(hashed(root / file.path) for file in files)
 
 
 def fingerprint(rows: Iterable[object]) -> str:

@@ -61,10 +61,11 @@ class Captions(Decoded):
             what = "is a folder" if file.exists() else "does not exist"
             raise CrossguardError(f"the captions file {self.file!r} {what}; give the JSON or text file of the captions")
         noted = file.stat()
-        listed = _chosen(str(file), _listed(str(file), (noted.st_mtime_ns, noted.st_size)), self.split)
-        return _opened(
-            str(root), str(file), listed, tuple(_found(root, self.file, image) for image in listed), self.skip_broken
-        )
+        dated = (noted.st_size, noted.st_mtime_ns, noted.st_ctime_ns)
+        listed = _chosen(str(file), _listed(str(file), dated), self.split)
+        found = tuple(_found(root, self.file, image) for image in listed)
+        told = reading.identities(Path(), [at for at in found if at is not None])
+        return _opened(str(root), str(file), listed, found, told, self.skip_broken)
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,7 @@ class _Listed:
     split: str | None = None
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Where an image is, and what tells that it has changed."""
-
-    place: str
-    modified: int
-    size: int
-
-
-def _found(root: Path, file: str, image: _Listed) -> _Found | None:
+def _found(root: Path, file: str, image: _Listed) -> reading.Found | None:
     name = image.name.lstrip("/")
     if "\0" in f"{name}{image.folder}":  # a name that no file can have is that of no file
         return None
@@ -97,13 +89,18 @@ def _found(root: Path, file: str, image: _Listed) -> _Found | None:
         except OSError:
             continue
         if stat.S_ISREG(noted.st_mode):
-            return _Found(str(place), noted.st_mtime_ns, noted.st_size)
+            return reading.Found(str(place), noted.st_size, noted.st_mtime_ns)
     return None
 
 
 @lru_cache(maxsize=8)
 def _opened(
-    root: str, file: str, listed: tuple[_Listed, ...], found: tuple[_Found | None, ...], skip_broken: bool
+    root: str,
+    file: str,
+    listed: tuple[_Listed, ...],
+    found: tuple[reading.Found | None, ...],
+    told: tuple[str, ...],
+    skip_broken: bool,
 ) -> Opened:
     missing = [image.name for image, at in zip(listed, found, strict=True) if at is None]
     if missing and not skip_broken:
@@ -114,12 +111,12 @@ def _opened(
         )
     of: dict[str, str] = {}
     for image, at in zip(listed, found, strict=True):
-        if at is not None and of.setdefault(at.place, image.name) != image.name:
+        if at is not None and of.setdefault(at.path, image.name) != image.name:
             raise CrossguardError(
-                f"{of[at.place]!r} and {image.name!r} of {file!r} are both found as {at.place!r} only; "
+                f"{of[at.path]!r} and {image.name!r} of {file!r} are both found as {at.path!r} only; "
                 "give the folder that their names begin in"
             )
-    places = [str(Path(root) / image.name) if at is None else at.place for image, at in zip(listed, found, strict=True)]
+    places = [str(Path(root) / image.name) if at is None else at.path for image, at in zip(listed, found, strict=True)]
     source = Opened(
         ids=tuple(image.name for image in listed),
         labels=torch.full((len(listed),), -1),  # no class, and no label that could pass for one
@@ -127,7 +124,7 @@ def _opened(
         read=lambda index: Path(places[index]).read_bytes(),
         where=lambda index: f"the image {places[index]!r}",
         captions=tuple(image.captions for image in listed),
-        fingerprint=reading.fingerprint((*listed, *((at.modified, at.size) if at else None for at in found))),
+        fingerprint=reading.fingerprint((*listed, *(at is not None for at in found), *told)),
     )
     return source.whole(skip_broken)
 
@@ -160,7 +157,7 @@ def _chosen(file: str, listed: tuple[_Listed, ...], split: str | None) -> tuple[
 
 
 @lru_cache(maxsize=4)
-def _listed(file: str, changed: tuple[int, int]) -> tuple[_Listed, ...]:
+def _listed(file: str, dated: tuple[int, int, int]) -> tuple[_Listed, ...]:
     """All images of a captions file, in whichever format it is."""
     text = reading.text(Path(file), "give the JSON or text file of the captions in UTF-8")
     listed = _json(file, text) if text.lstrip()[:1] in ("{", "[") else _lines(file, text)

@@ -50,7 +50,8 @@ class Images(Decoded):
         held = tuple(file for file in reading.below(root, SUFFIXES) if "/" in file.path)
         folders = tuple(reading.folders(root))
         listed = _annotated(root / ANNOTATED) if folders == ("images",) and (root / ANNOTATED).is_file() else ()
-        return _opened(str(root), folders, held, listed, class_list(self.classes), self.skip_broken)
+        told = reading.identities(root, held)
+        return _opened(str(root), folders, held, told, listed, class_list(self.classes), self.skip_broken)
 
 
 ANNOTATED = "val_annotations.txt"
@@ -67,6 +68,7 @@ def _opened(
     root: str,
     folders: tuple[str, ...],
     files: tuple[reading.Found, ...],
+    told: tuple[str, ...],
     annotated: tuple[tuple[str, str], ...],
     classes: tuple[str, ...],
     skip_broken: bool,
@@ -83,13 +85,13 @@ def _opened(
             raise CrossguardError(f"{ANNOTATED} of {root!r} does not list the image {lacking[0]!r}; list or remove it")
         inside = [classes_of[path.rsplit("/", 1)[1]] for path in paths]
         folders = tuple(sorted(set(classes_of.values())))
-        told = tuple(map(spoken, folders))
+        names = tuple(map(spoken, folders))
     elif _by_letter(folders, inside):
         folders = tuple(sorted(set(inside), key=lambda folder: folder.split("/")))
-        told = tuple(spoken(folder.split("/", 1)[1].replace("/", " ")) for folder in folders)
+        names = tuple(spoken(folder.split("/", 1)[1].replace("/", " ")) for folder in folders)
     else:
         inside = [path.split("/", 1)[0] for path in paths]
-        told = tuple(map(spoken, folders))
+        names = tuple(map(spoken, folders))
     empty = sorted(set(folders) - set(inside))
     if empty and not annotated:
         raise CrossguardError(
@@ -101,15 +103,15 @@ def _opened(
             raise CrossguardError(
                 f"{len(classes)} classes were given for the {len(folders)} class folders of {root!r}; give one each"
             )
-        check_order(classes, dict(enumerate(told)), f"the folder {root!r}")
+        check_order(classes, dict(enumerate(names)), f"the folder {root!r}")
     numbers = {folder: label for label, folder in enumerate(folders)}
     source = Opened(
         ids=tuple(paths),
         labels=torch.tensor([numbers[folder] for folder in inside], dtype=torch.int64),
-        names=classes or told,
+        names=classes or names,
         read=lambda index: (Path(root) / paths[index]).read_bytes(),
         where=lambda index: f"the image {str(Path(root) / paths[index])!r}",
-        fingerprint=reading.fingerprint((*files, annotated, classes)),
+        fingerprint=reading.fingerprint((*zip(paths, told, strict=True), annotated, classes)),
     )
     return source.whole(skip_broken)
 

@@ -33,20 +33,24 @@ def folder() -> Path:
     return (Path(around) if around else Path("~/.cache").expanduser()) / "crossguard"
 
 
-def recall(kind: str, read: Read) -> Mapping[str, np.ndarray] | None:
-    """What was remembered of this kind about these very files; None where nothing was, or about earlier ones."""
+def recall(kind: str, read: Read, identities: Sequence[str] = ()) -> Mapping[str, np.ndarray] | None:
+    """What was remembered of this kind about these very files; None where nothing was, or about earlier ones.
+
+    Args:
+        identities: what else tells the files from earlier ones; see `reading.identities`.
+    """
     try:
         with np.load(_place(kind, read), allow_pickle=False) as opened:
             found = {name: opened[name] for name in opened.files}
     except Exception:  # what numpy raises on broken bytes is not bounded by any documentation
         return None
-    return found if found.pop("about", np.zeros(0)).tobytes() == _about(kind, read) else None
+    return found if found.pop("about", np.zeros(0)).tobytes() == _about(kind, read, identities) else None
 
 
-def remember(kind: str, read: Read, arrays: Mapping[str, np.ndarray]) -> None:
+def remember(kind: str, read: Read, arrays: Mapping[str, np.ndarray], identities: Sequence[str] = ()) -> None:
     """Keeps arrays about these files, where the folder can be written to."""
     content = io.BytesIO()
-    np.savez(content, **arrays, about=np.frombuffer(_about(kind, read), np.uint8))  # pyright: ignore[reportArgumentType]
+    np.savez(content, **arrays, about=np.frombuffer(_about(kind, read, identities), np.uint8))  # pyright: ignore[reportArgumentType]
     with suppress(CrossguardError, OSError):
         files.write(_place(kind, read), content.getvalue())
 
@@ -58,5 +62,6 @@ def _place(kind: str, read: Read) -> Path:
     return folder() / f"{kind}-{told.hexdigest()[:24]}.npz"
 
 
-def _about(kind: str, read: Read) -> bytes:
-    return json.dumps((VERSION, kind, [(str(Path(path).absolute()), size, date) for path, size, date in read])).encode()
+def _about(kind: str, read: Read, identities: Sequence[str]) -> bytes:
+    paths = [(str(Path(path).absolute()), size, date) for path, size, date in read]
+    return json.dumps((VERSION, kind, paths, list(identities))).encode()

@@ -68,9 +68,9 @@ class Parquet(Decoded):
         if self.split not in (None, "all"):
             files = [file for file in files if split_of(file.path) == self.split] or files
         _check_splits(self.path, files, self.split)
-        return _opened(
-            _root(self.path), tuple(files), class_list(self.classes), self.domain, self.split, self.skip_broken
-        )
+        root, classes = _root(self.path), class_list(self.classes)
+        told = reading.identities(Path(root), files)
+        return _opened(root, tuple(files), told, classes, self.domain, self.split, self.skip_broken)
 
 
 def parquet_files(path: str) -> list[reading.Found]:
@@ -134,12 +134,16 @@ def _check_splits(path: str, files: Sequence[reading.Found], split: str | None) 
 def _opened(
     root: str,
     files: tuple[reading.Found, ...],
+    told: tuple[str, ...],
     classes: tuple[str, ...],
     domain: str | None,
     split: str | None,
     skip_broken: bool,
 ) -> Opened:
-    tables = [_Table.of(str(Path(root) / file.path), (file.size, file.modified)) for file in files]
+    tables = [
+        _Table.of(str(Path(root) / file.path), (file.size, file.modified, one))
+        for file, one in zip(files, told, strict=True)
+    ]
     first = tables[0].file
     chosen = [_chosen(tables, "domain", domain), _chosen(tables, "split", _split_wanted(root, files, tables, split))]
     everything = [
@@ -156,7 +160,7 @@ def _opened(
     names, labels = _classes(tables, classes, rows)
     if not names:
         _check_captions(rows)
-    told = [table.captions[row] if table.captions is not None else () for table, row in rows]
+    texts = [table.captions[row] if table.captions is not None else () for table, row in rows]
     captioned = all(table.captions is not None for table in tables)
     groups = _same_images(rows, labels) if captioned else [[place] for place in range(len(rows))]
 
@@ -173,9 +177,11 @@ def _opened(
         names=names,
         read=lambda place: heads[place][0].read(heads[place][1]),
         where=lambda place: f"row {heads[place][1]} of {heads[place][0].file!r}",
-        captions=tuple(tuple(text for place in group for text in told[place]) for group in groups) if captioned else (),
+        captions=tuple(tuple(text for place in group for text in texts[place]) for group in groups)
+        if captioned
+        else (),
         notes=together(len(rows), len(groups), "rows"),
-        fingerprint=reading.fingerprint((*files, classes)),
+        fingerprint=reading.fingerprint((*zip((file.path for file in files), told, strict=True), classes)),
     )
     return source.whole(skip_broken)
 
@@ -229,7 +235,7 @@ class _Table:
     rows: int
     column: str
     starts: tuple[int, ...]  # the first row of every row group, and the number of rows
-    modified: tuple[int, int]
+    modified: tuple[int, int, str]  # size, date, and what `reading.identities` says
     sizes: tuple[int, ...]  # of the images of every row group, in bytes
     labels: list[Any] | None
     named: list[Any] | None
@@ -240,7 +246,7 @@ class _Table:
     splits: list[Any] | None
 
     @staticmethod
-    def of(file: str, modified: tuple[int, int]) -> _Table:
+    def of(file: str, modified: tuple[int, int, str]) -> _Table:
         """Opens a file and reads everything but its images."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -337,7 +343,7 @@ class _Table:
 
     def digests(self) -> Sequence[bytes]:
         """A hash of every image; empty for a row without one. Those of a large file are remembered."""
-        read = ((self.file, *self.modified),)
+        read = ((self.file, *self.modified[:2]),)
         known = index.recall("digests", read)
         if known is None:
             images = (image for group in range(len(self.sizes)) for image in self._images(group))

@@ -72,8 +72,9 @@ class Shards(Decoded):
         shards = [(file, file.stat()) for file in _shards(folder)]
         read = tuple((str(file), noted.st_size, noted.st_mtime_ns) for file, noted in shards)
         # The texts beside the shards are small: their content says more than their dates.
-        told = tuple((name, _lines(root / f"{name}.txt")) for name in TEXTS)
-        return _opened(str(root), read, told, class_list(self.classes), self.skip_broken)
+        texts = tuple((name, _lines(root / f"{name}.txt")) for name in TEXTS)
+        told = reading.identities(folder, [reading.Found(Path(path).name, size, date) for path, size, date in read])
+        return _opened(str(root), read, told, texts, class_list(self.classes), self.skip_broken)
 
 
 TEXTS = ("dataset_type", "classnames", "zeroshot_classification_templates")
@@ -121,7 +122,12 @@ class _Index:
 
 @lru_cache(maxsize=16)
 def _opened(
-    root: str, read: tuple[tuple[str, int, int], ...], texts: _Told, classes: tuple[str, ...], skip_broken: bool
+    root: str,
+    read: tuple[tuple[str, int, int], ...],
+    identities: tuple[str, ...],
+    texts: _Told,
+    classes: tuple[str, ...],
+    skip_broken: bool,
 ) -> Opened:
     told = dict(texts)
     kind = "\n".join(told["dataset_type"]).strip()
@@ -129,7 +135,7 @@ def _opened(
         raise CrossguardError(
             f"{root!r} has several labels an image (multilabel), which is not supported; give another set"
         )
-    held = _indexed(read)
+    held = _indexed(read, identities)
 
     def where(sample: int) -> str:
         return f"{held.name[sample].decode()!r} in {read[held.shard[sample]][0]!r}"
@@ -153,7 +159,7 @@ def _opened(
     rows = np.arange(len(held.size))  # of the samples, the first one of each image
     if kind == "retrieval" or not len(held.label.held):
         _check_captions(held, where)
-        first = _same_images(held, image, read)
+        first = _same_images(held, image, read, identities)
         rows, counts = np.unique(first, return_counts=True)
         grouped = np.split(np.argsort(first, kind="stable"), np.cumsum(counts)[:-1]) if len(rows) < len(first) else None
 
@@ -185,7 +191,9 @@ def _opened(
         captions=captions,
         templates=tuple(template for template in templates if template.strip()),
         notes=together(len(held.size), len(rows), "samples"),
-        fingerprint=reading.fingerprint((*((Path(path).name, *rest) for path, *rest in read), texts, classes)),
+        fingerprint=reading.fingerprint(
+            (*((Path(path).name, one) for (path, _, _), one in zip(read, identities, strict=True)), texts, classes)
+        ),
     )
     return source.whole(skip_broken)
 
@@ -225,9 +233,9 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _indexed(read: tuple[tuple[str, int, int], ...]) -> _Index:
+def _indexed(read: tuple[tuple[str, int, int], ...], identities: tuple[str, ...]) -> _Index:
     """Where everything is in these shards, from the last time or looked for now."""
-    known = index.recall("shards", read)
+    known = index.recall("shards", read, identities)
     if known is not None:
         return _Index.of(known)
     found = _Index.joined([_looked_through(number, Path(path)) for number, (path, _, _) in enumerate(read)])
@@ -235,7 +243,7 @@ def _indexed(read: tuple[tuple[str, int, int], ...]) -> _Index:
     if not len(found.size):
         raise CrossguardError(f"the shards of {str(Path(read[0][0]).parent)!r} hold no samples; fetch them again")
     if len(found.size) >= WORTH_KEEPING:
-        index.remember("shards", read, found.arrays())
+        index.remember("shards", read, found.arrays(), identities)
     return found
 
 
@@ -312,9 +320,14 @@ def _check_captions(held: _Index, where: Callable[[int], str]) -> None:
             raise CrossguardError(f"{where(row)} has neither a label (.cls) nor captions (.txt)")
 
 
-def _same_images(held: _Index, image: Callable[[int], bytes], read: tuple[tuple[str, int, int], ...]) -> np.ndarray:
+def _same_images(
+    held: _Index,
+    image: Callable[[int], bytes],
+    read: tuple[tuple[str, int, int], ...],
+    identities: tuple[str, ...],
+) -> np.ndarray:
     """For each sample the first one whose image is the same, byte for byte."""
-    first = index.recall("twins", read)
+    first = index.recall("twins", read, identities)
     if first is None:
         _, of, counts = np.unique(held.size, return_inverse=True, return_counts=True)
         alike = np.flatnonzero(counts[of] > 1)  # images of different sizes differ, unread
@@ -323,7 +336,7 @@ def _same_images(held: _Index, image: Callable[[int], bytes], read: tuple[tuple[
         for row in alike.tolist():
             first["first"][row] = seen.setdefault(digest(image(row)), row)
         if len(alike) >= WORTH_KEEPING:
-            index.remember("twins", read, first)
+            index.remember("twins", read, first, identities)
     return first["first"]
 
 
