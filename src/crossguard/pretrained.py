@@ -67,9 +67,12 @@ _PLACES = frozenset("fast_tokenizer_files tokenizer_object name_or_path trust_re
 # Names of somebody's own, which may be any.
 _OWN_NAMES = frozenset({"label2id", "extra_special_tokens", "model_specific_special_tokens"})
 
+_ADDED = frozenset("id content single_word lstrip rstrip normalized special __type".split())  # noqa: SIM905
+
 _COUNTS = re.compile(r"(^|_)(layers|depths?|blocks|stages|heads|groups|experts)($|_)")
 
 _SENTENCES = {
+    "network": "{shown}/config.json describes a network that cannot be asked: {told}",
     "weights": "{shown}/config.json and its weights cannot be read together: {told}",
     "tokenizer": "{shown} holds no tokenizer that can be read (tokenizer.json, tokenizer_config.json, ...): {told}",
 }
@@ -214,7 +217,7 @@ class Pretrained:
         except BaseException as error:  # transformers raises many kinds, and tokenizers one that is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            told = _told(error).replace(f"{self.folder}/", "").replace(str(self.folder), self.shown)
+            told = told_by(error).replace(f"{self.folder}/", "").replace(str(self.folder), self.shown)
             if "size mismatch" in told or "mismatched" in told:
                 raise CrossguardError(
                     f"the weights in {self.shown} have other shapes than its config.json says; fetch both from one "
@@ -277,12 +280,32 @@ def _stage(origin: Path, source: Path | None, folder: Path, shown: str) -> _Size
         most, held = MOST_TEXT if vocabulary else MOST_SETTINGS, file.stat().st_size
         if held > most:
             raise CrossguardError(f"{shown}/{file.name} has {held:,} bytes; at most {most:,} are read")
-        if vocabulary or file.suffix != ".json":
+        if file.name == "tokenizer.json":
+            _stage_tokenizer(file, folder, shown)
+        elif vocabulary or file.suffix != ".json":
             _link(file, folder)
         else:
             told = _json(file, f"{shown}/{file.name}")
             (folder / file.name).write_text(json.dumps(_allowed(told, file.name, f"{shown}/{file.name}")))
     return size
+
+
+def _stage_tokenizer(file: Path, folder: Path, shown: str) -> None:
+    """A link to the tokenizer, or a copy without what `tokenizers` would print its surprise about on stdout."""
+    told = _object(file, shown)
+    added = told.get("added_tokens")
+    kept = _added(added) if isinstance(added, list) else added
+    if kept == added:
+        _link(file, folder)
+    else:
+        (folder / file.name).write_text(json.dumps(told | {"added_tokens": kept}))
+
+
+def _added(tokens: Any) -> Any:
+    """Added tokens without settings that there are none of."""
+    if isinstance(tokens, list):
+        return [_added(token) for token in tokens]
+    return {key: value for key, value in tokens.items() if key in _ADDED} if isinstance(tokens, dict) else tokens
 
 
 def _link(file: Path, folder: Path) -> None:
@@ -304,7 +327,7 @@ def _measured(files: Sequence[Path], shown: str) -> _Size:
                     shape = opened.get_slice(name).get_shape()
                     tensors, numbers = tensors + 1, numbers + torch.Size(shape).numel()
         except Exception as error:  # safetensors has one error for every kind of damage
-            raise CrossguardError(f"{shown}/{file.name} cannot be read: {_told(error)}") from error
+            raise CrossguardError(f"{shown}/{file.name} cannot be read: {told_by(error)}") from error
     return _Size(tensors, numbers)
 
 
@@ -357,7 +380,7 @@ def _json(file: Path, shown: str) -> Any:
     except CrossguardError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CrossguardError(f"{shown} cannot be read: it is no JSON ({_told(error)})") from error
+        raise CrossguardError(f"{shown} cannot be read: it is no JSON ({told_by(error)})") from error
 
 
 def _object(file: Path, shown: str) -> dict[str, Any]:
@@ -377,9 +400,11 @@ def _allowed(told: Any, file: str, shown: str, depth: int = 0) -> Any:
             _check_text(told, shown)
         return told
     kept = {}
+    if depth and file.startswith(("tokenizer_config", "special_tokens")) and "content" in told:
+        told = _added(told)
     for key, value in told.items():
         _check_text(key, shown)
-        if file.startswith(("added_tokens", "special_tokens")) or key in _OWN_NAMES:
+        if file.startswith("added_tokens") or key in _OWN_NAMES:
             kept[key] = _texts(value, shown)
             continue
         _check_setting(key, value, shown)
@@ -461,7 +486,8 @@ def _short(value: object) -> str:
     return told if len(told) <= 60 else f"{told[:45]}...{told[-10:]}"
 
 
-def _told(error: BaseException) -> str:
+def told_by(error: BaseException) -> str:
     """What a library says, on one line, short, and in characters that can be printed."""
-    told = " ".join(str(error).split()).encode("ascii", "backslashreplace").decode() or type(error).__name__
+    told = " ".join(str(error).split()) or type(error).__name__
+    told = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in told)
     return told if len(told) <= 120 else f"{told[:117]}..."

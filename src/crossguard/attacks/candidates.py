@@ -450,8 +450,8 @@ def _load(path: str) -> _Network:
         tokenizer = source.tokenizer(config)
         with source.naming("tokenizer"):
             network = _network(model, config, tokenizer, shown)
-        with source.naming("config.json"):
-            sentences = network.encode(["a photo of a cat"], False)
+            sentences = network.encode(["a photo of a cat", "\N{SNOWMAN} \N{GRINNING FACE}"], False)
+        with source.naming("network"):
             network.read(sentences, 1, 0.0, False)
     return network
 

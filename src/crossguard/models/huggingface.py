@@ -154,7 +154,7 @@ def _load(path: str) -> DualEncoder:
         processor = source.image_processor(config)
         with source.naming("preprocessor_config.json"):
             _check_preprocess(_preprocess(processor, f"{path}/preprocessor_config.json"), processor, path)
-        with source.naming("config.json"), torch.no_grad():
+        with source.naming("network"), torch.no_grad():
             encoder = TransformersEncoder(model, tokenizer, processor).eval()
             _check_words(encoder, path)
             _check_reading(encoder, path)
@@ -206,11 +206,18 @@ def _check_reading(encoder: TransformersEncoder, path: str) -> None:
                 "fetch the tokenizer and config.json from one place"
             )
     found = encoder._text(ids, mask)
+    _check_numbers(found, "text", path)
     if float((found - found[0]).abs().max()) <= 1e-6 * float(found.abs().max()):
         raise CrossguardError(
             f"the text tower of {path} gives all texts the same embedding, so it reads nothing; fetch the weights, the "
             "tokenizer and config.json from one place"
         )
+
+
+def _check_numbers(found: Embeddings, tower: str, path: str) -> None:
+    """Raises where a tower answers with no numbers: no attack could change such an answer."""
+    if not bool(found.isfinite().all()):
+        raise CrossguardError(f"the {tower} tower of {path} answers with NaN or infinity; fetch its files again")
 
 
 def _check_words(encoder: TransformersEncoder, path: str) -> None:
@@ -242,6 +249,7 @@ def _check_seeing(encoder: TransformersEncoder, path: str) -> None:
             f"the image processor of {path} makes images of {height} x {width} pixels, and its image tower reads "
             f"{read}; fetch preprocessor_config.json and config.json from one place"
         ) from error
+    _check_numbers(found, "image", path)
     texts = encoder.encode_text(_PROBES[:1])
     if found.shape != texts.shape:
         raise CrossguardError(
@@ -325,4 +333,9 @@ def _context_length(model: Any, tokenizer: Any) -> int:
         behind = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
         if behind is not None and not name.startswith("vis"):
             positions -= int(behind) + 1
-    return min(positions, int(tokenizer.model_max_length))
+    length = min(positions, int(tokenizer.model_max_length))
+    if length < 1:
+        raise CrossguardError(
+            f"a text may have {length} tokens by config.json and the tokenizer's model_max_length; give at least 1"
+        )
+    return length
