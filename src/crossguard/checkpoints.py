@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,11 +147,11 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, `transformers` prints neither warnings nor progress bars: what matters of them is raised."""
+    """Inside, `transformers` prints nothing, neither errors nor progress bars: what matters of them is raised."""
     import transformers
 
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     try:
         yield

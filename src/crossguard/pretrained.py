@@ -8,6 +8,7 @@ one of them ends in a sentence that names it.
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import re
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 
 # Far above real models. A configuration that says more would fill the memory or take hours before any weight is read.
 MOST_LAYERS = 2**16  # also of blocks, stages, heads and whatever else a configuration counts
-MOST_LABELS = 2**20
+MOST_LABELS = 2**17
 MOST_NUMBER = 2**31 - 1
+MOST_GROWTH = 1000  # times: how far a tokenizer may lengthen a text before it cuts it
 MOST_IDS = 2**24  # of a tokenizer; the largest vocabulary in use has a million
 MOST_TEXT = 2**28  # bytes of a tokenizer's file; the largest in use have 60 million
-MOST_SETTINGS = 2**24  # bytes of any other file of settings
+MOST_SETTINGS = 2**23  # bytes of any other file of settings
 
 # These would run code, or read what lies elsewhere.
 _REFUSED = {
@@ -212,12 +214,10 @@ class Pretrained:
         try:
             with quiet():
                 yield
-        except (CrossguardError, MemoryError):
-            raise
-        except BaseException as error:  # transformers raises many kinds, and tokenizers one that is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        except BaseException as error:  # transformers raises many kinds
+            if not _is_damage(error):
                 raise
-            told = told_by(error).replace(f"{self.folder}/", "").replace(str(self.folder), self.shown)
+            told = _told(error).replace(f"{self.folder}/", "").replace(str(self.folder), self.shown)
             if "size mismatch" in told or "mismatched" in told:
                 raise CrossguardError(
                     f"the weights in {self.shown} have other shapes than its config.json says; fetch both from one "
@@ -225,6 +225,27 @@ class Pretrained:
                 ) from error
             sentence = _SENTENCES.get(file, "{shown}/{file} cannot be read: {told}")
             raise CrossguardError(sentence.format(shown=self.shown, file=file, told=told)) from error
+
+
+@contextmanager
+def tokenizing(texts: Sequence[str]) -> Iterator[None]:
+    """Inside, a tokenizer that cannot read a text says so in a sentence: some have no token for an unknown word, and
+    some a pattern that would take for ever."""
+    try:
+        yield
+    except BaseException as error:  # each maker of tokenizers raises kinds of its own
+        if not _is_damage(error):
+            raise
+        example = f"{texts[0]!r:.60}" if texts else "none"
+        raise CrossguardError(f"the tokenizer cannot read texts such as {example}: {_told(error)}") from error
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether this is of a library that was given something odd. The tokenizers in Rust raise a kind that is no
+    Exception."""
+    if isinstance(error, CrossguardError | MemoryError):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextmanager
@@ -293,12 +314,46 @@ def _stage(origin: Path, source: Path | None, folder: Path, shown: str) -> _Size
 def _stage_tokenizer(file: Path, folder: Path, shown: str) -> None:
     """A link to the tokenizer, or a copy without what `tokenizers` would print its surprise about on stdout."""
     told = _object(file, shown)
+    _check_growth(told, f"{shown}/{file.name}")
     added = told.get("added_tokens")
     kept = _added(added) if isinstance(added, list) else added
     if kept == added:
         _link(file, folder)
     else:
         (folder / file.name).write_text(json.dumps(told | {"added_tokens": kept}))
+
+
+def _check_growth(told: dict[str, Any], shown: str) -> None:
+    """Raises where a tokenizer would make far longer texts of texts, or look at all pieces of endless words: a few
+    replacements one after the other can fill any memory."""
+    growth, nodes = 1, [told.get("normalizer"), told.get("pre_tokenizer")]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, list):
+            nodes += node
+        elif isinstance(node, dict):
+            nodes += [value for value in node.values() if isinstance(value, list | dict)]
+            growth *= max([1, *(len(node[key]) for key in ("content", "prepend") if isinstance(node.get(key), str))])
+            growth *= _longest(node.get("precompiled_charsmap"))
+        if growth > MOST_GROWTH:
+            raise CrossguardError(f"{shown} would make texts more than {MOST_GROWTH:,} times as long; fetch it again")
+    around = told.get("post_processor")
+    pieces = json.dumps(around).count("SpecialToken") if isinstance(around, dict) else 0
+    model = told.get("model")
+    letters = model.get("max_input_chars_per_word", 0) if isinstance(model, dict) else 0
+    for count, what in ((pieces, "special tokens around a text"), (letters, "letters of a word")):
+        if isinstance(count, int) and count > MOST_GROWTH:
+            raise CrossguardError(f"{shown} says {_short(count)} {what}; at most {MOST_GROWTH:,} are read")
+
+
+def _longest(charsmap: Any) -> int:
+    """The longest text that SentencePiece's map of characters puts in place of one; 1 where there is no map."""
+    try:
+        data = base64.b64decode(charsmap)
+    except (ValueError, TypeError):
+        return 1
+    texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")  # behind the trie
+    return max(1, max(map(len, texts)) // 16)  # real ones reach some fifty bytes
 
 
 def _added(tokens: Any) -> Any:
@@ -327,7 +382,7 @@ def _measured(files: Sequence[Path], shown: str) -> _Size:
                     shape = opened.get_slice(name).get_shape()
                     tensors, numbers = tensors + 1, numbers + torch.Size(shape).numel()
         except Exception as error:  # safetensors has one error for every kind of damage
-            raise CrossguardError(f"{shown}/{file.name} cannot be read: {told_by(error)}") from error
+            raise CrossguardError(f"{shown}/{file.name} cannot be read: {_told(error)}") from error
     return _Size(tensors, numbers)
 
 
@@ -380,7 +435,7 @@ def _json(file: Path, shown: str) -> Any:
     except CrossguardError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CrossguardError(f"{shown} cannot be read: it is no JSON ({told_by(error)})") from error
+        raise CrossguardError(f"{shown} cannot be read: it is no JSON ({_told(error)})") from error
 
 
 def _object(file: Path, shown: str) -> dict[str, Any]:
@@ -400,13 +455,15 @@ def _allowed(told: Any, file: str, shown: str, depth: int = 0) -> Any:
             _check_text(told, shown)
         return told
     kept = {}
-    if depth and file.startswith(("tokenizer_config", "special_tokens")) and "content" in told:
+    if (depth and file.startswith("special_tokens")) or "__type" in told or "content" in told:
         told = _added(told)
     for key, value in told.items():
         _check_text(key, shown)
         if file.startswith("added_tokens") or key in _OWN_NAMES:
             kept[key] = _texts(value, shown)
             continue
+        if key == "added_tokens_decoder" and isinstance(value, dict):
+            value = {number: _added(token) for number, token in value.items()}
         _check_setting(key, value, shown)
         run = file == "config.json" and (key in _RUN or key.startswith("_"))
         place = file == "tokenizer_config.json" and depth == 0 and (key in _PLACES or key.endswith("_file"))
@@ -486,7 +543,7 @@ def _short(value: object) -> str:
     return told if len(told) <= 60 else f"{told[:45]}...{told[-10:]}"
 
 
-def told_by(error: BaseException) -> str:
+def _told(error: BaseException) -> str:
     """What a library says, on one line, short, and in characters that can be printed."""
     told = " ".join(str(error).split()) or type(error).__name__
     told = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in told)

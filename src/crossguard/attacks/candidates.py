@@ -24,7 +24,7 @@ from torch import Tensor
 from crossguard.checkpoints import content, located
 from crossguard.errors import CrossguardError
 from crossguard.opening import Opens, opening, release
-from crossguard.pretrained import pretrained
+from crossguard.pretrained import pretrained, tokenizing
 from crossguard.words import contents, within
 
 if TYPE_CHECKING:
@@ -229,7 +229,8 @@ class MaskedLM(CandidateSource, Opens):
         if not words:
             return []
         tokenizer = self._network.tokenizer
-        pieces = tokenizer(words, add_special_tokens=False)["input_ids"]
+        with tokenizing(words):
+            pieces = tokenizer(words, add_special_tokens=False)["input_ids"]
         unknown = tokenizer.unk_token_id
         # a word that it can only spell, in pieces of one or two letters, it has hardly ever seen
         strange = [
@@ -293,7 +294,8 @@ class _Network:
         """
         parts = [[("", word, "") if compat else core(word) for word in text.split(" ")] for text in texts]
         distinct = list(dict.fromkeys(part for words in parts for word in words for part in word if part))
-        encoded = self.tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
+        with tokenizing(distinct):
+            encoded = self.tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
         pieces: dict[str, list[int]] = dict(zip(distinct, encoded, strict=True)) | {"": []}  # type: ignore[arg-type]
         return [self._sentence(text, words, pieces, compat) for text, words in zip(texts, parts, strict=True)]
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from crossguard.pretrained import pretrained
 from crossguard.shapes import Embeddings, Images
 from crossguard.words import Reads
 
-LARGEST_SIDE = 4096  # of the images that a network reads; the largest towers in use read some thousand
+LARGEST_SIDE = 2048  # of the images that a network reads; the largest towers in use read a thousand
+_LARGEST_NUMBER = 1e6  # that pixels are shifted or divided by; those of towers in use are below 1, or 255 at most
 _STRINGS = 256  # read at once: the states of many more fall out of the caches
 _PROBES = ("a photo of a cat", "two dogs", "red", "a", "the sky over the sea at night")  # no two of them alike
 
@@ -242,7 +242,7 @@ def _check_seeing(encoder: TransformersEncoder, path: str) -> None:
         raise
     except Exception as error:  # towers refuse images of another size in many ways
         size = getattr(getattr(encoder.model.config, "vision_config", None), "image_size", None)
-        if size in (None, height, (height, width), [height, width]):
+        if size in (None, height, (height, width), [height, width]) or "allocate" in str(error):
             raise
         read = f"{size} x {size}" if isinstance(size, int) else " x ".join(map(str, size))
         raise CrossguardError(
@@ -274,8 +274,8 @@ def _preprocess(processor: Any, name: str = "the image processor") -> Preprocess
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if getattr(processor, "do_normalize", True):
         mean, std = (_three(getattr(processor, part), f"{name} has an {part}") for part in ("image_mean", "image_std"))
-    if min(std) <= 0.0:
-        raise CrossguardError(f"{name} has an image_std of {std}; give three positive numbers")
+    if not 1.0 / _LARGEST_NUMBER <= min(std) <= max(std) <= _LARGEST_NUMBER:
+        raise CrossguardError(f"{name} has an image_std of {std!s:.60}; give three positive numbers")
     modes = {2: "bilinear", 3: "bicubic"}
     resample = int(processor.resample)
     if resample not in modes:
@@ -294,7 +294,7 @@ def _preprocess(processor: Any, name: str = "the image processor") -> Preprocess
 
 def _three(values: Any, what: str) -> tuple[float, float, float]:
     found = tuple(float(value) for value in values)
-    if len(found) != 3 or not all(math.isfinite(value) for value in found):
+    if len(found) != 3 or not all(abs(value) <= _LARGEST_NUMBER for value in found):
         raise CrossguardError(f"{what} of {found!s:.60}; give three finite numbers")
     return found  # type: ignore[return-value]
 

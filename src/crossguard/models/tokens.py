@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,13 @@ from torch import Tensor
 
 from crossguard.checkpoints import quiet
 from crossguard.errors import CrossguardError
-from crossguard.pretrained import told_by
+from crossguard.pretrained import tokenizing
 
 # What tokenizers disagree about: case, accents, runs of spaces, signs, emoji, special tokens, and nothing at all.
 _PROBES = ("a photo of a cat", "", "  Two  spaces,Naïve 😀!", "<|endoftext|> [SEP] </s>", "word " * 200)
 
 # A tokenizer is told how to cut and to pad before it is asked, so threads must take turns.
 _turn = threading.Lock()
-
-
-@contextmanager
-def _reading(texts: Sequence[str]) -> Iterator[None]:
-    """Inside, a tokenizer that cannot read a text says so in a sentence: some have no token for an unknown word."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # each maker of tokenizers raises kinds of its own
-        example = f"{texts[0]!r:.60}" if texts else "none"
-        raise CrossguardError(f"the tokenizer cannot read texts such as {example}: {told_by(error)}") from error
 
 
 class Tokens:
@@ -55,11 +42,10 @@ class Tokens:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, each of shape (strings, tokens), on the CPU."""
-        with _turn:
+        with _turn, tokenizing(texts):
             if self.direct is None:
                 self.direct = self._agrees()
-            with _reading(texts):
-                ids, mask = self._direct(texts) if self.direct and texts else self._stock(texts)
+            ids, mask = self._direct(texts) if self.direct and texts else self._stock(texts)
         if self.rows is not None and ids.numel() and int(ids.max()) >= self.rows:
             highest = int(ids.max())
             token = self.tokenizer.convert_ids_to_tokens(highest)
@@ -71,14 +57,14 @@ class Tokens:
 
     def bare(self, words: str) -> Tensor:
         """The ids of these words alone, without special tokens."""
-        with _turn, quiet(), _reading([words]):
+        with _turn, quiet(), tokenizing([words]):
             return torch.tensor(self.tokenizer(words, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
     def cut(self, texts: Sequence[str]) -> int:
         """How many of the strings have more tokens than are read."""
         if not texts:
             return 0
-        with _turn, quiet(), _reading(texts):
+        with _turn, quiet(), tokenizing(texts):
             whole = self.tokenizer(list(texts), truncation=False)["input_ids"]
         return sum(len(tokens) > self.length for tokens in whole)
 
