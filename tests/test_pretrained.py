@@ -234,10 +234,10 @@ def test_weights_lie_in_the_folder(tmp_path: Path) -> None:
 
     indexed()
     whole(str(folder))
-    for name in ("../outside/model.safetensors", str(outside / "model.safetensors"), "c.safetensors", "evil.bin", 3):
+    for name in ("../outside/model.safetensors", str(outside / "model.safetensors"), "c.safetensors", "evil.bin"):
         indexed(weight_map=placed | {names[0]: name})
         assert "index.json names " in refused(whole, folder)
-    for told in ([], 3, {}, [[]]):
+    for told in ([], 3, {}, [[]], placed | {names[0]: 3}):
         indexed(weight_map=told)
         assert "model.safetensors.index.json" in refused(whole, folder)
     (folder / "model.safetensors.index.json").write_text("{")
@@ -274,5 +274,208 @@ def test_a_folder_of_the_hub_s_cache_is_read(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     whole("somebody/tiny")
+    assert HuggingFace("somebody/tiny").fingerprint
     (snapshot / "preprocessor_config.json").unlink()
     assert "nor complete in the hub cache" in refused(whole, Path("somebody/tiny"))
+
+
+# --- Oddities ---
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, "config.json", changes)
+
+
+def processor(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, "preprocessor_config.json", changes)
+
+
+def tokenizer(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, "tokenizer.json", changes)
+
+
+def put(name: str, content: str | bytes) -> Callable[[Path], None]:
+    data = content.encode() if isinstance(content, str) else content
+
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def header(told: object, size: int | None = None) -> bytes:
+    data = json.dumps(told).encode()
+    return (len(data) if size is None else size).to_bytes(8, "little") + data
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    """Whoever opens it waits for ever."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def twice(text: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": {"String": "a"}, "content": text}
+
+
+HUGE = {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 0]}}
+LARGER = "config.json describes a far larger model than its weights, which hold 88 tensors of 809,569 numbers"
+
+ODD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "config: a number": (put("config.json", "3"), "config.json' is broken: its content is 3, not an object"),
+    "config: brackets": (put("config.json", "[" * 100_000), "config.json' is broken: it is nested too deeply"),
+    "config: deep": (put("config.json", '{"a":' * 900 + "1" + "}" * 900), "config.json' has 101 levels"),
+    "config: long": (put("config.json", "[" + " " * 2**23 + "]"), "CROSSGUARD_MOST_SETTINGS_BYTES"),
+    "config: digits": (put("config.json", '{"a": ' + "9" * 5000 + "}"), "config.json' is broken"),
+    "config: cut": (put("config.json", '{"model_type": "cl'), "config.json' is broken: it is not whole JSON"),
+    "config: architectures": (config(architectures=3), "config.json is broken: its architectures are 3"),
+    "config: no model": (config(model_type="nonsense"), "config.json cannot be read: it names the model_type"),
+    "config: half a character": (config(architectures=["\ud800"]), "config.json holds '\\ud800', where a part of"),
+    "config: half a name": (config(**{"\udfff": 1}), "config.json holds '\\udfff', where a part of a character"),
+    "config: layers": (config(text_config={"num_hidden_layers": 20_000}), LARGER),
+    "config: 10^12 layers": (config(text_config={"num_hidden_layers": 10**12}), "num_hidden_layers: 1000000000000"),
+    "config: 10^6 layers": (config(text_config={"num_hidden_layers": 10**6}), "CROSSGUARD_MOST_LAYERS"),
+    "config: stages": (config(vision_config={"depths": [60_000] * 3}), LARGER),
+    "config: width": (config(text_config={"hidden_size": 10**9}), LARGER),
+    "config: vocabulary": (config(text_config={"vocab_size": 10**12}), "config.json says vocab_size: 1000000000000"),
+    "config: positions": (config(text_config={"max_position_embeddings": 2**31 - 1}), LARGER),
+    "config: labels": (config(num_labels=10**7), "CROSSGUARD_MOST_LABELS"),
+    "config: below zero": (config(projection_dim=-1), "config.json and its weights cannot be read together"),
+    "config: a backbone": (config(vision_config={"backbone": "somebody/other"}), "names the backbone 'somebody/other'"),
+    "config: NaN": (config(text_config={"layer_norm_eps": float("nan")}), "text tower of"),
+    "config: a pipe": (pipe("config.json"), "has no config.json"),
+    "tokenizer: words beyond": (
+        tokenizer(model={"vocab": {"circle": 10**6, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[PAD]": 0}}),
+        "writes 'circle' as number 1,000,000, and its text tower has 498 embeddings",
+    ),
+    "tokenizer: far beyond": (
+        tokenizer(model={"vocab": {"circle": 4 * 10**9, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}}), "CROSSGUARD_MOST_WORDS",
+    ),
+    "tokenizer: cut": (put("tokenizer.json", '{"version": "1.0", "trun'), "tokenizer.json' is broken"),
+    "tokenizer: another": (put("tokenizer.json", '{"added_tokens": []}'), "holds no tokenizer that can be read"),
+    "tokenizer: growth": (
+        tokenizer(normalizer={"type": "Sequence", "normalizers": [twice("a" * 100)] * 4}), "CROSSGUARD_MOST_LETTERS",
+    ),
+    "tokenizer: long words": (
+        tokenizer(model={"max_input_chars_per_word": 10**9}), "CROSSGUARD_MOST_LETTERS",
+    ),
+    "tokenizer: no length": (
+        lambda folder: edit(folder, "tokenizer_config.json", {"model_max_length": -1}), "may have -1 tokens",
+    ),
+    "tokenizer: a pipe": (pipe("tokenizer.json"), "holds no tokenizer"),
+    "images: two means": (processor(image_mean=[0.5, 0.5]), "preprocessor_config.json has an image_mean of (0.5, 0.5)"),
+    "images: no mean": (processor(image_mean=[float("nan")] * 3), "json has an image_mean of (nan, nan, nan)"),
+    "images: huge mean": (processor(image_mean=[1e308] * 3), "json has an image_mean of (1e+308, 1e+308, 1e+308)"),
+    "images: no deviation": (processor(image_std=[0, 0, 0]), "json has an image_std of (0.0, 0.0, 0.0)"),
+    "images: below zero": (processor(size={"shortest_edge": -3}), "json makes images with a shortest_edge of -3"),
+    "images: large": (processor(size={"shortest_edge": 40_000}), "the shortest_edge in"),
+    "images: 2^63": (processor(crop_size={"height": 2**63, "width": 2**63}), "CROSSGUARD_MOST_SIDE"),
+    "images: a list": (processor(size=[32]), "preprocessor_config.json cannot be read"),
+    "images: cut": (put("preprocessor_config.json", "{"), "preprocessor_config.json' is broken"),
+    "weights: empty": (put("model.safetensors", b""), "model.safetensors cannot be read"),
+    "weights: a huge header": (put("model.safetensors", header({}, 2**63)), "model.safetensors cannot be read"),
+    "weights: a long header": (put("model.safetensors", header({}, 10**8)), "model.safetensors cannot be read"),
+    "weights: a huge shape": (put("model.safetensors", header(HUGE)), "model.safetensors cannot be read"),
+    "weights: others": (put("model.safetensors", header({})), "lack 88 tensors"),
+    "weights: a pipe": (pipe("model.safetensors"), "holds no weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_checkpoint_is_one_sentence(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change, sentence = ODD[name]
+    shutil.copytree(TINY, tmp_path / "odd")
+    change(tmp_path / "odd")
+    said = refused(whole, tmp_path / "odd")
+    assert any(part in said for part in sentence.split("|")), said
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (put("config.json", "3"), "config.json' is broken"),
+        (config(architectures=3, model_type="clip"), "config.json is broken: its architectures are 3"),
+        (config(num_hidden_layers=20_000), "config.json describes a far larger model"),
+        (config(hidden_act="__import__('os')"), "cannot be read together"),
+        (tokenizer(model={"vocab": {"##a": 10**6, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}}), "do not belong together"),
+        (put("model.safetensors", b"no weights"), "model.safetensors cannot be read"),
+    ],
+)
+def test_an_odd_language_model_is_one_sentence(
+    change: Callable[[Path], None], sentence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(WORDS, tmp_path / "odd")
+    change(tmp_path / "odd")
+    assert sentence in refused(words, tmp_path / "odd")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_with_all_its_weights_may_be_of_any_size(tmp_path: Path) -> None:
+    """What is compared with the weights is what is built, whatever the configuration says beside that."""
+    folder = copied(TINY, tmp_path / "free", config={"image_size": 10**9, "seed": 2**31 - 1})
+    whole(str(folder))
+
+
+# --- Settings that decide nothing ---
+
+
+def test_how_a_network_is_run_is_not_the_folder_s_to_say(tmp_path: Path) -> None:
+    import torch
+
+    told = {
+        "dtype": "__import__('os')", "torch_dtype": "float16", "_attn_implementation": "flash_attention_2",
+        "attn_implementation": "eager", "return_dict": False, "output_attentions": True, "torchscript": True,
+        "_name_or_path": "somebody/other", "configuration_files": ["config.9.json"], "use_kernels": True,
+    }  # fmt: skip
+    folder = copied(TINY, tmp_path / "told", config=told | {"text_config": told})
+    (folder / "generation_config.json").write_text("{")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("raise SystemExit(3)")
+    (folder / "shard-00000-model-00001-of-00001.safetensors").write_bytes(header({}))
+    network, plain = HuggingFace(str(folder)).load(), HuggingFace(str(TINY)).load()
+    texts = ["a red circle", "a blue star"]
+    assert torch.equal(network.encode_text(texts), plain.encode_text(texts))
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+    network.save(tmp_path / "one")
+    plain.save(tmp_path / "two")
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+
+def test_added_tokens_of_other_versions_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = copied(TINY, tmp_path / "added")
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["added_tokens"][0]["colour"] = "red"
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    token = {"content": "[UNK]", "colour": "red"}
+    edit(folder, "tokenizer_config.json", {"added_tokens_decoder": {"1": token}})
+    (folder / "special_tokens_map.json").write_text(json.dumps({"unk_token": token}))
+    whole(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_that_the_tower_has_no_embedding_for_is_named(tmp_path: Path) -> None:
+    """Tokens that were added beyond the embeddings are no fault until a text has one."""
+    folder = copied(TINY, tmp_path / "added")
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["added_tokens"].append(told["added_tokens"][0] | {"id": 498, "content": "<image>"})
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    model = HuggingFace(str(folder))
+    model.encode_text(["a red circle"])
+    with pytest.raises(CrossguardError, match="writes '<image>' as number 498, and the text tower has 498 embeddings"):
+        model.encode_text(["a red <image>"])
+
+
+def test_an_unknown_word_without_a_token_for_it_is_a_sentence(tmp_path: Path) -> None:
+    from fixtures import save_clip
+
+    folder = save_clip(tmp_path)
+    edit(folder, "tokenizer_config.json", {"unk_token": "nobody"})
+    edit(folder, "tokenizer.json", {"model": {"unk_token": "nobody"}})
+    with pytest.raises(CrossguardError, match=r"tokenizer cannot read texts such as 'é'|holds no tokenizer that can"):
+        HuggingFace(str(folder)).encode_text(["é"])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from crossguard.errors import CrossguardError
 from crossguard.files import digest
 from crossguard.hub import revision
-from crossguard.reading import text
+from crossguard.limits import SETTINGS, shortly
+from crossguard.reading import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +41,10 @@ def weights(folder: Path) -> list[Path]:
         return shards(folder)
     except CrossguardError:  # loading says why
         return []
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 def parts(folder: Path) -> list[Path]:
@@ -113,21 +117,14 @@ def shards(folder: Path) -> list[Path]:
     index = folder / f"{_WEIGHTS}.index.json"
     if not index.is_file():
         raise CrossguardError(f"{folder} has neither {_WEIGHTS} nor {index.name}; save it again with save_pretrained")
-    try:
-        told = json.loads(text(_inside(index, folder), "fetch it again"))
-        names = set(told["weight_map"].values()) or {"no file"}
-    except CrossguardError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CrossguardError(f"{index} is no index of weights; fetch it again") from error
-    for name in names:
-        if (
-            not isinstance(name, str)
-            or not re.fullmatch(r"[\w.-]+\.safetensors", name)
-            or not (folder / name).is_file()
-        ):
+    told = read_json(_inside(index, folder), _Index, "fetch it again", SETTINGS)
+    names = set(told["weight_map"].values())
+    if not names:
+        raise CrossguardError(f"{index} names no weights; fetch it again")
+    for name in sorted(names):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name) or not (folder / name).is_file():
             raise CrossguardError(
-                f"{index} names {ascii(name)[:80]}, which is no file with weights in this folder; fetch all files again"
+                f"{index} names {shortly(name)}, which is no file with weights in this folder; fetch all files again"
             )
     return [_inside(folder / name, folder) for name in sorted(names)]
 

@@ -102,5 +102,17 @@ TABLE = Limit("TABLE_BYTES", 1_000_000_000, "bytes")  # of all that is no image 
 FILE = Limit("FILE_BYTES", 1_000_000_000, "bytes")  # of a JSON file or a list, unpacked
 EXPERIMENT = Limit("EXPERIMENT_BYTES", 1_000_000, "bytes")  # of a TOML file
 DEPTH = Limit("DEPTH", 100, "levels of nesting")  # of a JSON or a TOML file
+SETTINGS = Limit("SETTINGS_BYTES", 2**23, "bytes")  # of a file of settings of a checkpoint
+VOCABULARY = Limit("VOCABULARY_BYTES", 2**28, "bytes")  # of a file with the words of a tokenizer; 60 million are in use
+WORDS = Limit("WORDS", 2**24, "words")  # of a tokenizer; a million are in use
+LETTERS = Limit(
+    "LETTERS", 1_000, "letters or tokens"
+)  # that a tokenizer makes of one, sets around a text, sees in a word
+LAYERS = Limit("LAYERS", 2**16, "layers, blocks or heads")  # that a configuration counts
+LABELS = Limit("LABELS", 2**17, "labels")  # of a configuration
+SIDE = Limit("SIDE", 2_048, "pixels")  # of a side of the images that a network reads; a thousand are in use
 
-ALL = (PIXELS, ENCODED, TEXT, SAMPLES, TABLE, FILE, EXPERIMENT, DEPTH)
+ALL = (
+    PIXELS, ENCODED, TEXT, SAMPLES, TABLE, FILE, EXPERIMENT, DEPTH, SETTINGS, VOCABULARY, WORDS, LETTERS, LAYERS,
+    LABELS, SIDE,
+)  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crossguard.checkpoints import check_weights, content, located, quiet, weights
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, reason, staging
+from crossguard.limits import LARGEST, SIDE, shortly
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant
 from crossguard.models.packing import PrefixPacking
 from crossguard.models.splicing import Splice
@@ -22,7 +23,6 @@ from crossguard.pretrained import pretrained
 from crossguard.shapes import Embeddings, Images
 from crossguard.words import Reads
 
-LARGEST_SIDE = 2048  # of the images that a network reads; the largest towers in use read a thousand
 _LARGEST_NUMBER = 1e6  # that pixels are shifted or divided by; those of towers in use are below 1, or 255 at most
 _STRINGS = 256  # read at once: the states of many more fall out of the caches
 _PROBES = ("a photo of a cat", "two dogs", "red", "a", "the sky over the sea at night")  # no two of them alike
@@ -301,8 +301,9 @@ def _three(values: Any, what: str) -> tuple[float, float, float]:
 
 def _side(size: Any, part: str, name: str) -> int:
     side = size[part]
-    if not isinstance(side, int | float) or not 1 <= side <= LARGEST_SIDE:
-        raise CrossguardError(f"{name} makes images with a {part} of {side!r:.40} pixels; give 1 to {LARGEST_SIDE}")
+    if not isinstance(side, int | float) or not side >= 1:
+        raise CrossguardError(f"{name} makes images with a {part} of {shortly(side)} pixels; give 1 or more")
+    SIDE.check(int(min(side, LARGEST)), f"the {part} in {name}")
     return int(side)
 
 
