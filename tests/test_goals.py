@@ -47,17 +47,21 @@ from crossguard import (
     Words,
     Worst,
     ZeroShot,
+    budgets,
+    device,
     evaluate,
+    goals,
 )
-from crossguard.attacks import apgd, base, gradient, query
+from crossguard.attacks import apgd, base, boundary, gradient, query
 from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, PairVictim, Queries, check_images
+from crossguard.attacks.boundary import BoundaryAttack
 from crossguard.budgets import Both, PixelBudget
 from crossguard.goals import Goal, log_odds
 from crossguard.seeds import by_position, drawn, normal
 from crossguard.words import show
-from toys import Dots, Toy, middle, soft
+from toys import Dots, Toy, middle, soft, with_fields
 
-BUDGET, ROUND = Linf(0.01), L2(0.1)
+BUDGET, ROUND, SPARSE = Linf(0.01), L2(0.1), L1(0.8)
 PARTS: tuple[ImageAttack, ...] = (PGD(steps=8), EachTarget(APGD(steps=8, loss=DLR()), 4))
 
 
@@ -68,7 +72,7 @@ def noisy(images: Tensor) -> Tensor:
     return soft()(images) + 0.004 * normal(drawn(len(images)), (50,))
 
 
-def standing(answer: Callable[[Images], Tensor], made: Tensor, labels: Tensor) -> Tensor:
+def standing(answer: Callable[[Tensor], Tensor], made: Tensor, labels: Tensor) -> Tensor:
     """Who stands; on a victim that draws noise by most of the draws that the ensemble compares by."""
     victim = ImageVictim(answer).drawing_from(by_position(len(made)))
     return ~victim.judge(made, Untargeted(labels))[0]
@@ -625,80 +629,127 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@dataclasses.dataclass(frozen=True)
-class Quiet(Untargeted):
-    """Labels are read on a CPU alone, to refuse those that do not exist; here they are taken as they are."""
-
-    def loss(self, outputs: Tensor) -> Tensor:
-        return self.criterion.away(outputs, self.labels)
-
-    def won(self, outputs: Tensor) -> Tensor:
-        return outputs.argmax(1) != self.labels
-
-    def merit(self, outputs: Tensor) -> Tensor:
-        return Margin().away(outputs, self.labels)
+def accelerated(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """From now on the CPU is treated as an accelerator, at which a search looks after each `every`-th step."""
+    for module in (gradient, apgd, query, boundary):
+        monkeypatch.setattr(module, "looks", lambda step, device: (step + 1) % every == 0)
+    for module in (budgets, goals):
+        monkeypatch.setattr(module, "waits", lambda device: True)
 
 
-def often(every: int) -> Callable[[int, torch.device], bool]:
-    return lambda step, device: (step + 1) % every == 0
+NEVER = 10**6
+SEARCHES: list[tuple[ImageAttack, PixelBudget]] = [
+    (PGD(steps=24, step=0.05), BUDGET),
+    (PGD(steps=24, step=0.05, momentum=0.9), ROUND),
+    (PGD(steps=24, step=0.05), SPARSE),
+    (APGD(steps=25), BUDGET),
+    (APGD(steps=25, loss=DLR()), ROUND),
+    (APGD(steps=25), SPARSE),
+    (EOT(PGD(steps=24), 2), BUDGET),
+    (FAB(steps=24, targets=2), BUDGET),
+    (FAB(steps=24, targets=None), ROUND),
+    (FAB(steps=24, targets=1, restarts=2), SPARSE),
+    (DeepFool(steps=24, candidates=4), BUDGET),
+    (CarliniWagner(steps=24, searches=2, rate=0.001, constant=1.0), ROUND),
+    (Square(queries=24), BUDGET),
+    (Square(queries=24), ROUND),
+    (RayS(queries=24), Linf(0.05)),
+]
 
 
-@pytest.mark.parametrize(
-    ("attack", "budget"),
-    [
-        (PGD(steps=24, step=0.05), BUDGET),
-        (PGD(steps=24, step=0.05, momentum=0.9), ROUND),
-        (APGD(steps=24), BUDGET),
-        (APGD(steps=24, loss=DLR()), ROUND),
-        (Square(queries=24), BUDGET),
-        (EOT(PGD(steps=24), 2), BUDGET),
-    ],
-    ids=str,
-)
+def waiting(attack: ImageAttack, budget: PixelBudget, ends: bool) -> int:
+    """How often the program would wait, at a victim whom nobody beats, so that all go to the end."""
+    images, net = middle(12), soft(0, 5)
+    labels = net(images).argmax(1)
+    far = 20.0 * F.one_hot(labels, 5)
+    with Waits() as counted:
+        attack(lambda images: net(images) + far[: len(images)], images, Untargeted(labels, ends=ends), budget)
+    return sum(counted.seen.values())
+
+
+@pytest.mark.parametrize(("attack", "budget"), SEARCHES, ids=str)
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_search_waits_only_where_it_looks(
     attack: ImageAttack, budget: PixelBudget, ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, net = middle(12), soft()
-    goal = Quiet(net(images).argmax(1), ends=ends)
     waits = {}
-    for every in (1, 6, 1000):
-        for module in (gradient, apgd, query):
-            monkeypatch.setattr(module, "looks", often(every))
-        with Waits() as counted:
-            attack(net, images, goal, budget)
-        waits[every] = sum(counted.seen.values())
-    assert waits[1000] <= 12, "before the first step and after the last one"
-    assert waits[1] - waits[1000] >= 20, "the test would not see a wait in each step"
-    assert waits[6] - waits[1000] <= (waits[1] - waits[1000]) / 4
+    for every in (1, 6, NEVER):
+        accelerated(monkeypatch, every)
+        waits[every] = waiting(attack, budget, ends)
+    assert waits[1] - waits[NEVER] >= 20, "the test would not see a wait in each step"
+    assert waits[6] - waits[NEVER] <= (waits[1] - waits[NEVER]) / 4
+    longer = with_fields(attack, steps=50, queries=50)
+    assert waiting(longer, budget, ends) == waits[NEVER], "before the first step and after the last one"
 
 
-@pytest.mark.parametrize("attack", [PGD(steps=24, restarts=2), APGD(steps=20), Square(queries=40)], ids=str)
+@pytest.mark.parametrize(("attack", "budget"), SEARCHES, ids=str)
 @pytest.mark.parametrize("ends", [True, False])
-def test_when_it_looks_changes_no_image(attack: ImageAttack, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, net = middle(48), soft()
+def test_when_it_looks_changes_no_image(
+    attack: ImageAttack, budget: PixelBudget, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, net = middle(24), soft(0, 10)
     goal = Untargeted(net(images).argmax(1), ends=ends)
-    made = {}
-    for every in (1, 3, 1000):
-        for module in (gradient, apgd, query):
-            monkeypatch.setattr(module, "looks", often(every))
-        made[every] = attack(net, images, goal, BUDGET)
-    assert bool(goal.won(net(made[1])).any())
-    for every in (3, 1000):
-        assert torch.equal(goal.won(net(made[1])), goal.won(net(made[every])))
-        assert torch.allclose(made[1], made[every], atol=1e-6)
+    here = attack.craft(net, images, goal, budget)
+    assert bool(goal.won(net(here.images)).any())
+    for every in (3, NEVER):
+        accelerated(monkeypatch, every)
+        there = attack.craft(net, images, goal, budget)
+        assert torch.allclose(here.images, there.images, atol=1e-6)
+        assert torch.equal(goal.won(net(here.images)), goal.won(net(there.images)))
+        assert here.won is None or (there.won is not None and torch.equal(here.won, there.won))
+
+
+@pytest.mark.parametrize("attack", [FAB(steps=20, targets=2), FAB(steps=9, targets=None), DeepFool()], ids=str)
+def test_when_it_looks_changes_no_distance(attack: BoundaryAttack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has left keeps the distance that it left with, though it is asked about until somebody looks."""
+    images, net = middle(24), soft()
+    labels = net(images).argmax(1)
+    here, near = attack.nearest(net, images, labels, ROUND)
+    accelerated(monkeypatch, 7)
+    there, far = attack.nearest(net, images, labels, ROUND)
+    assert bool(near.isfinite().all()) and torch.allclose(near, far, atol=1e-6)
+    assert torch.allclose(here, there, atol=1e-6)
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_where_nobody_looks_a_projection_is_as_near_and_never_outside(
+    boxed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changes of all sizes, from some that are inside already to some a thousand times too large."""
+    sizes = torch.logspace(-3, 3, 32)[:, None, None, None]
+    delta, eps = sizes * normal(by_position(32), (3, 8, 8)), 3.0
+    room = 0.02 + delta.abs().sqrt() if boxed else None
+    exact = budgets._soften(delta, eps, room)
+    monkeypatch.setattr(budgets, "waits", lambda device: True)
+    assert torch.allclose(budgets._soften(delta, eps, room), exact, atol=1e-6)
+    for rounds in (1, 2, 3):
+        monkeypatch.setattr(budgets, "SOFTEN", rounds)
+        early = budgets._soften(delta, eps, room)
+        assert bool((early.abs().flatten(1).sum(1) <= eps * (1 + 1e-5)).all())
+        assert room is None or bool((early.abs() <= room).all())
+    assert not torch.allclose(early, exact, atol=1e-2), "three rounds are not enough for all"
+
+
+def test_where_nobody_looks_a_level_is_that_of_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, limits = normal(by_position(64), (500,)).abs(), normal(by_position(64) + 99, (500,)).exp()
+    full = weights * limits
+    wanted = full.sum(1) * torch.linspace(0.01, 1.1, 64)
+    exact = budgets._level(weights, limits, full, wanted)
+    reached = (weights * torch.minimum(exact[:, None], limits)).sum(1)
+    assert torch.allclose(reached, torch.minimum(wanted, full.sum(1)), rtol=1e-4) and bool(exact.isinf().any())
+    monkeypatch.setattr(budgets, "waits", lambda device: True)
+    assert torch.allclose(budgets._level(weights, limits, full, wanted), exact)
 
 
 def test_an_accelerator_is_looked_at_early_and_then_every_eighth_step() -> None:
-    steps = [step + 1 for step in range(32) if base.looks(step, torch.device("cuda"))]
+    steps = [step + 1 for step in range(32) if device.looks(step, torch.device("cuda"))]
     assert steps == [1, 2, 4, 8, 16, 24, 32]
-    assert all(base.looks(step, torch.device("cpu")) for step in range(20))
+    assert all(device.looks(step, torch.device("cpu")) for step in range(20))
 
 
 def test_a_number_that_is_not_finite_is_said_though_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single NaN in the middle of a search, at a step after which nobody looks."""
-    for module in (gradient, apgd, query):
-        monkeypatch.setattr(module, "looks", often(1000))
+    accelerated(monkeypatch, NEVER)
     images, net, asked = middle(4), soft(), [0]
 
     def broken(images: Tensor) -> Tensor:
@@ -706,10 +757,12 @@ def test_a_number_that_is_not_finite_is_said_though_nobody_looked(monkeypatch: p
         return net(images) * (float("nan") if asked[0] == 3 else 1.0)
 
     goal: Goal = Untargeted(net(images).argmax(1))
-    for attack in (PGD(steps=6), APGD(steps=6), Square(queries=6), PGD(steps=6, best=False, stop=False)):
+    last = PGD(steps=6, best=False, stop=False)
+    some: tuple[ImageAttack, ...] = (PGD(steps=6), APGD(steps=6), Square(queries=6), last, FAB(steps=6), DeepFool(6))
+    for attack in (*some, RayS(queries=6), CarliniWagner(steps=6, searches=1)):
         asked[0] = 0
         with pytest.raises(CrossguardError, match="not finite"):
-            attack(broken, images, goal, Linf(1e-4))
+            attack(broken, images, goal, L2(1e-4) if isinstance(attack, CarliniWagner) else Linf(1e-4))
 
 
 def test_words_of_the_new_names_round_trip() -> None:

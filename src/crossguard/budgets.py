@@ -6,14 +6,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
+from crossguard.device import waits
 from crossguard.errors import CrossguardError
 from crossguard.seeds import fold, normal, uniform
 from crossguard.shapes import Images, PerImage, Seeds
+
+NEWTON = 8  # rounds for a level, where nobody looks whether it is reached; images of 224 pixels take 2 or 3
+SOFTEN = 16  # rounds for a threshold, likewise; 3 to 6 in a step, about 10 from a random start far outside
 
 
 class Budget(ABC):
@@ -198,22 +203,31 @@ class L1(PixelBudget):
         # Each pixel is rounded on its own, by up to half the spacing of float32 below 1.
         return 1e-6 + pixels * 2.0**-25
 
-    def ascent(self, gradient: Images, density: PerImage | float | None = None) -> Images:
+    def ascent(self, gradient: Images, density: PerImage | float | None = None, most: int | None = None) -> Images:
         """The signs of the largest coordinates of the gradient, a fraction `density` of all, scaled to unit size.
 
         The fastest direction of all is a single coordinate, which the box stops almost at once; SLIDE (Tramer and Boneh
         2019) and l1-APGD (Croce and Hein 2021) therefore step along several. Unless told otherwise these are 1 %, as in
         SLIDE, but no fewer than hold the budget if each moves by one half: in small images 1 % could not spend it.
+
+        Args:
+            most: `coordinates` of the largest density, which only whoever made the densities knows without waiting for
+                an accelerator.
         """
         size = gradient.abs().flatten(1)
         pixels = size.shape[1]
         if density is None:
             density = min(max(0.01, 2.0 * self.eps / pixels), 1.0)
-        density = torch.as_tensor(density, dtype=size.dtype, device=size.device).expand(len(size))
+        if not isinstance(density, Tensor):
+            most, density = self.coordinates(density, pixels), size.new_full((len(size),), density)
         last = (pixels - 1 - ((1.0 - density) * pixels).clamp(0, pixels - 1).long())[:, None]
-        ranked = size.topk(int(last.max()) + 1, dim=1).values if len(size) else size
+        ranked = size.topk(pixels if most is None else most, dim=1).values
         signs = gradient.sign() * (size >= ranked.gather(1, last)).view_as(gradient)
         return signs / per_image(self.size(signs).clamp_min(1.0))
+
+    def coordinates(self, density: float, pixels: int) -> int:
+        """How many coordinates a step along this fraction of so many can have, rounded up generously."""
+        return min(int(density * pixels) + 2, pixels)
 
     def shrink(self, delta: Images) -> Images:
         return _soften(delta, self.eps, None)
@@ -373,16 +387,20 @@ def _level(weights: Tensor, limits: Tensor, full: Tensor, wanted: PerImage) -> P
     The sum is concave in the level, so Newton's method from below climbs to it and never passes it, and ends when it
     floods no further coordinate: the variable fixing of Kiwiel (2008) for the continuous knapsack. No sorting, a
     handful of rounds, and the same answer in any batch. `full` is `weights * limits`.
+
+    An accelerator is not waited for: there it takes `NEWTON` rounds, since rounds after the last change nothing.
     """
     level = wanted / weights.sum(1).clamp_min(1e-30)
     level = torch.where(full.sum(1) > wanted, level, torch.inf)
-    while True:
+    looking = not waits(level.device)
+    for _ in count() if looking else range(NEWTON):
         flooded = limits <= level[:, None]
         left = wanted - torch.where(flooded, full, 0.0).sum(1)
         higher = torch.maximum(level, left / torch.where(flooded, 0.0, weights).sum(1).clamp_min(1e-30))
-        if bool((higher <= level).all()):
-            return level
+        if looking and not bool((higher > level).any()):
+            break
         level = higher
+    return level
 
 
 def _soften(delta: Images, eps: float, room: Images | None) -> Images:
@@ -392,12 +410,16 @@ def _soften(delta: Images, eps: float, room: Images | None) -> Images:
     sum minus `eps` (Croce and Hein 2021). The sum falls piecewise linearly in t, so a Newton step from the piece that
     holds the root is exact; where one would leave the bracket, or takes too many, the bracket is halved. The authors
     sort all breakpoints instead.
+
+    An accelerator is not waited for: there it takes `SOFTEN` rounds, and where these were too few, the end of the
+    bracket that lies inside the ball.
     """
     size = delta.abs().flatten(1)
     limit = None if room is None else room.flatten(1)
     low, high = size.new_zeros(len(size)), size.amax(1)
     left, threshold, done = size, low, torch.zeros_like(low, dtype=torch.bool)
-    for attempt in range(60):
+    looking = not waits(size.device)
+    for attempt in range(60 if looking else SOFTEN):
         left = (size - threshold[:, None]).clamp_min_(0.0)
         moving = left > 0.0
         if limit is not None:
@@ -406,13 +428,16 @@ def _soften(delta: Images, eps: float, room: Images | None) -> Images:
         excess = left.sum(1) - eps
         # A sample that is done stays as it is, whatever the others of its batch still need.
         done = done | (excess.abs() <= 1e-6 * eps) | ((threshold == 0.0) & (excess <= 0.0))
-        if bool(done.all()):
+        if looking and bool(done.all()):
             break
         low, high = torch.where(excess > 0.0, threshold, low), torch.where(excess > 0.0, high, threshold)
         newton = threshold + excess / moving.sum(1)
         middle = 0.5 * (low + high)
         guess = torch.where((newton > low) & (newton < high), newton, middle) if attempt < 20 else middle
         threshold = torch.where(done, threshold, guess)
+    if not looking:
+        left = (size - torch.where(done, threshold, high)[:, None]).clamp_min_(0.0)
+        left = left if limit is None else torch.minimum(left, limit)
     return left.view_as(delta).copysign(delta)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from crossguard.errors import CrossguardError
 
+LOOK = 8  # an accelerator is waited for after 1, 2, 4 and 8 steps, and then after every 8th
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -157,6 +158,22 @@ def _found(name: str) -> torch.device:
 def _gpus() -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return "".join(f", 'cuda:{number}'" for number in range(count))
+
+
+def waits(device: torch.device) -> bool:
+    """Whether the program has to wait for this device where it reads a number that is computed there. It runs ahead of
+    an accelerator otherwise; on a CPU every number is there at once."""
+    return device.type != "cpu"
+
+
+def looks(step: int, device: torch.device) -> bool:
+    """Whether a search looks, after this step, at who has won and whether all numbers are finite.
+
+    To look, the program has to wait for an accelerator, and in between it does not. On a CPU nobody waits, so there it
+    looks after each step, which saves the most. When it looks changes no image: who has won keeps what it has.
+    """
+    done = step + 1
+    return not waits(device) or done % LOOK == 0 or (done < LOOK and done & (done - 1) == 0)
 
 
 def check_gradients() -> None:

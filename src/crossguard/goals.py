@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossguard.device import waits
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage, TextEmbeddings
 
@@ -359,9 +360,8 @@ def _check_classes(logits: Logits, *wanted: Labels) -> None:
     for labels in wanted:
         if len(labels) != len(logits):
             raise CrossguardError(f"{len(labels)} labels were given for {len(logits)} images; give one for each")
-        # On an accelerator reading them would make every step wait, and an index out of range is an error there by
-        # itself.
-        if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= count)).any()):
+        # On an accelerator an index out of range is an error by itself.
+        if not waits(labels.device) and bool(((labels < 0) | (labels >= count)).any()):
             wrong = int(labels[(labels < 0) | (labels >= count)][0])
             raise CrossguardError(
                 f"class {wrong} does not exist: the victim answers with {count} classes, so labels are 0 to {count - 1}"

@@ -10,8 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, looks, spelled
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, spelled
 from crossguard.budgets import L1, PixelBudget, per_image
+from crossguard.device import looks
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss
 from crossguard.shapes import Images, PerImage, Seeds
@@ -248,9 +249,15 @@ class _Sparse(_Climb):
         self.length = torch.full_like(self.losses, budget.eps)
         self.changed = self._changed(images) if staged else torch.full_like(self.losses, clean[0].numel())
         self.density = self.changed / clean[0].numel() / 1.5 if staged else torch.full_like(self.losses, 0.2)
+        self.most = self._most()
 
     def _changed(self, images: Images) -> PerImage:
         return (images != self.clean).flatten(1).sum(1, dtype=torch.float32)
+
+    def _most(self) -> int:
+        """How many coordinates the widest step has. Reading that makes the program wait for an accelerator, as often as
+        the search looks back and no more."""
+        return self.budget.coordinates(float(self.density.max()), self.clean[0].numel())
 
     def checkpoints(self, steps: int) -> dict[int, int]:
         span = max(int(0.04 * steps), 1)
@@ -260,12 +267,12 @@ class _Sparse(_Climb):
         changed = self._changed(self.best)
         sparser = changed / self.changed < 0.95
         self.density = changed / self.clean[0].numel() / 1.5
-        self.changed = changed
+        self.changed, self.most = changed, self._most()
         eps = self.budget.eps
         self.length = torch.where(sparser, eps, (self.length / 1.5).clamp_min(eps / 10.0))
         self.restart(sparser)
 
     def move(self) -> None:
-        direction = self.budget.ascent(self.gradient, self.density)
+        direction = self.budget.ascent(self.gradient, self.density, self.most)
         step = torch.addcmul(self.images, per_image(self.length), direction)
         self.images = self.budget.project(step, self.clean)

@@ -22,18 +22,7 @@ from crossguard.seeds import drawing, fold, inherited, replay
 from crossguard.shapes import Embeddings, Images, Labels, Mask, Owners, PerImage, Seeds, TextEmbeddings
 from crossguard.words import WordError, show
 
-LOOK = 8  # an accelerator is waited for after 1, 2, 4 and 8 steps, and then after every 8th
 DRAWS = 5  # answers of a random victim by which an image of one attack is compared with that of another
-
-
-def looks(step: int, device: torch.device) -> bool:
-    """Whether a search looks, after this step, at who has won and whether all numbers are finite.
-
-    To look, the program has to wait for an accelerator, and in between it does not. On a CPU nobody waits, so there it
-    looks after each step, which saves the most. When it looks changes no image: who has won keeps what it has.
-    """
-    done = step + 1
-    return device.type == "cpu" or done % LOOK == 0 or (done < LOOK and done & (done - 1) == 0)
 
 
 @dataclass

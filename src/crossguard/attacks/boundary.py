@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made
 from crossguard.budgets import L2, Linf, PixelBudget, per_image
+from crossguard.device import looks
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Margin, Towards, Untargeted, classification
 from crossguard.seeds import fold
@@ -36,6 +38,12 @@ class Boundaries:
     goals: tuple[Goal, ...]
     there: tuple[Mask, ...]
 
+    @cached_property
+    def places(self) -> tuple[Tensor, ...]:
+        """The samples that each boundary is for, in ascending order; looked up once, since an accelerator has to be
+        waited for."""
+        return tuple(there.nonzero()[:, 0] for there in self.there)
+
     def anywhere(self) -> Mask:
         """The samples that have a boundary to look for."""
         return torch.stack(self.there).any(0)
@@ -50,18 +58,19 @@ class Boundaries:
         """The nearest plane of each image, for one gradient per boundary."""
         gradient, gap = torch.zeros_like(images), images.new_zeros(len(images))
         distance = torch.full_like(gap, torch.inf)
-        for goal, there in zip(self.goals, self.there, strict=True):
-            rows = there.nonzero()[:, 0]
+        for goal, rows in zip(self.goals, self.places, strict=True):
             if len(rows) == 0:
                 continue
-            slope, rise, _ = victim.at(rows).ascend(images[rows], goal.at(rows))
-            victim.check()  # now: no step would end on a number that is not finite
+            here: Tensor | slice = slice(None) if len(rows) == len(images) else rows
+            asked, aim = (victim, goal) if here is not rows else (victim.at(rows), goal.at(rows))
+            slope, rise, _ = asked.ascend(images[here], aim)
             steepness = budget.dual(slope)
             # a class that always answers as the label does has no boundary with it; 0/0 would make it the nearest one
             away = torch.where(steepness > 0, rise.abs() / steepness, torch.inf)
-            closer = away < distance[rows]
-            chosen = rows[closer]
-            gradient[chosen], gap[chosen], distance[chosen] = slope[closer], rise[closer], away[closer]
+            closer = away < distance[here]
+            gradient[here] = torch.where(per_image(closer), slope, gradient[here])
+            gap[here] = torch.where(closer, rise, gap[here])
+            distance[here] = torch.where(closer, away, distance[here])
         return Plane(gradient, gap, distance)
 
 
@@ -76,12 +85,21 @@ class Nearest:
     def nothing(clean: Images) -> Nearest:
         return Nearest(clean.clone(), clean.new_full((len(clean),), torch.inf))
 
-    def offer(self, rows: Tensor, images: Images, distances: PerImage) -> None:
-        """Keeps, of these candidates for the samples at `rows`, those that are nearer. A failure at an infinite
-        distance replaces nothing but a failure."""
-        better = (distances < self.distances[rows]) | self.distances[rows].isinf()
-        self.images[rows[better]] = images[better]
-        self.distances[rows[better]] = distances[better]
+    def offer(self, rows: Tensor, images: Images, distances: PerImage, done: Mask | None = None) -> None:
+        """Keeps, of these candidates for the samples at `rows` (ascending), those that are nearer. A failure at an
+        infinite distance replaces nothing but a failure. Nothing here waits for an accelerator.
+
+        Args:
+            done: those that keep what they have, whatever is offered.
+        """
+        here: Tensor | slice = slice(None) if len(rows) == len(self.distances) else rows
+        better = (distances < self.distances[here]) | self.distances[here].isinf()
+        better = better if done is None else better & ~done
+        if here is rows:
+            self.images[rows] = torch.where(per_image(better), images, self.images[rows])
+        else:
+            torch.where(per_image(better), images, self.images, out=self.images)
+        self.distances[here] = torch.where(better, distances, self.distances[here])
 
 
 class BoundaryAttack(ImageAttack):
@@ -271,23 +289,29 @@ class FAB(BoundaryAttack):
     ) -> Nearest:
         known = Nearest.nothing(clean)
         rows = torch.arange(len(clean), device=clean.device)
+        done = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         images = clean
         if run % self.restarts:
             images = (clean + 0.5 * budget.surface(seeds, clean)).clamp(0.0, 1.0)
-        for _ in range(self.steps):
+        for step in range(self.steps):
             plane = boundaries.nearest(victim, images, budget)
+            look = looks(step, clean.device)
+            if look:
+                victim.check()
             images = self._step(images, clean, plane, budget)
             won = boundaries.won(victim(images))
             sizes = budget.size(images - clean)
+            known.offer(rows, images, torch.where(won, sizes, torch.inf), done)
             # a flat spot stays flat, however often it is asked
-            keep = (plane.distance.isfinite() & ~(won & (sizes <= enough))).nonzero()[:, 0]
-            known.offer(rows, images, torch.where(won, sizes, torch.inf))
+            done = done | plane.distance.isinf() | (won & (sizes <= enough))
             images = torch.where(per_image(won), clean + self.beta * (images - clean), images)
-            if len(keep) < len(rows):
+            if look:
+                keep = (~done).nonzero()[:, 0]
                 if len(keep) == 0:
                     break
-                rows, images, clean = rows[keep], images[keep], clean[keep]
-                victim, boundaries = victim.at(keep), boundaries.at(keep)
+                if len(keep) < len(rows):
+                    rows, images, clean, done = rows[keep], images[keep], clean[keep], done[keep]
+                    victim, boundaries = victim.at(keep), boundaries.at(keep)
         return known
 
     def _step(self, images: Images, clean: Images, plane: Plane, budget: PixelBudget) -> Images:
@@ -347,21 +371,25 @@ class DeepFool(BoundaryAttack):
         del seeds, run, enough
         known = Nearest.nothing(clean)
         rows = torch.arange(len(clean), device=clean.device)
+        done = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         images, way = clean, torch.zeros_like(clean)
-        for _ in range(self.steps):
+        for step in range(self.steps):
             plane = boundaries.nearest(victim, images, budget)
             # on the boundary itself a step would have no length
             length = plane.distance.clamp_min(1e-6).masked_fill(plane.distance.isinf(), 0.0)
             way = way + per_image(length) * budget.ascent(plane.gradient)
             images = (clean + (1 + self.overshoot) * way).clamp(0.0, 1.0)
             won = boundaries.won(victim(images))
-            known.offer(rows, images, torch.where(won, budget.size(images - clean), torch.inf))
-            keep = (plane.distance.isfinite() & ~won).nonzero()[:, 0]
-            if len(keep) < len(rows):
+            known.offer(rows, images, torch.where(won, budget.size(images - clean), torch.inf), done)
+            done = done | plane.distance.isinf() | won
+            if looks(step, clean.device):
+                victim.check()
+                keep = (~done).nonzero()[:, 0]
                 if len(keep) == 0:
                     break
-                rows, images, clean, way = rows[keep], images[keep], clean[keep], way[keep]
-                victim, boundaries = victim.at(keep), boundaries.at(keep)
+                if len(keep) < len(rows):
+                    rows, images, clean, way = rows[keep], images[keep], clean[keep], way[keep]
+                    victim, boundaries, done = victim.at(keep), boundaries.at(keep), done[keep]
         return known
 
 
@@ -433,7 +461,7 @@ class CarliniWagner(BoundaryAttack):
             )
             lower, upper = torch.where(won, lower, constants), torch.where(won, constants, upper)
             constants = torch.where(upper.isinf(), constants * 10, (lower + upper) / 2)
-            keep = known.distances[rows] > enough
+            keep = (known.distances[rows] > enough).nonzero()[:, 0]
             rows, constants, lower, upper = rows[keep], constants[keep], lower[keep], upper[keep]
         return known
 
@@ -451,38 +479,41 @@ class CarliniWagner(BoundaryAttack):
         """Adam with these constants, from the clean images; what it finds goes into `known`. Says where it won."""
         won = torch.zeros(len(rows), dtype=torch.bool, device=clean.device)
         active = torch.arange(len(rows), device=clean.device)
+        done = torch.zeros_like(won)
         # the authors' factor: pixels of exactly 0 or 1 would be infinitely far away
         free = torch.atanh((2.0 * clean - 1.0) * 0.999999)
         mean, square = torch.zeros_like(free), torch.zeros_like(free)
         last = clean.new_full((len(rows),), torch.inf)
         goal = boundaries.goals[0]
-        for step in range(1, self.steps + 1):
+        for step in range(self.steps):
             images = (1.0 + torch.tanh(free)) / 2.0
             slope, gap, outputs = victim.ascend(images, goal)
             delta = images - clean
             sizes = budget.size(delta)
             short = (self.confidence - gap).clamp_min(0.0)
-            victim.check()
             hit = boundaries.won(outputs) & ((gap >= self.confidence) | (self.confidence == 0.0))
-            won[active] |= hit
-            known.offer(rows[active], images, torch.where(hit, sizes, torch.inf))
+            won[active] |= hit & ~done
+            known.offer(rows[active], images, torch.where(hit, sizes, torch.inf), done)
             objective = sizes**2 + constants * short
-            keep = ~(hit & (sizes <= enough))
-            if (step - 1) % max(self.steps // 10, 1) == 0:
-                keep &= objective <= 0.9999 * last
+            done = done | (hit & (sizes <= enough))
+            if step % max(self.steps // 10, 1) == 0:
+                done |= objective > 0.9999 * last
                 last = objective
             pull = 2.0 * delta - per_image(constants * (short > 0)) * slope
             gradient = pull * 2.0 * images * (1.0 - images)
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient**2
-            scaled = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+            scaled = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
             free = free - self.rate * scaled
-            if not bool(keep.all()):
-                if not bool(keep.any()):
+            if looks(step, clean.device):
+                victim.check()
+                keep = (~done).nonzero()[:, 0]
+                if len(keep) == 0:
                     break
-                active, free, mean, square, last = active[keep], free[keep], mean[keep], square[keep], last[keep]
-                clean, constants = clean[keep], constants[keep]
-                victim, goal, boundaries = victim.at(keep), goal.at(keep), boundaries.at(keep)
+                if len(keep) < len(active):
+                    active, free, mean, square, last = active[keep], free[keep], mean[keep], square[keep], last[keep]
+                    clean, constants, done = clean[keep], constants[keep], done[keep]
+                    victim, goal, boundaries = victim.at(keep), goal.at(keep), boundaries.at(keep)
         return won
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, looks
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made
 from crossguard.budgets import PixelBudget
+from crossguard.device import looks
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss
 from crossguard.shapes import Images, Seeds

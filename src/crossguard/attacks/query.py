@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, looks
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made
 from crossguard.budgets import L2, Linf, PixelBudget, per_image
+from crossguard.device import looks
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss, Margin
 from crossguard.seeds import fold, uniform
@@ -236,34 +237,32 @@ class RayS(ImageAttack):
         if budget.eps == 0.0 or len(clean) == 0:
             return Made(clean.clone())
         everyone = victim, goal
-        won = _won(victim, goal, clean)  # within the budget, so far
+        won = goal.won(victim(clean))  # within the budget, so far
         within, whole = clean.clone(), clean.clone()  # the image that won, and the one at the rim of the budget
         blocks, singles = _blocks(clean[0].numel(), self.queries)
         blocks = blocks.to(clean.device)
         rays = _Rays.start(clean)
+        if goal.ends:
+            rays.done = won.clone()  # what is beaten unchanged stays as it is, unless another model is going to judge
         for question in range(self.queries if goal.ends else self.queries - 1):
-            if question == 0:
-                # What is beaten unchanged stays as it is, unless another model is going to judge.
-                gone = won if goal.ends else torch.zeros_like(won)
-            else:
+            if question > 0:
                 signs, radii = rays.ask(blocks)
-                images = _along(rays.clean, signs, radii)
-                hit = _won(victim, goal, images)
-                rays.learn(signs, radii, hit)
-                inside = hit & (radii <= budget.eps)
-                within[rays.rows[inside]] = images[inside]
-                won[rays.rows[inside]] = True
-                stuck = rays.stuck(singles)
-                whole[rays.rows[stuck]] = rays.whole(budget.eps)[stuck]
-                gone = inside | stuck if goal.ends else stuck
-            if bool(gone.any()):
-                keep = (~gone).nonzero()[:, 0]
-                rays, victim, goal = rays.at(keep), victim.at(keep), goal.at(keep)
+                rays.learn(signs, radii, goal.won(victim(_along(rays.clean, signs, radii))))
+                rays.done = rays.done | rays.stuck(singles)
+                if goal.ends:
+                    rays.done |= rays.radii <= budget.eps
+            if looks(question, clean.device):
+                victim.check()
+                keep = (~rays.done).nonzero()[:, 0]
+                if len(keep) < len(rays.rows):
+                    rays.at(rays.done.nonzero()[:, 0]).write(won, within, whole, budget.eps)
+                    rays, victim, goal = rays.at(keep), victim.at(keep), goal.at(keep)
                 if len(keep) == 0:
                     break
-        whole[rays.rows] = rays.whole(budget.eps)
+        rays.write(won, within, whole, budget.eps)
         if not goal.ends and self.queries > 1:
-            won = won & ~_won(*everyone, whole)
+            asked, aim = everyone
+            won = won & ~aim.won(asked(whole))
         return Made(torch.where(per_image(won), within, whole))
 
 
@@ -278,6 +277,7 @@ class _Rays:
         searching: in a binary search, as opposed to trying another ray.
         block: the number of the block that is flipped next, or was flipped to get this ray.
         progress: the number of the block that brought the boundary nearer last.
+        done: whether the search is over; ray and radius stay as they are, whatever is asked until somebody looks.
         tolerance: where a binary search ends: 0.001 in the Euclidean length of the ray, as in the paper's code.
     """
 
@@ -289,6 +289,7 @@ class _Rays:
     searching: Mask
     block: Labels
     progress: Labels
+    done: Mask
     tolerance: float
 
     @staticmethod
@@ -304,6 +305,7 @@ class _Rays:
             searching=torch.zeros(count, dtype=torch.bool, device=device),
             block=nowhere,
             progress=nowhere,
+            done=torch.zeros(count, dtype=torch.bool, device=device),
             tolerance=1e-3 / math.sqrt(clean[0].numel()),
         )
 
@@ -320,6 +322,7 @@ class _Rays:
 
     def learn(self, signs: Images, radii: PerImage, reached: Mask) -> None:
         """What the answers to these questions say."""
+        reached = reached & ~self.done
         self.signs = torch.where(reached.view(-1, 1, 1, 1), signs, self.signs)
         self.radii = torch.where(reached, radii, self.radii)
         self.progress = torch.where(reached, self.block, self.progress)
@@ -335,6 +338,15 @@ class _Rays:
         """The images at the rim of the budget, along the best rays so far."""
         return _along(self.clean, self.signs, torch.full_like(self.radii, eps))
 
+    def write(self, won: Mask, within: Images, whole: Images, eps: float) -> None:
+        """Notes for these images where the search has come to: whether a ray has won within the budget, the image on
+        it (radii only shrink, so it is that of the last win), and the image at the rim."""
+        inside = self.radii <= eps
+        won[self.rows] = won[self.rows] | inside
+        on_ray = _along(self.clean, self.signs, self.radii)
+        within[self.rows] = torch.where(per_image(inside), on_ray, self.clean)
+        whole[self.rows] = self.whole(eps)
+
     def at(self, keep: Tensor) -> _Rays:
         parts = {part.name: getattr(self, part.name) for part in fields(self)}
         return replace(self, **{name: part[keep] for name, part in parts.items() if isinstance(part, Tensor)})
@@ -342,12 +354,6 @@ class _Rays:
 
 def _along(clean: Images, signs: Images, radii: PerImage) -> Images:
     return clean.addcmul(signs, radii.view(-1, 1, 1, 1)).clamp_(0.0, 1.0)
-
-
-def _won(victim: ImageVictim, goal: Goal, images: Images) -> Mask:
-    won = goal.won(victim(images))
-    victim.check()
-    return won
 
 
 def _blocks(pixels: int, count: int) -> tuple[Tensor, int]:
