@@ -682,7 +682,10 @@ def test_a_search_waits_only_where_it_looks(
     assert waiting(longer, budget, ends) == waits[NEVER], "before the first step and after the last one"
 
 
-@pytest.mark.parametrize(("attack", "budget"), SEARCHES, ids=str)
+LATE = CarliniWagner(steps=60, searches=3, constant=0.1)  # images that have won within the budget would come nearer
+
+
+@pytest.mark.parametrize(("attack", "budget"), [*SEARCHES, (LATE, ROUND)], ids=str)
 @pytest.mark.parametrize("ends", [True, False])
 def test_when_it_looks_changes_no_image(
     attack: ImageAttack, budget: PixelBudget, ends: bool, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -162,96 +163,127 @@ def nobody(outputs: Tensor) -> Mask:
     return torch.zeros(len(outputs), dtype=torch.bool, device=outputs.device)
 
 
+class Classification(Goal):
+    """A goal over logits of classes: the loss is a `criterion` of them, won is decided by the largest logit, and the
+    merit is a margin, whatever the criterion is."""
+
+    criterion: Loss
+    classes: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def named(self) -> dict[str, Labels]:
+        """The classes that it names, one of each image, by the fields that hold them."""
+
+    def at(self, keep: Tensor) -> Classification:
+        return replace(self, **{field: classes[keep] for field, classes in self.named.items()})
+
+    def counts(self) -> tuple[int, ...]:
+        return tuple(len(classes) for classes in self.named.values())
+
+    def climbing(self, loss: Loss) -> Classification:
+        return replace(self, criterion=loss)
+
+    def check(self, logits: Logits) -> None:
+        """Refuses classes that the victim has no logits for, and victims that cannot be wrong."""
+        count = logits.shape[1]
+        if count < 2:
+            raise CrossguardError(
+                "the victim has a single class, so no answer of it can be wrong; give 2 or more classes"
+            )
+        for classes in self.named.values():
+            if len(classes) != len(logits):
+                raise CrossguardError(f"{len(classes)} labels were given for {len(logits)} images; give one for each")
+        lowest, highest = self._span
+        if lowest < 0 or highest >= count:
+            wrong = lowest if lowest < 0 else highest
+            raise CrossguardError(
+                f"class {wrong} does not exist: the victim answers with {count} classes, so labels are 0 to {count - 1}"
+            )
+
+    @cached_property
+    def _span(self) -> tuple[int, int]:
+        """The lowest and the highest class that it names, read once and not at each question. On an accelerator they
+        are not read, since every step would wait; an index out of range is an error there by itself."""
+        named = torch.cat(list(self.named.values()))
+        if not len(named) or waits(named.device):
+            return 0, 0
+        lowest, highest = named.aminmax()
+        return int(lowest), int(highest)
+
+
 @dataclass(frozen=True)
-class Untargeted(Goal):
+class Untargeted(Classification):
     """Any answer but the label."""
 
     labels: Labels
     criterion: Loss = field(default_factory=CrossEntropy)
-    classes: ClassVar[bool] = True
+
+    @property
+    def named(self) -> dict[str, Labels]:
+        return {"labels": self.labels}
 
     def loss(self, outputs: Tensor) -> PerImage:
-        _check_classes(outputs, self.labels)
+        self.check(outputs)
         return self.criterion.away(outputs, self.labels)
 
     def won(self, outputs: Tensor) -> Mask:
-        _check_classes(outputs, self.labels)
+        self.check(outputs)
         return outputs.argmax(1) != self.labels
 
     def merit(self, outputs: Tensor) -> PerImage:
-        _check_classes(outputs, self.labels)
+        self.check(outputs)
         return Margin().away(outputs, self.labels)
-
-    def at(self, keep: Tensor) -> Untargeted:
-        return replace(self, labels=self.labels[keep])
-
-    def counts(self) -> tuple[int, ...]:
-        return (len(self.labels),)
-
-    def climbing(self, loss: Loss) -> Untargeted:
-        return replace(self, criterion=loss)
 
 
 @dataclass(frozen=True)
-class Targeted(Goal):
+class Targeted(Classification):
     """One particular wrong answer."""
 
     targets: Labels
     criterion: Loss = field(default_factory=CrossEntropy)
-    classes: ClassVar[bool] = True
+
+    @property
+    def named(self) -> dict[str, Labels]:
+        return {"targets": self.targets}
 
     def loss(self, outputs: Tensor) -> PerImage:
-        _check_classes(outputs, self.targets)
+        self.check(outputs)
         return self.criterion.towards(outputs, self.targets)
 
     def won(self, outputs: Tensor) -> Mask:
-        _check_classes(outputs, self.targets)
+        self.check(outputs)
         return outputs.argmax(1) == self.targets
 
     def merit(self, outputs: Tensor) -> PerImage:
-        _check_classes(outputs, self.targets)
+        self.check(outputs)
         return Margin().towards(outputs, self.targets)
-
-    def at(self, keep: Tensor) -> Targeted:
-        return replace(self, targets=self.targets[keep])
-
-    def counts(self) -> tuple[int, ...]:
-        return (len(self.targets),)
-
-    def climbing(self, loss: Loss) -> Targeted:
-        return replace(self, criterion=loss)
 
 
 @dataclass(frozen=True)
-class Towards(Goal):
+class Towards(Classification):
     """Any answer but the label, climbing towards one other class: how targeted attacks serve an untargeted goal. Won
-    and of merit is what is so for `Untargeted`."""
+    and merit are those of `Untargeted`."""
 
     labels: Labels
     targets: Labels
     criterion: Loss = field(default_factory=CrossEntropy)
-    classes: ClassVar[bool] = True
+
+    @property
+    def named(self) -> dict[str, Labels]:
+        return {"labels": self.labels, "targets": self.targets}
 
     def loss(self, outputs: Tensor) -> PerImage:
-        _check_classes(outputs, self.labels, self.targets)
+        self.check(outputs)
         return self.criterion.between(outputs, self.labels, self.targets)
 
     def won(self, outputs: Tensor) -> Mask:
-        _check_classes(outputs, self.labels)
+        self.check(outputs)
         return outputs.argmax(1) != self.labels
 
     def merit(self, outputs: Tensor) -> PerImage:
-        _check_classes(outputs, self.labels)
+        self.check(outputs)
         return Margin().away(outputs, self.labels)
-
-    def at(self, keep: Tensor) -> Towards:
-        return replace(self, labels=self.labels[keep], targets=self.targets[keep])
-
-    def counts(self) -> tuple[int, ...]:
-        return len(self.labels), len(self.targets)
-
-    def climbing(self, loss: Loss) -> Towards:
-        return replace(self, criterion=loss)
 
 
 @dataclass(frozen=True)
@@ -350,22 +382,6 @@ def classification(goal: Goal, attack: str) -> Untargeted | Targeted | Towards:
             f"{attack} attacks a classification; {type(goal).__name__} has no classes, so try PGD instead"
         )
     return goal
-
-
-def _check_classes(logits: Logits, *wanted: Labels) -> None:
-    """Refuses labels that the victim has no logits for, and victims that cannot be wrong."""
-    count = logits.shape[1]
-    if count < 2:
-        raise CrossguardError("the victim has a single class, so no answer of it can be wrong; give 2 or more classes")
-    for labels in wanted:
-        if len(labels) != len(logits):
-            raise CrossguardError(f"{len(labels)} labels were given for {len(logits)} images; give one for each")
-        # On an accelerator an index out of range is an error by itself.
-        if not waits(labels.device) and bool(((labels < 0) | (labels >= count)).any()):
-            wrong = int(labels[(labels < 0) | (labels >= count)][0])
-            raise CrossguardError(
-                f"class {wrong} does not exist: the victim answers with {count} classes, so labels are 0 to {count - 1}"
-            )
 
 
 def log_odds(others: Tensor, own: PerImage) -> PerImage:
