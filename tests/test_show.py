@@ -378,14 +378,38 @@ def test_folders_that_cannot_be_shown(tmp_path: Path, classes: Path) -> None:
     assert "holds no samples" in error("show", str(classes))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"label": 99}, {"label": -1}, {"label": "red"}, {"id": 3}, {"file": 3}, {"size": None}, {"clean": None}],
-)
-def test_a_broken_sample_is_one_sentence(change: dict[str, Any], classes: Path) -> None:
+BROKEN = "; run the evaluation with --keep again"
+
+
+@pytest.mark.parametrize("change", [
+    {"label": 99}, {"label": -1}, {"label": "red"}, {"label": True}, {"clean": None}, {"adversarial": 10},
+    {"id": 3}, {"file": 3}, {"size": None}, {"rounded_size": "x"},
+])  # fmt: skip
+def test_a_broken_sample_of_classes_is_one_sentence(change: dict[str, Any], classes: Path) -> None:
     rewrite(classes, samples=lambda samples: [samples[0] | change, *samples[1:]])
-    said = error("show", str(classes))
-    assert "kept.json" in said and " is broken" in said and said.endswith("; run the evaluation with --keep again")
+    told = error("show", str(classes))
+    assert "kept.json' is broken: " in told and told.endswith(BROKEN)
+
+
+@pytest.mark.parametrize(
+    "change", [{"texts": ["a"]}, {"clean_texts": None}, {"right": "yes"}, {"stands": 1}, {"size": "x"}, {"id": 3}]
+)
+def test_a_broken_sample_with_captions_is_one_sentence(change: dict[str, Any], captions: Path) -> None:
+    rewrite(captions, samples=lambda samples: [samples[0] | change, *samples[1:]])
+    told = error("show", str(captions))
+    assert "kept.json' is broken: " in told and told.endswith(BROKEN)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda texts: texts[:-1], "10 classes need the same number of prompts"),
+        (lambda texts: [one * 2 for one in texts], "its classes have not as many prompts as they had"),
+    ],
+)
+def test_prompts_that_are_not_as_many_are_one_sentence(change: Any, told: str, classes: Path) -> None:
+    rewrite(classes, texts=change)
+    assert f"kept.json' is broken: {told}" in error("show", str(classes))
 
 
 def test_a_missing_image_file_is_one_sentence(kept: Path) -> None:

@@ -6,12 +6,11 @@ import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from rich.text import Text
@@ -21,10 +20,11 @@ from crossguard import files
 from crossguard.budgets import Budget, Linf, PixelBudget
 from crossguard.data import Dataset
 from crossguard.datasets.keeping import rounded
-from crossguard.datasets.kept import INDEX, REPORT, Kept
+from crossguard.datasets.kept import AGAIN, INDEX, REPORT, Kept
 from crossguard.errors import CrossguardError
 from crossguard.pages import figure, render
 from crossguard.printing import plain
+from crossguard.reading import misfit
 from crossguard.report import Ranks, Report, ReportError, shortened
 from crossguard.words import build
 
@@ -109,6 +109,31 @@ class Shot:
         yield "under attack", self.adversarial
 
 
+class _Rounded(TypedDict, total=False):
+    rounded_size: float
+
+
+class _Sized(_Rounded):
+    size: float
+
+
+class _Answered(_Sized):
+    """What is shown of a sample of classes."""
+
+    label: int
+    clean: int
+    adversarial: int
+
+
+class _Captioned(_Sized):
+    """What is shown of a sample with captions."""
+
+    right: bool
+    stands: bool
+    texts: list[str]
+    clean_texts: list[str]
+
+
 class Look:
     """A folder that `crossguard attack --keep` or `crossguard eval --keep` wrote.
 
@@ -120,10 +145,10 @@ class Look:
         self.kept = Kept(str(folder))
         if len(self.kept) == 0:
             raise CrossguardError(f"{folder} holds no samples; run the evaluation with --keep again")
-        with self._whole():
-            self.question = {str(part): str(word) for part, word in self.kept.question.items()}
-            self.ranks = self._ranks()
-            self.verdicts = [self._verdict(kept) for kept in self.kept.samples]
+        self._check()
+        self.question = dict(self.kept.question)
+        self.ranks = self._ranks()
+        self.verdicts = [self._verdict(kept) for kept in self.kept.samples]
 
     def pick(self, count: int, changed: bool = False) -> list[Sample]:
         """The first samples.
@@ -134,10 +159,8 @@ class Look:
         rows = list(range(len(self.verdicts)))
         if changed:
             rows.sort(key=lambda row: (not self.verdicts[row].lost, not self.verdicts[row].fell))
-        with self._whole():
-            samples = [self._sample(row) for row in rows[:count]]
-            paths = [self.folder / self.kept.samples[sample.row]["file"] for sample in samples]
-        for path in paths:
+        samples = [self._sample(row) for row in rows[:count]]
+        for path in (self.folder / self.kept.samples[sample.row]["file"] for sample in samples):
             if not path.is_file():
                 raise CrossguardError(f"the kept image file {path} is missing; run the evaluation with --keep again")
         return samples
@@ -169,15 +192,27 @@ class Look:
 
     # Reading
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Makes a sentence of what is wrong in the index."""
+    def _check(self) -> None:
+        """Raises where the index lacks what is shown of a sample; what any reader needs, `Kept` has looked at."""
+        names, samples = self.kept.names, list(self.kept.samples)
+        wrong = misfit(samples, list[_Answered] if names else list[_Captioned], "samples")
+        if not wrong and names:
+            told = {kept[one] for kept in samples for one in ("label", "clean", "adversarial")}
+            if min(told) < 0 or max(told) >= len(names):
+                wrong = f"it has no class {min(told) if min(told) < 0 else max(told)}"
+            wrong = wrong or self._odd_prompts()
+        elif not wrong and any(len(kept["texts"]) != len(kept["clean_texts"]) for kept in samples):
+            wrong = "a sample has not as many captions as there were"
+        if wrong:
+            raise CrossguardError(f"{str(self.folder / INDEX)!r} is broken: {wrong}; {AGAIN}")
+
+    def _odd_prompts(self) -> str:
+        """What is wrong with the prompts of the classes; empty where nothing is."""
         try:
-            yield
-        except CrossguardError:
-            raise
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise CrossguardError(f"{self.folder / INDEX} is broken; run the evaluation with --keep again") from error
+            old, new = ({len(one) for one in prompts} for prompts in self._prompts)
+        except CrossguardError as error:  # of one of the two
+            return str(error)
+        return "" if old == new else "its classes have not as many prompts as they had"
 
     def _verdict(self, kept: Mapping[str, Any]) -> Verdict:
         if self.kept.names:
@@ -185,7 +220,7 @@ class Look:
         image, captions = self._ranked(kept)
         fell = any(rank is not None and rank[0] == 0 < rank[1] for rank in captions)
         if image is None:
-            return Verdict(bool(kept["right"]), bool(kept["stands"]), fell)
+            return Verdict(kept["right"], kept["stands"], fell)
         return Verdict(image[0] == 0, image[1] == 0, fell)
 
     def _sample(self, row: int) -> Sample:
@@ -197,10 +232,10 @@ class Look:
     def _classes(self, kept: Mapping[str, Any]) -> tuple[Facts, Texts]:
         """The label and the answers, with the prompts of these classes."""
         label, before, after = (kept[one] for one in ("label", "clean", "adversarial"))
-        names = {number: plain(_at(self.kept.names, number)) for number in (label, before, after)}
+        names = {number: plain(self.kept.names[number]) for number in (label, before, after)}
         texts: Texts = []
         for number, name in names.items():
-            pairs = list(zip(*(_at(prompts, number) for prompts in self._prompts), strict=True))
+            pairs = list(zip(*(prompts[number] for prompts in self._prompts), strict=True))
             texts += [(name, marks(old, new)) for old, new in pairs[:LISTED]] + _more(name, pairs)
         return [("label", names[label]), ("answer", f"{names[before]} -> {names[after]}")], texts
 
@@ -340,12 +375,6 @@ def lines(number: int, sample: Sample, color: bool) -> Iterator[Text]:
 
 
 _SIGNS = {"same": ("", "", ""), "old": ("red strike", "[-", "-]"), "new": ("bold green", "{+", "+}")}
-
-
-def _at(listed: Sequence[Any], number: int) -> Any:
-    if number < 0:
-        raise IndexError(number)
-    return listed[number]
 
 
 def _more(name: str, pairs: Sequence[object]) -> Texts:
