@@ -205,6 +205,19 @@ def test_a_name_that_nobody_knows_is_said_short(word: str) -> None:
     assert len(said) <= 250 and "x" * 61 not in said and "[..." not in said
 
 
+@pytest.mark.parametrize(
+    "arguments", [(f"--{EVIL}",), (EVIL,), ("eval", f"--{EVIL}"), ("table", "a", EVIL + "x" * 9000)]
+)
+def test_a_wrong_option_is_one_short_harmless_line(arguments: tuple[str, ...]) -> None:
+    said = error(*arguments)
+    assert "owned" in said and not obeyed(said) and len(said) <= 300 and "--help'" in said
+
+
+def test_a_damaged_table_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(range(1, 100)) + b"PAR1")
+    assert "a.parquet" in error("eval", "--task", f"ZeroShot(Parquet('{tmp_path / 'a.parquet'}'))", "--model", "Tiny()")
+
+
 def test_progress_lines_are_harmless(capfd: pytest.CaptureFixture[str]) -> None:
     bar = cli._Bar()
     with bar:

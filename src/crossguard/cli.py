@@ -49,6 +49,16 @@ _UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the co
 class _Group(TyperGroup):
     """All commands, with one place where errors become sentences."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = bool(args)
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            if not given:  # the help is shown
+                raise
+            say(brief(_misused(error)))
+            raise typer.Exit(2) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
             with _stoppable():
@@ -59,9 +69,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt as stop:
             sentence, code = f"interrupted{stop}", 143 if isinstance(stop, _Terminated) else 130
         except _UsageError as error:
-            command = error.ctx.command_path if error.ctx is not None else "crossguard"
-            sentence = f"error: {' '.join(error.format_message().split()).rstrip('.')}; see '{command} --help'"
-            code = 2
+            sentence, code = _misused(error), 2
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
@@ -71,6 +79,12 @@ class _Group(TyperGroup):
         if speaks():
             say(sentence if _debugging() else brief(sentence))
         raise typer.Exit(code)
+
+
+def _misused(error: Any) -> str:
+    """What is wrong with the options that were given, and where to look."""
+    command = error.ctx.command_path if error.ctx is not None else "crossguard"
+    return f"error: {one_line(error.format_message()).rstrip('.')}; see '{command} --help'"
 
 
 def _explained(error: Exception) -> tuple[str, int]:
@@ -651,7 +665,7 @@ def _print_table(folder: Path, form: str | None, worst: bool, crossed: bool = Fa
     from crossguard.table import FORMATS, Answers, pretty, render
 
     if form is not None and form not in FORMATS:
-        raise CrossguardError(f"unknown format {form!r}; give one of {', '.join(FORMATS)}")
+        raise CrossguardError(f"unknown format {shortly(form)}; give one of {', '.join(FORMATS)}")
     answers = Answers.load(folder)
     answers = answers.pooled() if worst else answers
     answers = dataclasses.replace(answers, crossed=crossed)

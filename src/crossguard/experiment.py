@@ -153,7 +153,7 @@ class Experiment:
         for name in content:
             if name not in known:
                 near = words.nearest(name, known)
-                raise CrossguardError(f"{path}: unknown key {name!r}{near} (keys: {', '.join(known)})")
+                raise CrossguardError(f"{path}: unknown key {shortly(name)}{near} (keys: {', '.join(known)})")
         for name in ("task", "model"):
             if name not in content:
                 raise CrossguardError(f"{path}: the key {name!r} is missing; give it a list of words")
@@ -488,7 +488,7 @@ def _let(path: Path, value: object) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, text in value.items():
         if not name.isidentifier() or name in words.names():
-            raise CrossguardError(f"{path}: let cannot name a word {name!r}; take a name that is not taken")
+            raise CrossguardError(f"{path}: let cannot name a word {shortly(name)}; take a name that is not taken")
         try:
             named[name] = words.build(text, named)
         except CrossguardError as error:

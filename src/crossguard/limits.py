@@ -46,7 +46,12 @@ def shortly(value: object) -> str:
         told = repr(value)
     except (ValueError, RecursionError):
         return "a huge number" if isinstance(value, int) else f"a {type(value).__name__} too large to be shown"
-    return told if len(told) <= 80 else f"{told[:60]}...{told[-10:]}"
+    return shortened(told)
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and end, in at most 80 characters."""
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from crossguard.errors import CrossguardError
-from crossguard.limits import LARGEST
+from crossguard.limits import LARGEST, shortened, shortly
 
 T = TypeVar("T")
 
@@ -227,11 +227,11 @@ def type_text(annotation: Any) -> str:
 def parse(text: str) -> ast.expr:
     """The syntax tree of a text that may be a word; raises `WordError` where it is none at first sight."""
     if not isinstance(text, str):
-        raise WordError(f"a word is a text such as 'PGD(steps=10)', and {_quote(text)} was given")
+        raise WordError(f"a word is a text such as 'PGD(steps=10)', and {shortly(text)} was given")
     if not text.strip():
         raise WordError("the word is empty; give one such as 'PGD(steps=10)'")
     if len(text) > LONGEST:
-        raise WordError(f"the word {_quote(text)} has {len(text)} characters, and {LONGEST} are the most")
+        raise WordError(f"the word {shortly(text)} has {len(text)} characters, and {LONGEST} are the most")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -240,13 +240,13 @@ def parse(text: str) -> ast.expr:
         reason = error.msg if "digits" not in error.msg else "a number in it is too large"
         if "codec can't decode" in error.msg:
             reason = r"a backslash in a string begins a special character; write r'C:\data' or 'C:/data'"
-        raise WordError(f"{_quote(text)} is not a word: {_path(text) or reason}") from None
+        raise WordError(f"{shortly(text)} is not a word: {_path(text) or reason}") from None
     except UnicodeError:
-        raise WordError(f"{_quote(text)} is not a word: it holds characters that are not valid text") from None
+        raise WordError(f"{shortly(text)} is not a word: it holds characters that are not valid text") from None
     except ValueError as error:
-        raise WordError(f"{_quote(text)} is not a word: {_line(error)}") from None
+        raise WordError(f"{shortly(text)} is not a word: {_line(error)}") from None
     except (RecursionError, MemoryError):
-        raise WordError(f"{_quote(text)} is not a word: it is nested too deeply") from None
+        raise WordError(f"{shortly(text)} is not a word: it is nested too deeply") from None
 
 
 class _Reader:
@@ -269,7 +269,7 @@ class _Reader:
                 number = self.number(operand, depth)
                 return self.literal(-number if isinstance(sign, ast.USub) else number)
             case ast.BinOp() if near := _path(self.source(node)):
-                raise WordError(f"{_quote(self.source(node))} is not a word: {near}")
+                raise WordError(f"{shortly(self.source(node))} is not a word: {near}")
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return self.calculate(type(op), self.number(left, depth), self.number(right, depth))
             case ast.Name(id=name) if name in self.known:
@@ -279,12 +279,12 @@ class _Reader:
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.call(name, args, keywords, depth)
         raise WordError(
-            f"{_quote(self.source(node))} cannot be used in a word; a word is made of names, numbers, "
+            f"{shortly(self.source(node))} cannot be used in a word; a word is made of names, numbers, "
             f"strings in quotes, tuples, '+ - * /' of numbers and calls such as 'PGD(steps=10)'"
         )
 
     def too_deep(self) -> WordError:
-        return WordError(f"{_quote(self.text)} is not a word: it is nested too deeply")
+        return WordError(f"{shortly(self.text)} is not a word: it is nested too deeply")
 
     def named(self, word: Any, depth: int) -> Any:
         """A word that has a name. What each use of it stands for counts: a few names, each for two of the one before,
@@ -293,7 +293,7 @@ class _Reader:
         self.parts += parts
         if self.parts > MOST_PARTS:
             raise WordError(
-                f"{_quote(self.text)} stands for a word of more than {MOST_PARTS} parts once its names are put in; "
+                f"{shortly(self.text)} stands for a word of more than {MOST_PARTS} parts once its names are put in; "
                 "that is too large"
             )
         if depth + deeper > DEEPEST:
@@ -305,21 +305,21 @@ class _Reader:
             return _check_string(value)
         if isinstance(value, bool | int | float | None):
             return _check_number(value)
-        raise WordError(f"{_quote(value)} cannot be used in a word; give a number, a string, True, False or None")
+        raise WordError(f"{shortly(value)} cannot be used in a word; give a number, a string, True, False or None")
 
     def number(self, node: ast.expr, depth: int) -> int | float:
         value = self.read(node, depth + 1)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise WordError(f"'+ - * /' work on numbers only, and {_quote(self.source(node))} is none")
+            raise WordError(f"'+ - * /' work on numbers only, and {shortly(self.source(node))} is none")
         return value
 
     def calculate(self, kind: type, left: int | float, right: int | float) -> Any:
         try:
             return self.literal(_OPERATORS[kind](left, right))
         except ZeroDivisionError:
-            raise WordError(f"{_quote(self.text)} is not a word: it divides by zero") from None
+            raise WordError(f"{shortly(self.text)} is not a word: it divides by zero") from None
         except OverflowError:
-            raise WordError(f"{_quote(self.text)} is not a word: a number in it is too large") from None
+            raise WordError(f"{shortly(self.text)} is not a word: a number in it is too large") from None
 
     def call(self, name: str, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
         if not is_name(name):
@@ -362,8 +362,8 @@ def unknown(name: str, known: Iterable[str] = ()) -> WordError:
     """What is wrong with a name that is none of the vocabulary, nor of what else is known."""
     hint = _path(name)
     if not hint:
-        hint = nearest(name, (*names(), *known)).removeprefix("; ") or f"a string needs quotes: {_quote(name)}"
-    return WordError(f"unknown name {_quote(name)}; {hint}")
+        hint = nearest(name, (*names(), *known)).removeprefix("; ") or f"a string needs quotes: {shortly(name)}"
+    return WordError(f"unknown name {shortly(name)}; {hint}")
 
 
 def no_word(name: str) -> WordError:
@@ -415,9 +415,9 @@ def quoted(value: object) -> str:
         called = " without its brackets" if is_word(value) else ""
         return f"the class {value.__name__}{called}"
     try:
-        return _quote(value) if isinstance(value, str) else _quote(_show(value, True, 0), mark=False)
+        return shortly(value) if isinstance(value, str) else shortened(_show(value, True, 0))
     except WordError:
-        return _quote(" ".join(repr(value).split()), mark=False)
+        return " ".join(shortly(value).split())
 
 
 # Types
@@ -602,11 +602,11 @@ def _check_own_name(kind: type) -> None:
 
 def _check_string(value: str) -> str:
     if "\0" in value:
-        raise WordError(f"the string {_quote(value)} holds a null byte")
+        raise WordError(f"the string {shortly(value)} holds a null byte")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise WordError(f"the string {_quote(value)} holds characters that are not valid text (surrogates)") from None
+        raise WordError(f"the string {shortly(value)} holds characters that are not valid text (surrogates)") from None
     return value
 
 
@@ -625,8 +625,8 @@ def needs(name: str, missing: Sequence[str], takes: Sequence[str]) -> WordError:
 
 def _no_field(name: str, wrong: str, listed: Sequence[str]) -> str:
     if not listed:
-        return f"{name} has no field {_quote(wrong)}; it has none at all"
-    return f"{name} has no field {_quote(wrong)}{nearest(wrong, listed)} (fields: {', '.join(listed)})"
+        return f"{name} has no field {shortly(wrong)}; it has none at all"
+    return f"{name} has no field {shortly(wrong)}{nearest(wrong, listed)} (fields: {', '.join(listed)})"
 
 
 def _argument_text(field: Field) -> str:
@@ -639,15 +639,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     near = [part for part in name.lower().split("_") if part in by_lower]  # step_size: step
     near = near or difflib.get_close_matches(name.lower()[:100], by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
-
-
-def _quote(value: object, mark: bool = True) -> str:
-    """The value for an error message: short, on one line, printable."""
-    try:
-        text = repr(value) if mark or not isinstance(value, str) else value
-    except ValueError:  # whole numbers of more than 4,300 digits have no repr
-        return "a huge number"
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
 
 
 def _line(error: BaseException) -> str:
