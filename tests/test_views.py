@@ -196,7 +196,7 @@ def test_each_operation_is_drawn_alike_and_at_its_strength(monkeypatch: pytest.M
     for name in ("autocontrast", "equalize", "posterize", "solarize"):
         monkeypatch.setattr(views, name, counted(name))
     monkeypatch.setattr(views, "warp", lambda images, given: maps.append(given) or images)
-    views._operated(torch.zeros(1, 3, height, width).expand(9000, -1, -1, -1), by_position(9000), 1.0)
+    views._operate(torch.zeros(9000, 3, height, width), torch.arange(9000), by_position(9000), 1.0)
     assert all(abs(count - 1000) < 130 for count in counts.values()) and len(counts) == 4
     assert bits == {4} and thresholds == set(range(231, 255))  # 256 - int(25.6 * level), for levels from 0.1
     (matrix,) = maps
@@ -216,14 +216,19 @@ def test_each_operation_is_drawn_alike_and_at_its_strength(monkeypatch: pytest.M
 def test_augmix_of_operations_that_do_nothing_is_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     images = floats(pictures(40, 8, 8))
     used = list[Tensor]()
-    monkeypatch.setattr(views, "_operated", lambda images, keys, severity: used.append(keys) or images)
+    monkeypatch.setattr(views, "_operate", lambda images, here, keys, severity: used.append(keys))
     assert torch.allclose(views.augmix(images, by_position(40)), images, atol=1e-6)
-    assert len(torch.cat(used).unique()) == 40 * 3 * 3  # each step of each chain of each image draws its own
+    assert len(used[0]) == 40 * 3 and 20 < len(used[2]) < len(used[1]) < 40 * 3  # about a third stops at each
+    assert len(torch.cat(used).unique()) == sum(map(len, used))  # each step of each chain of each image draws its own
 
 
 def test_the_weights_of_augmix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each operation adds one to black, so that a view is (1 - share) times the mean depth by the weights."""
-    monkeypatch.setattr(views, "_operated", lambda images, keys, severity: images + 1.0)
+
+    def one_more(images: Tensor, here: Tensor, keys: Tensor, severity: float) -> None:
+        images[here] += 1.0
+
+    monkeypatch.setattr(views, "_operate", one_more)
     made = views.augmix(torch.zeros(20000, 3, 1, 1), by_position(20000))[:, 0, 0, 0]
     assert float(made.min()) >= 0.0 and float(made.max()) <= 3.0
     assert float(made.mean()) == pytest.approx(0.5 * 2.0, abs=0.01)

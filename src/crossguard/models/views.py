@@ -163,38 +163,38 @@ def augmix(images: Images, keys: Seeds, severity: float = 1.0) -> Images:
     def mixed(part: Images, own: Seeds) -> Images:
         weights = -torch.log1p(-uniform(fold(own, 1), (3,)))
         share = uniform(fold(own, 2), (1, 1, 1))
-        depth = 1 + (3 * uniform(fold(own, 3), (3,))).long()
+        depth = 1 + (3 * uniform(fold(own, 3), (3,))).long().flatten()
         chains, chain_keys = repeated(part, fold(own, 4), 3)
         for step in range(3):
-            changed = _operated(chains, fold(chain_keys, step), severity)
-            chains = torch.where((depth.flatten() > step)[:, None, None, None], changed, chains)
-        weights = (weights / weights.sum(1, keepdim=True))[:, :, None, None, None]
-        return share * part + (1.0 - share) * (weights * chains.view(-1, 3, *part.shape[1:])).sum(1)
+            here = (depth > step).nonzero()[:, 0]
+            _operate(chains, here, fold(chain_keys[here], step), severity)
+        weights = weights / weights.sum(1, keepdim=True)
+        chain = torch.einsum("nk,nkp->np", weights, chains.unflatten(0, (len(part), 3)).flatten(2)).view_as(part)
+        return share * part + (1.0 - share) * chain
 
     return _in_parts(mixed, images, keys, copies=3)
 
 
-def _operated(images: Images, keys: Seeds, severity: float) -> Images:
-    """Each image after one of the nine operations of AugMix."""
+def _operate(images: Images, here: Int[Tensor, " some"], keys: Int[Tensor, " some"], severity: float) -> None:
+    """Changes each of the images at these places by one of the nine operations of AugMix."""
     which, level, sign = uniform(keys, (3,)).unbind(1)
     which = (9 * which).long()
     level = (0.1 + (severity - 0.1) * level) / 10.0  # of the greatest strength of each operation
     sign = torch.where(sign < 0.5, -1.0, 1.0)
     height, width = images.shape[-2:]
-    whole: Sequence[Callable[[Images, PerImage], Images]] = (
+    whole: Sequence[Callable[[Tensor, Tensor], Tensor]] = (
         lambda part, _: autocontrast(part),
         lambda part, _: equalize(part),
         lambda part, strength: posterize(part, 4 - (4 * strength).floor()),
         lambda part, strength: solarize(part, (256 - (256 * strength).floor()) / 255.0),
     )
-    made = images.clone()
     for number, operation in enumerate(whole):
-        here = (which == number).nonzero()[:, 0]
-        if len(here):
-            made[here] = operation(images[here], level[here])
-    moved = (which >= len(whole)).nonzero()[:, 0]
-    if len(moved):
-        kind, level, sign = which[moved] - len(whole), level[moved], sign[moved]
+        drawn = (which == number).nonzero()[:, 0]
+        if len(drawn):
+            images[here[drawn]] = operation(images[here[drawn]], level[drawn])
+    drawn = (which >= len(whole)).nonzero()[:, 0]
+    if len(drawn):
+        kind, level, sign = which[drawn] - len(whole), level[drawn], sign[drawn]
         zero = torch.zeros_like(level)
         maps = torch.stack(
             [
@@ -206,8 +206,8 @@ def _operated(images: Images, keys: Seeds, severity: float) -> Images:
             ],
             1,
         )
-        made[moved] = warp(images[moved], maps[torch.arange(len(moved), device=kind.device), kind])
-    return made
+        chosen = maps[torch.arange(len(drawn), device=kind.device), kind]
+        images[here[drawn]] = warp(images[here[drawn]], chosen)
 
 
 def autocontrast(images: Images) -> Images:
@@ -262,14 +262,12 @@ def _affine(*entries: PerImage) -> Affine:
 def warp(images: Images, maps: Affine) -> Images:
     """Each pixel from where its map says, bilinear; black where that is outside of the image (as Pillow does it)."""
     height, width = images.shape[-2:]
-    x = torch.arange(width, device=images.device) + 0.5
-    y = torch.arange(height, device=images.device) + 0.5
-    from_x, from_y = (
-        row[:, 0, None, None] * x + row[:, 1, None, None] * y[:, None] + row[:, 2, None, None] for row in maps.unbind(1)
-    )
-    grid = torch.stack([2.0 * from_x / width - 1.0, 2.0 * from_y / height - 1.0], 3)
+    y, x = (torch.arange(size, device=images.device) + 0.5 for size in (height, width))
+    pixels = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), x.new_ones(height, width)], 2)
+    scale = 2.0 / torch.tensor([[width], [height]], device=images.device)
+    grid = (pixels.view(-1, 3) @ (maps * scale).mT - 1.0).view(-1, height, width, 2)  # from -1 to 1 in the image
     found = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
+    inside = ((grid >= -1.0) & (grid < 1.0)).all(3)
     return (found * inside[:, None]).clamp(0.0, 1.0)
 
 
