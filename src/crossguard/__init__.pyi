@@ -119,6 +119,10 @@ from .models.base import DualEncoder as DualEncoder
 from .models.base import VisionLanguageModel as VisionLanguageModel
 from .models.counterattack import TTC as TTC
 from .models.embedded import Tiny as Tiny
+from .models.ensembles import DBD as DBD
+from .models.ensembles import MAC as MAC
+from .models.ensembles import MTA as MTA
+from .models.ensembles import TTE as TTE
 from .models.fresh import Fresh as Fresh
 from .models.huggingface import HuggingFace as HuggingFace
 from .models.kinds import Ensemble as Ensemble
@@ -128,6 +132,9 @@ from .models.kinds import Transform as Transform
 from .models.noise import RN as RN
 from .models.noise import GaussianNoise as GaussianNoise
 from .models.purification import BitDepth as BitDepth
+from .models.tuning import RTPT as RTPT
+from .models.tuning import TPT as TPT
+from .models.tuning import Tuner as Tuner
 from .models.wrapper import Live as Live
 from .models.wrapper import Wrapper as Wrapper
 from .report import Ranks as Ranks

@@ -161,7 +161,7 @@ class Answer:
                 said = ask(made.images)
                 if gather is not None:
                     said = gather(said, len(images))
-                return replace(said, gates=_joined(made.gates, said.gates)) if made.gates else said
+                return replace(said, gates=joined(made.gates, said.gates)) if made.gates else said
 
             return answer
 
@@ -176,7 +176,7 @@ class Answer:
         if smooth is not None or self.soft is not None:
             soft = asked(smooth or change, self.soft or self.hard)
         inside = {name: behind(gate) for name, gate in self.gates.items()}
-        return replace(self, hard=asked(change, self.hard), soft=soft, gates=_joined(gates, inside))
+        return replace(self, hard=asked(change, self.hard), soft=soft, gates=joined(gates, inside))
 
     # What adversaries know
 
@@ -289,7 +289,7 @@ def changed(images: Tensor | Changed) -> Changed:
     return images if isinstance(images, Changed) else Changed(images)
 
 
-def _joined(outer: Mapping[str, _Of], inner: Mapping[str, _Of]) -> Mapping[str, _Of]:
+def joined(outer: Mapping[str, _Of], inner: Mapping[str, _Of]) -> Mapping[str, _Of]:
     """The gates of both; one inside that has the name of another is called 'inner ...'."""
     found = dict(outer)
     for name, gate in inner.items():
