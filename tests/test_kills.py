@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,13 @@ def test_work_may_end_before_any_operation(base: Fresh, tmp_path: Path, kind: st
 @cache
 def context() -> Any:
     """Children are forked from a process that has loaded everything and done nothing yet."""
-    os.environ["CROSSGUARD_WARM"] = str(os.getpid())
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["killing"])
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROSSGUARD_WARM", str(os.getpid()))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))  # the server does not look elsewhere
+        forkserver.ensure_running()
     return server
 
 

@@ -569,6 +569,33 @@ def test_a_signal_waits_for_the_step_and_saves_it(
     assert equal(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("moment", ["last step", "result"])
+def test_a_signal_at_the_end_waits_for_the_result(
+    base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    take, save, arrived = Learner.take, TransformersEncoder.save, list[bool]()
+
+    def interrupted(self: Learner, step: int) -> dict[str, float]:
+        if step == 2 and moment == "last step":
+            signal.raise_signal(signal.SIGTERM)
+        return take(self, step)
+
+    def saving(self: TransformersEncoder, folder: Path) -> None:
+        if moment == "result":
+            signal.raise_signal(signal.SIGTERM)
+        save(self, folder)
+
+    monkeypatch.setattr(Learner, "take", interrupted)
+    monkeypatch.setattr(TransformersEncoder, "save", saving)
+    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append((tmp_path / "crossguard.json").exists()))
+    try:
+        SHORT.fit(base, Blots(), tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert arrived == [True], "it takes its usual way when all is written"
+    assert not (tmp_path / "training.safetensors").exists()
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [(0, [1, 2, 3, 4]), (25, [3, 4]), (1000, [4])])
 def test_a_training_is_saved_by_the_watch(
     base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, expected: list[int]
