@@ -491,6 +491,70 @@ def table(
     _print_table(folder, form, worst, crossed)
 
 
+@app.command("audit")
+def audit_command(
+    task: _Task,
+    model: _Model,
+    budget: Annotated[str, typer.Option(help="How far the adversary may go: Linf(4/255).")],
+    out: Annotated[Path, typer.Option(help="The folder of the reports, the ladder and its picture.")],
+    attack: Annotated[str, typer.Option(help="What is carried out on each rung.")] = "APGD()",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="A model to compare with, as WORD or as LABEL=WORD; may be given several times."),
+    ] = None,
+    transfer: Annotated[
+        list[str] | None,
+        typer.Option(help="Another model to craft on too, as WORD or as LABEL=WORD; may be given several times."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Draws that attacks average over, if the defense draws noise.")] = 8,
+    queries: Annotated[int, typer.Option(help="Of the attacks without gradients; 0 leaves them out.")] = 1000,
+    draws: Annotated[int, typer.Option(help="Draws that judge each image, if the defense draws noise.")] = 5,
+    limit: _Limit = None,
+    seed: _Seed = 0,
+    batch: _Batch = 128,
+    device: _Device = None,
+    dtype: _Dtype = None,
+) -> None:
+    """Attack a defense in every way that its construction allows, and say what is left of it."""
+    from crossguard.audit import PICTURE, audit
+
+    for option, value, least in (
+        ("--limit", limit, 1), ("--batch", batch, 1), ("--seed", seed, 0), ("--samples", samples, 1),
+        ("--queries", queries, 0), ("--draws", draws, 1),
+    ):  # fmt: skip
+        _at_least(option, value, least)
+    named = {"--against": _labelled("--against", against or []), "--transfer": _labelled("--transfer", transfer or [])}
+    _check_names({"--task": task, "--model": model, "--attack": attack, "--budget": budget})
+    others = {
+        option: {label: _read(option, "model", word) for label, word in words.items()}
+        for option, words in named.items()
+    }
+    asked = {kind: _read(f"--{kind}", kind, text) for kind, text in (("task", task), ("model", model))}
+    asked |= {kind: _read(f"--{kind}", kind, text) for kind, text in (("attack", attack), ("budget", budget))}
+    with _placed(device, dtype), _Bar() as bar:
+        made = audit(
+            **asked, out=out, against=others["--against"], transfer=others["--transfer"], samples=samples,
+            queries=queries, draws=draws, limit=limit, seed=seed, batch=batch, watch=bar,
+        )  # fmt: skip
+    if leads():
+        _print("\n".join(made.lines()))
+        _print()
+        _print(f"the ladder as a picture: {out / PICTURE}")
+
+
+def _labelled(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Words by label, from 'WORD' or 'LABEL=WORD'; names are checked before anything is loaded."""
+    found: dict[str, str] = {}
+    for text in texts:
+        named = re.fullmatch(r"\s*([^()=]+?)\s*=(.*)", text, re.DOTALL)
+        label, word = named.groups() if named else (text, text)
+        if label in found:
+            raise CrossguardError(f"{option}: {label!r} is given twice; give each model a label of its own")
+        found[label] = word
+        _check_names({option: word})
+    return found
+
+
 @app.command()
 def transfer(
     task: _Task,
@@ -510,14 +574,7 @@ def transfer(
     _at_least("--limit", limit, 1)
     _at_least("--batch", batch, 1)
     _at_least("--seed", seed, 0)
-    labelled: dict[str, str] = {}
-    for text in model:
-        named = re.fullmatch(r"\s*([^()=]+?)\s*=(.*)", text, re.DOTALL)
-        label, word = named.groups() if named else (text, text)
-        if label in labelled:
-            raise CrossguardError(f"--model: {label!r} is given twice; give each model a label of its own")
-        labelled[label] = word
-        _check_names({"--model": word})
+    labelled = _labelled("--model", model)
     _check_names({"--task": task, "--attack": attack, "--budget": budget})
     models = {label: _read("--model", "model", word) for label, word in labelled.items()}
     if len(models) < 2:

@@ -30,10 +30,11 @@ from crossguard.opening import evaluating
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import misfit
 from crossguard.report import Outcomes, Ranks, Report, Texts, check_place, key, versions
-from crossguard.seeds import keys
+from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
 from crossguard.words import contents, mapped, quoted, show, within
 
+_DRAWS = 100  # sets the noise of the draws that judge apart from each other and from that of the attack
 _FORMAT = 4  # of the lines in a file of outcomes so far; those of another are not read
 
 
@@ -45,6 +46,7 @@ def question(
     surrogate: VisionLanguageModel | None = None,
     limit: int | None = None,
     seed: int = 0,
+    draws: int = 1,
 ) -> dict[str, str]:
     """The question word for word: what changes the answer, and nothing else. Budgets are cut down to what the attack
     spends. What the files behind the words hold (weights, data, lists) is part of it, where they are local."""
@@ -75,6 +77,8 @@ def question(
     held = {"weights": model, "surrogate weights": surrogate, "attack files": attack, "data": task}
     # What is there in few questions only, so that the others keep their names.
     told = {name: contents(word) for name, word in held.items()} | {"precision": precision()}
+    if at_least("draws", draws, 1) > 1 and attack is not None and _is_random(model):
+        told["draws"] = str(draws)
     return {
         "task": show(task),
         "model": show(model),
@@ -112,6 +116,7 @@ def evaluate(
     crafts: str | Path | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    draws: int = 1,
 ) -> Report:
     """The report of one model on one task under one attack.
 
@@ -137,9 +142,12 @@ def evaluate(
             same folder and `batch` are judged by what lies there, which changes no answer.
         out: a file for the report.
         overwrite: let the report and what is kept replace those of another question, which is refused otherwise.
+        draws: by how many draws of a random model each image under attack is judged. The outcomes are those of the
+            first; `Report.drawn` are what most of them say, as attacks themselves judge (`ImageVictim.judge`).
     """
     check_gradients()
-    asked = question(task, model, attack, budget, surrogate, limit, seed)
+    asked = question(task, model, attack, budget, surrogate, limit, seed, draws)
+    draws = int(asked.get("draws", 1))
     if len(task) == 0:
         raise CrossguardError(f"{show(task, short=True)} has no samples")
     if keep is not None:
@@ -198,6 +206,15 @@ def evaluate(
                 columns: dict[str, list[Any]] = {"id": list(samples.ids), **answers.columns}
                 columns["shape"] = [list(samples.images.shape[-2:])] * len(samples)
                 places: list[dict[str, Any]] = [{}] * len(samples)
+                if draws > 1:
+                    drawn = [
+                        trial.again(samples, answers, answers.images, fold(seeds, number + _DRAWS))
+                        for number in range(1, draws)
+                    ]
+                    columns["drawn"] = [
+                        [{name: one[row] for name, one in draw.items()} for draw in drawn]
+                        for row in range(len(samples))
+                    ]
                 if kept is not None:
                     if not begun:
                         kept.begin()  # not before there is something to take its place
@@ -230,9 +247,13 @@ def evaluate(
                     notes += _rounding(found, outcomes, trial, trial.pixels)
                 placed = [row | {"index": index} for row, index in zip(found, indices, strict=True)]
                 kept.finish(placed, trial.prompts)
+            drawn = None
+            if draws > 1:
+                more = [trial.score([row | row["drawn"][number] for row in found]) for number in range(draws - 1)]
+                drawn = outcomes.usual(more)
             report = Report(
                 asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began, loading=loading,
-                texts=_texts(trial, attack, budget),
+                texts=_texts(trial, attack, budget), drawn=drawn,
             )  # fmt: skip
             if doubt and attack is not None:
                 doubts = diagnose(report, task, model, attack, budget, surrogate, doubt, seed)
@@ -258,7 +279,7 @@ def _texts(trial: Trial, attack: Attack | None, budget: Budget | None) -> Texts 
 def _of_the_question(model: VisionLanguageModel, attack: Attack | None, trial: Trial) -> list[str]:
     """Doubts that follow from what was asked, whatever the answers are."""
     found: list[str] = []
-    if any(one.random for one in within(model, VisionLanguageModel)):
+    if _is_random(model):
         found.append(
             "the model draws noise, and each answer is one draw of it: other seeds answer otherwise "
             "('crossguard table --worst' takes what is left over several)"
@@ -274,6 +295,11 @@ def _of_the_question(model: VisionLanguageModel, attack: Attack | None, trial: T
             "that one level of 8 bits is 1/255"
         )
     return found
+
+
+def _is_random(model: VisionLanguageModel) -> bool:
+    """Whether a model draws noise, or one inside of it does."""
+    return any(one.random for one in within(model, VisionLanguageModel))
 
 
 def _ids(task: Task, indices: Sequence[int]) -> list[str]:

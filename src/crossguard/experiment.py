@@ -129,6 +129,8 @@ class Experiment:
             `dtype` is given.
         dtype: the precision of networks, 'float32' or 'bfloat16'.
         source: where the grid comes from, for messages.
+        more: further grids, whose cells belong to it too.
+        draws: by how many draws of a random model each image under attack is judged (`evaluate`).
     """
 
     grid: Mapping[str, Mapping[str, Any]]
@@ -138,6 +140,8 @@ class Experiment:
     device: str | None = None
     dtype: str | None = None
     source: str = "the experiment"
+    more: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
+    draws: int = 1
 
     @staticmethod
     def load(path: str | Path) -> Experiment:
@@ -196,22 +200,25 @@ class Experiment:
         from crossguard.evaluate import question
 
         found: dict[str, Cell] = {}
-        attacks = any(attack is not None for attack in self.grid["attack"].values())
-        for labels in itertools.product(*(self.grid[kind] for kind in _KINDS)):
-            chosen = {kind: self.grid[kind][label] for kind, label in zip(_KINDS, labels, strict=True)}
-            label = ", ".join(label for label in labels if label != "None")
-            varying = [one for kind, one in zip(_KINDS, labels, strict=True) if len(self.grid[kind]) > 1]
-            try:
-                if chosen["attack"] is None and attacks:  # the clean cell of attacks with budgets and surrogates
-                    chosen |= {"budget": None, "surrogate": None}
-                asked = question(
-                    chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-                    self.limit, self.seed,
-                )  # fmt: skip
-            except CrossguardError as error:
-                raise CrossguardError(f"{self.source}: in the cell ({label}): {error}") from error
-            cell = Cell(", ".join(varying) or label, asked, chosen)
-            found.setdefault(cell.key, cell)
+        grids = (self.grid, *self.more)
+        several = {kind for kind in _KINDS if len({label for grid in grids for label in grid[kind]}) > 1}
+        for grid in grids:
+            attacks = any(attack is not None for attack in grid["attack"].values())
+            for labels in itertools.product(*(grid[kind] for kind in _KINDS)):
+                chosen = {kind: grid[kind][label] for kind, label in zip(_KINDS, labels, strict=True)}
+                label = ", ".join(label for label in labels if label != "None")
+                varying = [one for kind, one in zip(_KINDS, labels, strict=True) if kind in several]
+                try:
+                    if chosen["attack"] is None and attacks:  # the clean cell of attacks with budgets and surrogates
+                        chosen |= {"budget": None, "surrogate": None}
+                    asked = question(
+                        chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
+                        self.limit, self.seed, self.draws,
+                    )  # fmt: skip
+                except CrossguardError as error:
+                    raise CrossguardError(f"{self.source}: in the cell ({label}): {error}") from error
+                cell = Cell(", ".join(varying) or label, asked, chosen)
+                found.setdefault(cell.key, cell)
         return list(found.values())
 
     def run(self, out: str | Path, watch: Watch | None = None, shard: tuple[int, int] | None = None) -> list[Report]:
@@ -251,7 +258,10 @@ class Experiment:
 
     def _index(self, cells: list[Cell]) -> dict[str, Any]:
         """What the table needs to print labels: label -> word, as reports spell it."""
-        axes = {kind: {label: words.show(word) for label, word in axis.items()} for kind, axis in self.grid.items()}
+        axes = {
+            kind: {label: words.show(word) for grid in (self.grid, *self.more) for label, word in grid[kind].items()}
+            for kind in self.grid
+        }
         return {"source": self.source, "labels": axes, "cells": [cell.key for cell in cells]}
 
 
@@ -366,7 +376,7 @@ class _Work:
         report = evaluate(
             chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
             limit=experiment.limit, seed=experiment.seed, batch=experiment.batch, progress=self.watch.progress,
-            processes=False, crafts=crafts, out=self.out / f"{cell.key}.json", overwrite=True,
+            processes=False, crafts=crafts, out=self.out / f"{cell.key}.json", overwrite=True, draws=experiment.draws,
         )  # fmt: skip
         log.info("%s: %s, %.1f s", cell.label, report.headline, report.seconds)
         for note in report.notes:

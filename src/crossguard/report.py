@@ -7,7 +7,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib import metadata
@@ -140,6 +140,15 @@ class Outcomes:
             **{name: column[rank.argmin(0), np.arange(len(self))] for name, column in columns.items()},
             **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
         )
+
+    def usual(self, others: Sequence[Outcomes | Ranks]) -> Outcomes:
+        """What most of several draws of a random model say to the same images: of each sample the middle answer under
+        attack, wrong ones first and then by margin, so that it is wrong where most of them are."""
+        stack = partial(_stacked, (self, *others))
+        margins = np.nan_to_num(stack("adversarial_margin"), nan=np.inf)
+        rank = np.where(stack("adversarial") == self.label, margins, -np.inf)
+        middle = rank.argsort(0, kind="stable")[len(rank) // 2], np.arange(len(self))
+        return replace(self, **{name: stack(name)[middle] for name in ("adversarial", "adversarial_margin")})
 
     def lines(self, attacked: bool) -> list[tuple[str, str]]:
         """The rates for people; without an attack the clean one alone."""
@@ -297,6 +306,11 @@ class Ranks:
             **{name: stack(name).sum(0) for name in ("gradients", "forwards")},
         )
 
+    def usual(self, others: Sequence[Outcomes | Ranks]) -> Ranks:
+        """Of each query the middle rank under attack over several draws of a random model."""
+        ranks = np.sort(_stacked((self, *others), "adversarial"), 0)
+        return replace(self, adversarial=ranks[(len(ranks) - 1) // 2])
+
     @property
     def images(self) -> int:
         """How many of the queries are images; the others are captions."""
@@ -442,6 +456,8 @@ class Report:
         loading: seconds that it took to open the networks before that.
         texts: the names of the classes and what an attack made of their prompts, where the task has classes.
         short: the words of the question without their defaults, for people; derived, if not given.
+        drawn: the outcomes, where each image under attack is judged by several draws of a random model
+            (`evaluate(draws=...)`): what most of them say.
     """
 
     question: Mapping[str, str]
@@ -453,6 +469,7 @@ class Report:
     short: Mapping[str, str] = field(default_factory=dict)
     loading: float = 0.0
     texts: Texts | None = None
+    drawn: Outcomes | Ranks | None = None
 
     def __post_init__(self) -> None:
         wrong = [key for key, value in self.question.items() if not isinstance(value, str)]
@@ -555,9 +572,8 @@ class Report:
             "loading": self.loading,
             "created": self.created,
             "texts": None if self.texts is None else asdict(self.texts),
-            "outcomes": {"id": self.outcomes.id}
-            | {name: _plain(getattr(self.outcomes, name)) for name in _columns(self.outcomes)},
-        }
+            "outcomes": _held(self.outcomes),
+        } | ({} if self.drawn is None else {"drawn": _held(self.drawn)})
         files.write(Path(path), json.dumps(content, allow_nan=False) + "\n")
 
     @staticmethod
@@ -578,13 +594,10 @@ class Report:
                 f"{path} is a report of schema {shortly(content['schema'])}, and this crossguard reads schema {SCHEMA}"
             )
         try:
-            columns = content["outcomes"]
-            make, kinds = (Ranks, _RANKED) if "text" in columns else (Outcomes, _COLUMNS)
-            held = {name: _column(columns[name], kind) for name, kind in kinds.items()}
-            outcomes = make(id=[str(one) for one in columns["id"]], **held)
             return Report(
                 question=_strings(content["question"]),
-                outcomes=outcomes,
+                outcomes=_outcomes(content["outcomes"]),
+                drawn=None if content.get("drawn") is None else _outcomes(content["drawn"]),
                 notes=tuple(str(note) for note in content["notes"]),
                 versions=_strings(content["versions"]),
                 seconds=float(content["seconds"]),
@@ -621,6 +634,9 @@ class Report:
         if self.texts is not None and self.texts.prompts:
             name, value = rates.pop()
             rates.append((name, f"{value}, rests on {self.texts.prompts} prompts"))
+        if self.drawn is not None:
+            for (name, _, _), (_, _, left) in zip(self.parts, self.drawn.parts, strict=True):
+                rates.append((f"{name}{' ' * bool(name)}by most draws", str(left)))
         loading = f", after {self.loading:.1f} of loading" if self.loading >= 0.05 else ""
         return [*said, *rates, ("seconds", f"{self.seconds:.1f}{loading}")]
 
@@ -640,6 +656,18 @@ class Report:
         from crossguard.pages import render
 
         return render("report.html", lines=self.lines(), notes=map(plain, self.notes))
+
+
+def _held(outcomes: Outcomes | Ranks) -> dict[str, Any]:
+    """The columns as JSON can hold them."""
+    return {"id": outcomes.id} | {name: _plain(getattr(outcomes, name)) for name in _columns(outcomes)}
+
+
+def _outcomes(columns: Mapping[str, Any]) -> Outcomes | Ranks:
+    """The outcomes from what `_held` gave."""
+    make, kinds = (Ranks, _RANKED) if "text" in columns else (Outcomes, _COLUMNS)
+    held = {name: _column(columns[name], kind) for name, kind in kinds.items()}
+    return make(id=[str(one) for one in columns["id"]], **held)
 
 
 def check_place(path: Path, question: Mapping[str, str], overwrite: bool = False) -> None:

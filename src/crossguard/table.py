@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from crossguard import files, reading
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
 from crossguard.printing import one_line, plain
-from crossguard.report import NoReportError, Rate, Report, ReportError
+from crossguard.report import NoReportError, Outcomes, Ranks, Rate, Report, ReportError
 
 FORMATS = ("markdown", "csv", "json", "latex")
 _LISTED = 3  # files that are not reports; more are counted
@@ -320,6 +320,11 @@ class Answers:
         return sorted(present, key=lambda one: listed.index(present[one]) if present[one] in listed else len(listed))
 
 
+def worst(outcomes: Sequence[Outcomes | Ranks]) -> Outcomes | Ranks:
+    """What is left of each sample after all of these, which are of the same samples."""
+    return outcomes[0].worst(outcomes[1:]) if len(outcomes) > 1 else outcomes[0]
+
+
 def _worst(reports: list[Report]) -> Report:
     """One report of what is left of each image after all of these: the first attack that broke it, or else the one
     that came nearest."""
@@ -332,7 +337,7 @@ def _worst(reports: list[Report]) -> Report:
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
     return Report(
         question=question,
-        outcomes=first.outcomes.worst([report.outcomes for report in reports]),
+        outcomes=worst([report.drawn or report.outcomes for report in reports]),
         notes=notes,
         versions=first.versions,
         seconds=sum(report.seconds for report in reports),
