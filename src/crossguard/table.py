@@ -322,7 +322,7 @@ class Answers:
 
 def worst(outcomes: Sequence[Outcomes | Ranks]) -> Outcomes | Ranks:
     """What is left of each sample after all of these, which are of the same samples."""
-    return outcomes[0].worst(outcomes[1:]) if len(outcomes) > 1 else outcomes[0]
+    return outcomes[0].worst(outcomes)
 
 
 def _worst(reports: list[Report]) -> Report:
