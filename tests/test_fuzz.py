@@ -161,7 +161,6 @@ def checkpoints(root: Path) -> list[tuple[Path, Callable[[Path], object]]]:
     )]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("count", [30, pytest.param(1500, marks=pytest.mark.slow)])
 def test_checkpoints(tmp_path: Path, count: int) -> None:
     kinds = checkpoints(tmp_path)

@@ -207,6 +207,26 @@ def test_the_bait_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 # --- What lies elsewhere ---
 
 
+def test_a_folder_never_reaches_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    asked: list[object] = []
+
+    def connect(self: socket.socket, address: object) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    named = {"name_or_path": "somebody/other", "_name_or_path": "mistralai/other", "fix_mistral_regex": True}
+    whole(str(copied(TINY, tmp_path / "whole", config=named, tokenizer_config=named)))
+    words(str(copied(WORDS, tmp_path / "words", config=named, tokenizer_config=named)))
+    fresh(str(tmp_path / "words"))
+    folder = copied(TINY, tmp_path / "away", config={"vision_config": {"backbone": "somebody/other"}})
+    refused(whole, folder)
+    assert not asked
+
+
 def test_weights_lie_in_the_folder(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -25,6 +25,7 @@ from crossguard.checkpoints import check_finite, check_tokenizer, check_weights,
 from crossguard.errors import CrossguardError
 from crossguard.hub import converted, snapshot
 from crossguard.limits import VOCABULARY, WORDS, shortly
+from crossguard.printing import one_line
 from crossguard.settings import read_settings, read_tokenizer
 
 if TYPE_CHECKING:
@@ -336,7 +337,6 @@ def _check_class(name: object, find: Any, kind: type, shown: str) -> None:
 
 
 def _told(error: BaseException) -> str:
-    """What a library says, on one line, short, and in characters that can be printed."""
-    told = " ".join(str(error).split()) or type(error).__name__
-    told = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in told)
+    """What a library says, on one line, short, and in signs that can be printed."""
+    told = one_line(str(error)) or type(error).__name__
     return told if len(told) <= 120 else f"{told[:117]}..."
