@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 from crossguard.errors import CrossguardError
 from crossguard.files import hashed, reason
 from crossguard.limits import DEPTH, EXPERIMENT, FILE, LARGEST, TEXT, Limit, shortly
+from crossguard.printing import one_line
 
 T = TypeVar("T")
 
@@ -189,7 +190,7 @@ _DOTTED = re.compile(r"""[\w"'-]+(?:[ \t]*\.[ \t]*[\w"'-]+)+""")
 
 
 def _told(error: Exception) -> str:
-    return "a number in it is too large" if "digits" in str(error) else " ".join(str(error).split())
+    return "a number in it is too large" if "digits" in str(error) else one_line(str(error))
 
 
 def _levels(value: object, what: str) -> Iterator[list[object]]:

@@ -19,6 +19,7 @@ from crossguard import reading
 from crossguard.datasets.pixels import Decoded, Opened
 from crossguard.errors import CrossguardError
 from crossguard.limits import shortly, whole
+from crossguard.printing import plain
 
 NAMED = ("image", "image_name")  # columns of a table
 TOLD = ("caption", "comment")
@@ -137,13 +138,15 @@ def _chosen(file: str, listed: tuple[_Listed, ...], split: str | None) -> tuple[
     if split is None and len({image.split for image in listed}) > 1:
         one = "test" if "test" in splits else splits[0]
         raise CrossguardError(
-            f"{file!r} holds the splits {', '.join(splits)}, and a number over their mixture misleads; "
+            f"{file!r} holds the splits {', '.join(map(plain, splits))}, and a number over their mixture misleads; "
             f"name one, as in split={one!r}, or take everything with split='all'"
         )
     if split not in (None, "all", *splits):
         if not splits:
             raise CrossguardError(f"{file!r} has no splits; leave split={split!r} out")
-        raise CrossguardError(f"{file!r} has no image of the split {split!r}; its splits are {', '.join(splits)}")
+        raise CrossguardError(
+            f"{file!r} has no image of the split {split!r}; its splits are {', '.join(map(plain, splits))}"
+        )
     chosen = tuple(image for image in listed if split in (None, "all", image.split))
     for name, count in Counter(image.name for image in chosen).items():
         if count > 1:

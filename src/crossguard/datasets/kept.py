@@ -17,6 +17,7 @@ from crossguard.data import Dataset, Prompts
 from crossguard.datasets.pixels import decode
 from crossguard.errors import CrossguardError
 from crossguard.limits import ENCODED, shortly
+from crossguard.printing import one_line
 from crossguard.reading import fingerprint
 from crossguard.shapes import Labels
 
@@ -169,5 +170,5 @@ class Kept(Dataset):
                         raise ValueError("its pixels are not in [0, 1]")
                     return image
         except Exception as error:  # safetensors has one error for every kind of damage
-            raise CrossguardError(f"{path} is damaged ({error}); {AGAIN}") from error
+            raise CrossguardError(f"{path} is damaged ({one_line(str(error))}); {AGAIN}") from error
         raise CrossguardError(f"{path} is damaged (it has {count} images); {AGAIN}")

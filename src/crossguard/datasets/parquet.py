@@ -23,6 +23,7 @@ from crossguard.datasets.pixels import DIGEST, Decoded, Memory, Opened, digest, 
 from crossguard.errors import CrossguardError
 from crossguard.files import reason
 from crossguard.limits import ENCODED, SAMPLES, TABLE, TEXT, Limit, shortly
+from crossguard.printing import one_line
 
 IMAGE = ("image", "img")
 LABEL = ("label", "labels", "fine_label")
@@ -283,6 +284,8 @@ class _Table:
             for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
                 ENCODED.check(size // max(count, 1), f"an image in row group {number} of {file!r}")
             rows = handle.metadata.num_rows
+            if {rows, sum(counts), *map(len, rest.values())} != {rows}:
+                raise _damaged(file, "damaged", ValueError("its columns have other numbers of rows than it says"))
 
         column = rest.get
         texts = rest.get(captions)
@@ -328,10 +331,14 @@ class _Table:
             # With a buffer, a column is read as it is used and not at once.
             with pq.ParquetFile(self.file, buffer_size=1 << 20, pre_buffer=False) as handle:
                 at_once = self._at_once(handle, group)
+                left = self.starts[group + 1] - self.starts[group]
                 for batch in handle.iter_batches(at_once, row_groups=[group], columns=[self.column]):
+                    left -= len(batch)
                     _check_lengths(batch.column(0), f"an image in row group {group} of {self.file!r}", ENCODED)
                     for value in batch.column(0).to_pylist():
                         yield value["bytes"] if isinstance(value, dict) else value
+            if left:
+                raise pa.ArrowInvalid("a row group has another number of images than rows")
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _damaged(self.file, "damaged or gone", error) from error
 
@@ -487,7 +494,7 @@ def _check_lengths(array: Any, what: str, limit: Limit, total: Limit | None = No
 
 
 def _damaged(file: str, how: str, error: Exception) -> CrossguardError:
-    return CrossguardError(f"{file!r} is {how} ({' '.join(str(error).split())}); fetch it again")
+    return CrossguardError(f"{file!r} is {how} ({one_line(str(error))}); fetch it again")
 
 
 def _group(starts: Sequence[int], row: int) -> int:

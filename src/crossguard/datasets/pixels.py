@@ -23,6 +23,7 @@ from crossguard.data import Dataset
 from crossguard.errors import CrossguardError
 from crossguard.files import reason
 from crossguard.limits import ENCODED, PIXELS
+from crossguard.printing import one_line
 from crossguard.shapes import Labels
 from crossguard.threads import ahead
 
@@ -117,7 +118,7 @@ def decode(data: bytes, size: int | None = None, what: str = "the image", give: 
     except CrossguardError:
         raise
     except Exception as error:  # what a decoder raises on broken bytes is not bounded by any documentation
-        reason = "it is cut short or damaged" if isinstance(error, OSError | EOFError) else " ".join(str(error).split())
+        reason = "it is cut short or damaged" if isinstance(error, OSError | EOFError) else one_line(str(error))
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "it is no image in a format known here: JPEG, PNG, WebP, BMP, GIF, TIFF"
         raise CrossguardError(f"{what} cannot be read ({reason}); {give}") from error
