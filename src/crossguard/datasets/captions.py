@@ -134,19 +134,17 @@ def _chosen(file: str, listed: tuple[_Listed, ...], split: str | None) -> tuple[
     """The images of a split, each once and with captions that say something."""
     if not listed:
         raise CrossguardError(f"the captions file {file!r} lists no image; fetch it again")
-    splits = sorted({image.split for image in listed if image.split is not None})
+    splits = [plain(split) for split in sorted({image.split for image in listed if image.split is not None})]
     if split is None and len({image.split for image in listed}) > 1:
         one = "test" if "test" in splits else splits[0]
         raise CrossguardError(
-            f"{file!r} holds the splits {', '.join(map(plain, splits))}, and a number over their mixture misleads; "
+            f"{file!r} holds the splits {', '.join(splits)}, and a number over their mixture misleads; "
             f"name one, as in split={one!r}, or take everything with split='all'"
         )
     if split not in (None, "all", *splits):
         if not splits:
             raise CrossguardError(f"{file!r} has no splits; leave split={split!r} out")
-        raise CrossguardError(
-            f"{file!r} has no image of the split {split!r}; its splits are {', '.join(map(plain, splits))}"
-        )
+        raise CrossguardError(f"{file!r} has no image of the split {split!r}; its splits are {', '.join(splits)}")
     chosen = tuple(image for image in listed if split in (None, "all", image.split))
     for name, count in Counter(image.name for image in chosen).items():
         if count > 1:
