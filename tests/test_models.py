@@ -169,6 +169,20 @@ def test_resizing_stays_in_range_and_passes_gradients(folders: dict[str, Path]) 
     assert images.grad is not None and bool(images.grad.flatten(1).any(1).all())
 
 
+def test_many_images_are_embedded_in_parts_where_no_gradient_is_asked_for(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = word(folders, "clip"), floats(pictures(7, 32, 32))
+    whole = model.encode_image(images)
+    monkeypatch.setattr("crossguard.models.base._IMAGES_AT_ONCE", 3)
+    network, sizes = model.network, list[int]()
+    own = network.encode_image
+    monkeypatch.setattr(network, "encode_image", lambda images: sizes.append(len(images)) or own(images))
+    assert torch.allclose(model.encode_image(images), whole, atol=1e-5)
+    assert torch.allclose(model.encode_image(images.requires_grad_(True)), whole, atol=1e-5)
+    assert sizes == [3, 3, 1, 7]
+
+
 # --- The contract ---
 
 

@@ -21,6 +21,7 @@ from crossguard.models.splicing import Splice
 from crossguard.opening import Opened, Opens, opened, opening
 from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings
 
+_IMAGES_AT_ONCE = 256  # without a gradient: bounds the memory of defenses that look at many views of each image
 _TEXTS_AT_ONCE = 1024  # bounds the memory of encoding thousands of prompts
 
 
@@ -243,7 +244,10 @@ class Checkpoint(VisionLanguageModel, Opens):
 
     def encode_image(self, images: Images) -> Embeddings:
         with opening():
-            return self.network.encode_image(images.to(self.device)).float()
+            network, images = self.network, images.to(self.device)
+            if len(images) <= _IMAGES_AT_ONCE or (torch.is_grad_enabled() and images.requires_grad):
+                return network.encode_image(images).float()
+            return torch.cat([network.encode_image(part) for part in images.split(_IMAGES_AT_ONCE)]).float()
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         network = self.network

@@ -1,0 +1,182 @@
+"""How fast defenses are at test time, in one run and as ratios.
+
+    python benchmarks/test_time.py rtpt                       # on the shipped model and the scenes
+    python benchmarks/test_time.py rtpt --model b32 --images 4 --classes 100 --views 8
+    python benchmarks/test_time.py rtpt --model b32 --images 1 --classes 1000 --views 8 --memory
+
+`rtpt` answers the same images by the same views three times: by the loop of the authors' code (one image at a time, its
+views embedded anew in each of four forwards, and all prompts read anew as well), by the word asked about one image at a
+time, and by the word asked about batches. The answers are asserted equal. `b32` is a text tower of the size of CLIP
+ViT-B/32 with a small image tower, both of random weights; its loop reads each prompt padded to the longest, where the
+authors' code pads to 77 tokens. With `--memory` a process of its own says by how much it grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossguard import RTPT, HuggingFace, Prompts, Scenes, Tiny
+from crossguard.attacks.candidates import EMBEDDED
+from crossguard.models.base import Checkpoint
+from crossguard.models.views import tpt_views
+from crossguard.seeds import by_position, drawing
+
+
+class Loop:
+    """R-TPT as its authors' code runs it, one image at a time."""
+
+    def __init__(self, word: RTPT, prompts: Prompts) -> None:
+        assert isinstance(word.base, Checkpoint)
+        self.word, self.model, self.network = word, word.base, word.base.network
+        self.splice = self.network.splice(prompts.flat, word.words)
+        self.splice.packed = None  # the prompts are read whole, not their beginning once
+
+    def __call__(self, image: Tensor, key: Tensor) -> Tensor:
+        word = self.word
+        with drawing(key):
+            (views,) = tpt_views(image, word.keys(1, "views"), word.views, word.mixed)
+        context = torch.nn.Parameter(self.splice.start.clone())
+
+        def answered(images: Tensor) -> Tensor:
+            return self.model.logits(self.model.encode_image(images), self.splice(context))
+
+        with torch.no_grad():
+            answered(image)
+            embeddings = F.normalize(self.model.encode_image(views), dim=1)
+            answered(views)
+        optimizer = torch.optim.AdamW([context], word.lr)
+        logits = answered(views)
+        surprise = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+        surprise[surprise.argsort()[: max(1, int(word.views * word.keep))]].mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            logits = answered(views)
+        cosines = (embeddings @ embeddings.T).fill_diagonal_(-torch.inf)
+        score = cosines.topk(min(word.neighbors, word.views - 1)).values.mean(1)
+        return (score / word.temperature).softmax(0) @ logits
+
+
+def model_of(name: str, folder: Path) -> Checkpoint:
+    if name == "tiny":
+        return Tiny()
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    config = transformers.CLIPConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+            "num_attention_heads": 8, "max_position_embeddings": 77, "eos_token_id": tokenizer.sep_token_id,
+            "bos_token_id": tokenizer.cls_token_id, "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 16,
+        },
+        projection_dim=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return HuggingFace(str(folder))
+
+
+def prompts_of(count: int) -> Prompts:
+    """So many classes, of the names of the scenes; two of them joined, where these are too few."""
+    names = list(Scenes(classes="object").names)
+    names += [f"{one} and {other}" for one in names for other in names]
+    return Prompts.of(tuple(names[:count]), ("a photo of a {}",))
+
+
+def rtpt(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model, prompts = model_of(options.model, Path(folder)), prompts_of(options.classes)
+        data, keys = Scenes(), by_position(options.images)
+        images = torch.stack([data.image(index).float() / 255.0 for index in range(options.images)])
+        word = RTPT(model, views=options.views)
+        answer, loop = word.answer(prompts), Loop(word, prompts)
+
+        def batched(size: int) -> Tensor:
+            found = list[Tensor]()
+            for rows in torch.arange(options.images).split(size):
+                with drawing(keys[rows]), torch.no_grad():
+                    found.append(answer(images[rows]))
+            return torch.cat(found)
+
+        def looped() -> Tensor:
+            return torch.stack([loop(images[i : i + 1], keys[i : i + 1]) for i in range(options.images)])
+
+        ways: dict[str, Callable[[], Tensor]] = {
+            "loop of the authors": looped,
+            "the word, one image at a time": lambda: batched(1),
+            f"the word, {options.batch} images at a time": lambda: batched(options.batch),
+        }
+        seconds, found = dict[str, float](), dict[str, Tensor]()
+        for _ in range(options.runs):  # in turns, so that a busy machine is busy for all
+            for name, way in ways.items():
+                start = time.process_time()
+                found[name] = way()
+                seconds[name] = min(seconds.get(name, torch.inf), time.process_time() - start)
+        expected = found["loop of the authors"]
+        apart = max(float((one - expected).abs().max()) for one in found.values())
+        spread = float(expected.std(1).mean())
+        assert apart < 1e-2 * spread, f"the answers differ by {apart}, where the classes differ by {spread}"
+        for name, least in seconds.items():
+            ratio = seconds["loop of the authors"] / least
+            print(f"{name}: {options.images / least:.2f} images per CPU second, {ratio:.2f} times the loop")
+        print(f"logits differ by {apart:.1g} at most, those of an image have a standard deviation of {spread:.2g}")
+
+
+def grown(options: argparse.Namespace) -> None:
+    """Answers one batch and prints how large the process was before and at most, in megabytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, prompts = model_of(options.model, Path(folder)), prompts_of(options.classes)
+        images = torch.rand(options.images, 3, 32, 32)
+        model.encode_image(images[:1])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        answer = RTPT(model, views=options.views).answer(prompts)
+        with drawing(by_position(options.images)), torch.no_grad():
+            answer(images)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps([before // 1024, after // 1024]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("what", choices=["rtpt"])
+    parser.add_argument("--model", choices=["tiny", "b32"], default="tiny")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--views", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead, in a process of its own")
+    parser.add_argument("--grown", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.grown:
+        grown(options)
+    elif options.memory:
+        answer = subprocess.run([sys.executable, *sys.argv, "--grown"], check=True, capture_output=True, text=True)
+        before, after = json.loads(answer.stdout.splitlines()[-1])
+        print(f"the process grew from {before} to {after} MB")
+    else:
+        rtpt(options)
+
+
+if __name__ == "__main__":
+    main()
