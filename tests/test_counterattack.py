@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard import RN, TTC, Answer, BitDepth, CrossguardError, GaussianNoise, HuggingFace, Tiny
+from crossguard import RN, SCC, TTC, Answer, BitDepth, CrossguardError, GaussianNoise, HuggingFace, Tiny
 from crossguard.answer import counting
 from crossguard.data import Prompts
 from crossguard.models.base import VisionLanguageModel
@@ -195,3 +196,181 @@ def test_answers_keep_what_is_judged() -> None:
     answer = TTC(BitDepth(Tiny())).answer(captions)
     assert isinstance(answer, Answer) and answer(IMAGES).shape == (6, captions.shape[1])
     assert answer.without()(IMAGES).shape == (6, captions.shape[1])
+
+
+# --- SCC ---
+
+
+def noise(model: SCC, use: str, count: int = 2) -> Tensor:
+    """The noise of the views of each image, shape (6, views, 3, 32, 32)."""
+    with drawing(SEEDS):
+        return model.normal(IMAGES.repeat_interleave(count, 0), use).unflatten(0, (6, count))
+
+
+def algorithm(model: SCC) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1 restated, one image at a time: the moved image, its logits, and the pseudo-label."""
+    encode, moved, logits, labels = Tiny().encode_image, [], [], []
+    prompts = F.normalize(Tiny().class_embeddings(PROMPTS), dim=1)
+    warm = TTC(Tiny(), model.eps, model.step, model.warmup, model.tau, model.beta)
+    warmed, _ = published(encode, IMAGES, model.eps * start(model), warm)
+    for number, x in enumerate(IMAGES):
+
+        def seen(image: Tensor, use: str, number: int = number) -> Tensor:
+            """Logits of each view: an odd one is mirrored, and the count begins at 1."""
+            said = []
+            for view in range(1, model.views + 1):
+                way = image.flip(2) if view % 2 == 1 else image
+                noisy = way + model.sigma * noise(model, use, model.views)[number, view - 1]
+                said.append(Tiny().logits(encode(noisy.clamp(0, 1)[None]), prompts)[0])
+            return torch.stack(said)
+
+        with torch.no_grad():
+            shares = torch.softmax(seen(warmed[number], "label").mean(0) / model.temperature, 0)
+            anchor = encode(x[None])[0]
+        label, prototype = int(shares.argmax()), sum(p * t for p, t in zip(shares, prompts, strict=True))
+        delta, points = torch.zeros_like(x), [torch.zeros_like(x)]
+        for _ in range(model.steps):
+            at = delta.clone().requires_grad_(True)
+            f = encode((x + at)[None])[0]
+            others = torch.stack([F.cosine_similarity(f, t, dim=0) for k, t in enumerate(prompts) if k != label])
+            climbed = model.weight * (F.cosine_similarity(f, prototype, dim=0) - others.max())
+            climbed = climbed + (f - anchor).pow(2).sum()
+            (gradient,) = torch.autograd.grad(climbed, at)
+            delta = (delta + model.step * model.eps * gradient.sign()).clamp(-model.eps, model.eps)
+            delta = (x + delta).clamp(0, 1) - x
+            points.append(delta)
+        weights = torch.tensor([torch.e ** (model.beta * k) for k in range(len(points))])
+        fused = sum(w * d for w, d in zip(weights / weights.sum(), points, strict=True))
+        moved.append(x + fused)
+        labels.append(label)
+        with torch.no_grad():
+            logits.append(seen(moved[-1], "answer").mean(0))
+    return torch.stack(moved), torch.stack(logits), torch.tensor(labels)
+
+
+def labels(model: SCC) -> tuple[Tensor, Tensor]:
+    """The pseudo-labels of SCC and what they are sure of, of the images after the warm-up."""
+    inner = Tiny().answer(PROMPTS)
+    assert inner.texts is not None
+    texts = F.normalize(inner.texts, dim=1)
+    with drawing(SEEDS), torch.no_grad():
+        warm = TTC(Tiny(), steps=model.warmup).counter(IMAGES, inner, inner).images if model.warmup else IMAGES
+        shares, own = model.label(warm, inner, texts)
+    return shares, own
+
+
+@pytest.mark.parametrize("model", [SCC(Tiny()), SCC(Tiny(), steps=4, warmup=2, weight=1.0, views=3)], ids=["", "other"])
+def test_scc_is_algorithm_1(model: SCC) -> None:
+    moved, logits, own = algorithm(model)
+    views = seen(model, IMAGES).unflatten(0, (6, model.views))
+    wanted = torch.stack([moved.flip(3) if view % 2 == 0 else moved for view in range(model.views)], 1)
+    wanted = (wanted + model.sigma * noise(model, "answer", model.views)).clamp(0, 1)
+    assert float(((views - wanted).abs() > 1e-6).float().mean()) < 5e-3, "signs of gradients of rounding alone"
+    with drawing(SEEDS), torch.no_grad():
+        said = model.answer(PROMPTS).hard(IMAGES)
+    assert torch.allclose(said.logits, logits, atol=0.05)
+    assert torch.equal(labels(model)[1], own) and len(own.unique()) > 1
+
+
+def test_without_both_modules_scc_is_ttc_to_the_bit() -> None:
+    for settings in ({}, {"steps": 5, "tau": 0.1, "beta": 1.0, "eps": 8 / 255, "step": 0.5}, {"steps": 0}):
+        for base in (Tiny(), BitDepth(GaussianNoise(Tiny()))):
+            scc = SCC(base, semantic=False, spatial=False, **settings).answer(PROMPTS)  # type: ignore[arg-type]
+            ttc = TTC(base, **settings).answer(PROMPTS)  # type: ignore[arg-type]
+            pixels = IMAGES.clone().requires_grad_(True)
+            found = []
+            for answer in (scc, ttc):
+                with drawing(SEEDS):
+                    said = answer.hard(pixels)
+                    (gradient,) = torch.autograd.grad(said.logits[:, 0].sum(), pixels)
+                found.append((said.logits.detach(), gradient, *said.gates.values()))
+            assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+            assert list(scc.gates) == list(ttc.gates)
+
+
+def test_each_module_of_scc_is_usable_alone() -> None:
+    """The semantic one steers what TTC does blindly, and its answer is that of one image; the spatial one is the vote
+    of views behind TTC."""
+    alone, ttc = SCC(Tiny(), semantic=False), TTC(Tiny())
+    moved, mirrored = seen(ttc, IMAGES), seen(alone, IMAGES).unflatten(0, (6, 2))
+    views = torch.stack([moved.flip(3), moved], 1) + 6 / 255 * noise(alone, "answer")
+    assert torch.allclose(mirrored, views.clamp(0, 1), atol=1e-6)
+    with drawing(SEEDS), torch.no_grad():
+        logits = alone.answer(PROMPTS)(IMAGES)
+    assert torch.allclose(
+        logits, Tiny().answer(PROMPTS)(mirrored.flatten(0, 1)).unflatten(0, (6, 2)).mean(1), atol=1e-4
+    )
+    semantic = seen(SCC(Tiny(), spatial=False), IMAGES)
+    assert semantic.shape == IMAGES.shape and not torch.allclose(semantic, moved, atol=1e-4)
+    turned = seen(SCC(Tiny(), semantic=False, flip_first=False), IMAGES).unflatten(0, (6, 2))
+    views = torch.stack([moved, moved.flip(3)], 1) + 6 / 255 * noise(alone, "answer")
+    assert torch.allclose(turned, views.clamp(0, 1), atol=1e-6)
+    with pytest.raises(CrossguardError, match="SCC compares images with the texts of classes"):
+        SCC(Tiny()).encode_image(IMAGES)
+    assert alone.encode_image(IMAGES).shape == Tiny().encode_image(IMAGES).shape, "which needs no classes"
+
+
+def test_where_the_paper_contradicts_itself_there_is_a_switch() -> None:
+    plain = SCC(Tiny(), temperature=20.0)
+    shares, own = labels(plain)
+    warm = seen(TTC(Tiny(), steps=5), IMAGES)
+    views = torch.stack([warm.flip(3), warm], 1) + 6 / 255 * noise(plain, "label")
+    logits = Tiny().answer(PROMPTS)(views.clamp(0, 1).flatten(0, 1)).unflatten(0, (6, 2))
+    assert torch.allclose(shares, (logits.mean(1) / 20).softmax(1), atol=1e-3)
+    sharp = logits.softmax(2).mean(1) ** (1 / 20)
+    assert torch.allclose(labels(replace(plain, power=True))[0], sharp / sharp.sum(1, keepdim=True), atol=1e-3)
+    single = labels(replace(plain, label_of_views=False))
+    assert torch.equal(single[1], Tiny().answer(PROMPTS)(warm).argmax(1)) and torch.allclose(single[0], shares)
+    flat = labels(replace(plain, cosines=True, temperature=0.5))[0]
+    assert torch.equal(flat.argmax(1), own) and float(flat.std()) < 0.2, "cosines are nearly uniform"
+    assert float(labels(SCC(Tiny()))[0].amax(1).median()) > 0.9, "and logits nearly one class"
+    moved = seen(SCC(Tiny()), IMAGES)
+    for switch in ({"unit": True}, {"confident": True}, {"random_start": True}, {"flip_first": False}, {"power": True}):
+        other = SCC(Tiny(), temperature=20.0, **switch)  # type: ignore[arg-type]
+        assert not torch.equal(seen(other, IMAGES), seen(SCC(Tiny(), temperature=20.0), IMAGES)), switch
+    check_wrapper(SCC(Tiny(), unit=True, confident=True, random_start=True, power=True, label_of_views=False))
+    assert moved.shape == (12, 3, 32, 32)
+    assert list(SCC(Tiny(), random_start=True).answer(PROMPTS).gates) == ["warm-up", "tau"]
+    assert list(SCC(Tiny(), warmup=0).answer(PROMPTS).gates) == []
+
+
+def test_scc_costs_what_it_says() -> None:
+    for model, forwards, backwards in (
+        (SCC(Toy()), 12, 7),
+        (SCC(Toy(), spatial=False), 10, 7),
+        (SCC(Toy(), semantic=False), 5, 2),
+        (SCC(Toy(), steps=5, views=4, warmup=0), 1 + 4 + 5 + 4, 5),
+    ):
+        answer = model.answer(PROMPTS)
+        with counting() as costs, torch.no_grad(), drawing(SEEDS):
+            answer(middle(6))
+        assert (costs.forwards, costs.backwards) == (6 * forwards, 6 * backwards)
+
+
+def test_scc_takes_the_captions_of_a_gallery_for_its_classes() -> None:
+    """So its embeddings are the mean of the views' unit ones, of images that are moved towards a caption."""
+    captions = Tiny().encode_text([f"a photo of a {name}" for name in PROMPTS.names])
+    with drawing(SEEDS), torch.no_grad():
+        found = SCC(Tiny()).answer(captions)(IMAGES)
+        again = SCC(Tiny()).answer(captions).hard
+    views = seen(SCC(Tiny()), IMAGES)
+    mean = F.normalize(Tiny().encode_image(views), dim=1).unflatten(0, (6, 2)).mean(1)
+    assert torch.allclose(found, mean, atol=1e-4)
+    with drawing(SEEDS), torch.no_grad():
+        assert torch.equal(found, again(IMAGES).embeddings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"views": 0}, r"SCC\(views=0\) looks at nothing"),
+        ({"tau": 1.5}, "from 0 to 1"),
+        ({"temperature": 0.0}, "more than 0"),
+        ({"sigma": -1.0}, "0 or more"),
+        ({"warmup": -1}, "0 or more"),
+        ({"steps": 0}, "nothing to steer"),
+    ],
+)
+def test_settings_of_scc_that_mean_nothing_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(CrossguardError, match=sentence):
+        SCC(Tiny(), **settings)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import itertools
 import json
 from base64 import b64decode
 from collections.abc import Callable
@@ -24,9 +25,14 @@ from crossguard import (
     EOT,
     FAB,
     PGD,
+    SCC,
     SGA,
+    TTC,
+    Adaptive,
     AnyOf,
+    AtGate,
     AutoAttack,
+    Blind,
     Both,
     Captions,
     CarliniWagner,
@@ -51,6 +57,7 @@ from crossguard import (
     Scenes,
     SepAttack,
     Shards,
+    Smooth,
     Square,
     Substitute,
     Synonyms,
@@ -654,6 +661,49 @@ def test_transfer_is_judged_by_the_other_and_stops_for_nobody() -> None:
     trials = [task.prepare(model, PGD(steps=3), Linf(4 / 255), Tiny()) for model in (defended, GaussianNoise(Tiny()))]
     one, other = (trial.answer(batch, seeds).images for trial in trials)
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("unknown", [None, 1])
+def test_a_blind_attack_sees_the_gallery_of_the_undefended_model(unknown: int | None) -> None:
+    """It makes what is made on that model as a surrogate, and counts the questions."""
+    task, budget, defended = Retrieval(DATA), Linf(4 / 255), TTC(BitDepth(Tiny(), bits=3))
+    batch = next(task.batches(14, range(14)))
+    inside = BitDepth(Tiny(), bits=3) if unknown else Tiny()
+    found, expected = (
+        task.prepare(defended, attack, budget, surrogate).answer(batch, keys(batch.ids, 0))
+        for attack, surrogate in ((Blind(PGD(steps=3), unknown), None), (PGD(steps=3), inside))
+    )
+    assert torch.equal(found.images, expected.images) and found.columns == expected.columns
+
+
+def test_inside_of_sga_an_attack_is_as_blind() -> None:
+    """All the other sizes of an image are seen by the undefended model too."""
+    batch, budget = next(Retrieval(DATA).batches(14, range(14))), Both(Linf(4 / 255), Words(1))
+    seeds = keys(batch.ids)
+    texts, answer = batch.texts, BitDepth(Tiny(), bits=1).answer()
+    with torch.no_grad():
+        gallery = Gallery(answer(batch.images), Tiny().encode_text(texts), batch.owners, Tiny().logits)
+    rows = torch.arange(14)
+    victim = MatchVictim(ImageVictim(answer), Tiny().encode_text, gallery, rows, torch.arange(len(texts)), batch.owners)
+    bare = replace(victim, encode=ImageVictim(Tiny().answer()))
+    blind, _ = SGA(Blind(PGD(steps=2))).match(victim, batch.images, texts, budget, seeds)
+    seeing, _ = SGA(PGD(steps=2)).match(victim, batch.images, texts, budget, seeds)
+    expected, _ = SGA(PGD(steps=2)).match(bare, batch.images, texts, budget, seeds)
+    assert torch.equal(blind, expected) and not torch.equal(blind, seeing)
+
+
+def test_attacks_through_a_defense_are_for_retrievals_too() -> None:
+    task, defended = Retrieval(DATA), TTC(Tiny(), tau=0.5)
+    batch = next(task.batches(6, range(6)))
+    made = [
+        task.prepare(defended, attack, Linf(4 / 255), None).answer(batch, keys(batch.ids, 0)).images
+        for attack in (PGD(steps=2), Smooth(PGD(steps=2)), AtGate(PGD(steps=2), gate="tau"))
+    ]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(made, 2))
+    quick = SCC(BitDepth(Tiny()), warmup=1, steps=1)
+    adaptive = evaluate(task, quick, Adaptive(PGD(steps=1, step=1.0), samples=1, queries=2), Linf(8 / 255), limit=6)
+    assert adaptive.question["knowledge"] == "white box, adaptive"
+    assert adaptive.ranks.adversarial.mean() > adaptive.ranks.clean.mean()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("model", [GaussianNoise(Tiny()), BitDepth(GaussianNoise(Tiny()))], ids=["outside", "inside"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,6 +370,23 @@ def test_the_smooth_staircase_follows_the_hard_one() -> None:
 
 
 # --- The contract ---
+
+
+def test_the_defense_of_the_page_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """The file of `docs/writing_a_defense.md`, on fewer images and a weaker attack."""
+    page = (Path(__file__).parents[1] / "docs" / "writing_a_defense.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code.split("class Blur")[1].split("check_wrapper(Blur")[0].splitlines()) <= 20
+    for long, short in (
+        ("limit=50", "limit=6"),
+        ("samples=4, queries=200", "samples=1, queries=2"),
+        ("PGD()", "QUICK"),
+    ):
+        assert long in code
+        code = code.replace(long, short)
+    exec(compile(code, "blur.py", "exec"), {"QUICK": PGD(steps=2), "__name__": __name__})
+    said = capsys.readouterr().out
+    assert [word for word in ("gray box", "white box, BPDA", "white box, adaptive") if word not in said] == []
 
 
 def test_a_random_model_meets_the_contract() -> None:

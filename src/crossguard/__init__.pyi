@@ -117,6 +117,7 @@ from .goals import Untargeted as Untargeted
 from .models.base import Checkpoint as Checkpoint
 from .models.base import DualEncoder as DualEncoder
 from .models.base import VisionLanguageModel as VisionLanguageModel
+from .models.counterattack import SCC as SCC
 from .models.counterattack import TTC as TTC
 from .models.embedded import Tiny as Tiny
 from .models.ensembles import DBD as DBD

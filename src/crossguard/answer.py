@@ -9,7 +9,7 @@ offers in its place, and what is inside of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -221,24 +221,17 @@ class Answer:
 
         return replace(self, hard=answer)
 
-    def inside(self, context: Callable[[], AbstractContextManager[object]]) -> Answer:
-        """The answer computed within a context, such as another precision."""
+    def altered(self, change: Callable[[Callable[[Images], Tensor]], Callable[[Images], Tensor]]) -> Answer:
+        """What is judged, asked in another way: of every function from images to that which is in here, `change` makes
+        another, such as one that computes in bfloat16."""
 
-        def within(ask: Callable[[Images], Said]) -> Callable[[Images], Said]:
-            def answer(images: Images) -> Said:
-                with context():
-                    said = ask(images)
-                    self.tell(said)  # what is computed when first asked for is computed here
-                return said
+        def through(ask: Callable[[Images], Said]) -> Callable[[Images], Said]:
+            told = change(lambda images: self.tell(ask(images)))
+            return lambda images: Said(told(images))
 
-            return answer
-
-        return replace(
-            self,
-            hard=within(self.hard),
-            soft=None if self.soft is None else within(self.soft),
-            inner=None if self.inner is None else self.inner.inside(context),
-        )
+        inner = None if self.inner is None else replace(self.inner, tell=self.tell).altered(change)
+        soft = None if self.soft is None else through(self.soft)
+        return replace(self, hard=through(self.hard), soft=soft, inner=inner, tell=embeddings_of)
 
     # Attacks inside of defenses
 

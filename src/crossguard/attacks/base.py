@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from crossguard.answer import Answer
 from crossguard.budgets import Budget, PixelBudget, TextBudget, Words, per_image
 from crossguard.device import check_gradients
 from crossguard.errors import CrossguardError
@@ -236,6 +237,7 @@ class MatchVictim:
         captions: the place of each caption of the batch in the gallery.
         owners: the place of each caption's image in the batch.
         goal: what is climbed by attacks that have no goal of their own: 'rank' or 'drift'.
+        seen: what the gallery is to another answer of the model, such as that without its defenses.
     """
 
     encode: ImageVictim
@@ -245,6 +247,16 @@ class MatchVictim:
     captions: Owners
     owners: Owners
     goal: str = "rank"
+    seen: Callable[[Answer], Gallery] | None = None
+
+    def without(self, defenses: int | None = None) -> MatchVictim:
+        """The same without so many defenses, from the outside in (all, if None): images and gallery as they are to the
+        model inside."""
+        answer = self.encode.answer
+        if not isinstance(answer, Answer) or answer.inner is None or self.seen is None:
+            return self
+        bare = answer.without(defenses)
+        return replace(self, encode=replace(self.encode, answer=bare), gallery=self.seen(bare))
 
     def at(self, keep: Labels) -> MatchVictim:
         """The same victim for some of the images, with all their captions, in the order they had."""
@@ -615,6 +627,13 @@ class TextAttack(Attack):
         budget: TextBudget,
         rivals: Sequence[AbstractSet[str]],
     ) -> list[str]: ...
+
+
+def altered(
+    answer: Callable[[Images], Tensor], change: Callable[[Callable[[Images], Tensor]], Callable[[Images], Tensor]]
+) -> Callable[[Images], Tensor]:
+    """The function asked in another way (`Answer.altered`); what it knows of its defenses stays."""
+    return answer.altered(change) if isinstance(answer, Answer) else change(answer)
 
 
 def check_images(clean: object) -> None:

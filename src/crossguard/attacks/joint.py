@@ -21,6 +21,7 @@ from crossguard.attacks.base import (
     PairVictim,
     TextAttack,
     TextVictim,
+    altered,
 )
 from crossguard.attacks.gradient import PGD
 from crossguard.attacks.text import Substitute
@@ -275,7 +276,7 @@ class SGA(JointAttack):
         self, victim: ImageVictim, images: Images, captions: Tensor, there: Tensor, budget: Budget, seeds: Seeds
     ) -> Images:
         pixels, _ = self.budgets(budget)
-        views = replace(victim, answer=self._views(victim.answer)) if self.scales else victim
+        views = replace(victim, answer=altered(victim.answer, self._views)) if self.scales else victim
         return self.image(views, images, Away(captions, there.float()), pixels, seeds)
 
     def _views(self, encode: Callable[[Images], Embeddings]) -> Callable[[Images], Embeddings]:

@@ -3,18 +3,18 @@ and around what has no gradient (BPDA)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from crossguard.answer import Answer
 from crossguard.attacks.apgd import APGD
-from crossguard.attacks.base import GRAY, WHITE, ImageAttack, ImageVictim, Made
+from crossguard.attacks.base import GRAY, WHITE, ImageAttack, ImageVictim, Made, MatchVictim
 from crossguard.attacks.gradient import PGD
 from crossguard.attacks.meta import EOT, PredictedLabel, Worst
 from crossguard.attacks.query import Square
-from crossguard.budgets import PixelBudget
+from crossguard.budgets import Budget, PixelBudget
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Untargeted
 from crossguard.seeds import replay
@@ -27,6 +27,9 @@ class Blind(ImageAttack):
     """The attack on the undefended model: an adversary who does not know of the defense, which is the judge. The gray
     box in which most numbers of test-time defenses are published. Nobody leaves there, since who falls without the
     defense may stand with it. On a model without a defense it is the attack as it is.
+
+    In a retrieval the gallery is that of the undefended model too; as a part of another attack (`Worst`, `Adaptive`) it
+    shares the goal of all, which is about the defended one.
 
     Args:
         unknown: how many defenses, from the outside in, the adversary does not know of; all, if None.
@@ -52,6 +55,11 @@ class Blind(ImageAttack):
     @property
     def knows(self) -> str:
         return GRAY
+
+    def match(
+        self, victim: MatchVictim, images: Images, texts: Sequence[str], budget: Budget, seeds: Seeds
+    ) -> tuple[Images, list[str]]:
+        return self.attack.match(victim.without(self.unknown), images, texts, budget, seeds)
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         answer = victim.answer

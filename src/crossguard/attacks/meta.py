@@ -3,15 +3,13 @@ what is random."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from crossguard.answer import Answer
-from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, spelled
+from crossguard.attacks.base import Found, ImageAttack, ImageVictim, Made, altered, spelled
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import PixelBudget
 from crossguard.errors import CrossguardError
@@ -199,13 +197,14 @@ class BF16(ImageAttack):
         return self.attack.draws
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
-        full, rounding = victim.answer, partial(torch.autocast, clean.device.type, torch.bfloat16)
+        def rounded(full: Callable[[Images], Tensor]) -> Callable[[Images], Tensor]:
+            def answer(images: Images) -> Tensor:
+                with torch.autocast(images.device.type, torch.bfloat16):
+                    return full(images).float()
 
-        def answer(images: Images) -> Tensor:
-            with rounding():
-                return full(images).float()
+            return answer
 
-        half = full.inside(rounding) if isinstance(full, Answer) else answer
+        half = altered(victim.answer, rounded)
         # What it knows of its images it knows in bfloat16, so nothing is said of them.
         return Made(self.attack.craft(replace(victim, answer=half), clean, goal, budget, seeds).images)
 

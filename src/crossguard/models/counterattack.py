@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard.answer import Answer, Changed, Said, around_gradient, twice_differentiable
+from crossguard.answer import Answer, Changed, Gate, Said, around_gradient, twice_differentiable
 from crossguard.budgets import per_image
 from crossguard.errors import CrossguardError
-from crossguard.models.base import VisionLanguageModel
+from crossguard.models.base import VisionLanguageModel, cosine
+from crossguard.models.kinds import OfViews, Views, combined
 from crossguard.models.noise import start, within
 from crossguard.models.wrapper import Live, Wrapper
-from crossguard.shapes import Embeddings, Images, PerImage
+from crossguard.shapes import Embeddings, Images, Labels, Logits, PerImage, TextEmbeddings
 
 SLOPE = 1.0  # of tanh(slope * gradient / its mean size), which stands in for a sign; ours
 WIDTH = 0.05  # of the sigmoid that stands in for a threshold, in units of tau; ours
@@ -62,40 +64,228 @@ class TTC(Wrapper):
 
     def around(self, inner: Answer, live: Live) -> Answer:
         del live
+        return self.in_front_of(inner, inner)
+
+    def in_front_of(self, seen: Answer, inner: Answer) -> Answer:
+        """What is said to images after the counterattack.
+
+        Args:
+            seen: says it.
+            inner: is asked by the counterattack.
+        """
         if self.steps == 0:
-            return inner.before(lambda images: (images + start(self, images, self.eps)).clamp(0.0, 1.0))
+            return seen.before(lambda images: (images + start(self, images, self.eps)).clamp(0.0, 1.0))
         judge = inner if self.tau_model is None else self.tau_model.answer()
 
         def purify(images: Images) -> Changed:
             return self.counter(images, inner, judge)
 
         def smooth(images: Images) -> Changed:
+            near = inner.smooth
             with twice_differentiable():
-                return self.counter(images, inner.smooth, judge.smooth, smooth=True)
+                return self.counter(images, near, near if judge is inner else judge.smooth, smooth=True)
 
-        def gate(images: Images) -> PerImage:
-            first = start(self, images, self.eps)
-            return self.tau - moved(judge.encode(images), judge.encode(images + first))
+        return seen.before(around_gradient(purify), smooth, {"tau": lambda images: self.gate(images, judge)})
 
-        return inner.before(around_gradient(purify), smooth, {"tau": gate})
+    def gate(self, images: Images, judge: Answer) -> PerImage:
+        """How far tau is below the threshold: an image is moved where this is positive."""
+        return self.tau - moved(judge.encode(images), judge.encode(images + start(self, images, self.eps)))
 
-    def counter(self, images: Images, inner: Answer, judge: Answer, smooth: bool = False) -> Changed:
+    def counter(
+        self,
+        images: Images,
+        inner: Answer,
+        judge: Answer,
+        clean: Embeddings | None = None,
+        smooth: bool = False,
+    ) -> Changed:
         """The images after the counterattack, and its gate.
 
         Args:
             judge: whose embeddings the threshold is about.
+            clean: the embeddings of the images, where they are known.
             smooth: by the smooth stand-in.
         """
-        clean = inner.encode(images)
+        at = inner.encode(images) if clean is None else clean
         first = start(self, images, self.eps)
         found, said = climb(
-            images, inner, first, lambda said: drift(said, clean), self.eps, self.step * self.eps, self.steps, smooth
+            images, inner, first, lambda said: drift(said, at), self.eps, self.step * self.eps, self.steps, smooth
         )
         if judge is inner:
-            tau = moved(clean, said.embeddings)
+            tau = moved(at, said.embeddings)
         else:
             tau = moved(judge.encode(images), judge.encode(images + first))
-        return fused(images, found, self.beta, self.tau - tau, first if self.noise_on_clean else None, "tau", smooth)
+        share = opened(self.tau - tau, smooth)
+        made = torch.lerp(first if self.noise_on_clean else torch.zeros_like(first), fused(found, self.beta), share)
+        return Changed((images + made).clamp(0.0, 1.0), {"tau": self.tau - tau})
+
+
+@dataclass(frozen=True)
+class SCC(Wrapper):
+    """Self-calibrated consistency (Liu et al. 2025, Algorithm 1): a counterattack that a pseudo-label steers, and the
+    vote of several views.
+
+    1. Warm-up: TTC with `warmup` steps gives x_w. 2. Pseudo-label: the mean logits of several views of x_w, divided by
+    `temperature`, give probabilities p, the class y = argmax p and the prototype t = sum of p_k t_k over the class
+    texts. 3. Counterattack: from no change at all, `steps` signed steps up
+
+        weight * (cos(f, t) - max over k != y of cos(f, t_k)) + |f - f(x)|^2
+
+    on the image itself, and the mean of all points on the way with the weights of TTC. 4. Answer: the mean logits of
+    several views of the moved image. A view is the image, mirrored if its number (from 1) is odd, plus Gaussian noise,
+    cut to [0, 1] (the paper does not say).
+
+    The authors' code is not public. Numbers are those of the paper's section 4.1 and appendix A. Where text, equations
+    and Algorithm 1 contradict each other, the algorithm is followed, and the other reading is a switch. It leaves open
+    which logits the temperature divides (here those of the model, with its own scale) and which embeddings drift (here
+    the raw ones, as in TTC). Its warm-up starts at the image itself, where the drift has no gradient and nothing would
+    move; here it starts as TTC does. In step 3 the same start leaves TTC's tau at zero, so all images are moved.
+
+    `SCC(spatial=False)` is the semantic module alone, `SCC(semantic=False)` the spatial one: TTC in front of views.
+    Without both it is TTC. In a retrieval the captions of the gallery, as they are when nobody attacks, are the
+    classes, and the answer is the mean of the views' unit embeddings. An image costs 12 forwards and 7 backwards. The
+    smooth stand-in is that of TTC (ours).
+
+    Args:
+        eps: in pixels of [0, 1].
+        step: as a fraction of eps.
+        steps: the paper takes 5 where the adversary has 4/255.
+        sigma: of the noise of a view, in pixels of [0, 1].
+        weight: of the first term; 1 to 5 make little difference in the paper.
+        power: average probabilities of views and sharpen them by the power 1 / temperature (equation 6).
+        label_of_views: False takes y from x_w itself (equation 5).
+        cosines: the temperature divides cosines, which makes p nearly uniform; with the scale of a CLIP it is nearly
+            one class.
+        unit: the drift is that of unit embeddings; with the raw ones of a ViT-B/32 the first term is next to nothing.
+        confident: the first term weighs as much as p is sure of y, as section 3.4 has it; it gives no formula, so this
+            one (p_y) is ours.
+        random_start: step 3 starts as TTC does, and its tau decides.
+        flip_first: of the mirrored views; False mirrors those of even numbers.
+    """
+
+    base: VisionLanguageModel
+    eps: float = 4 / 255
+    step: float = 0.25
+    steps: int = 2
+    tau: float = 0.2
+    beta: float = 2.0
+    warmup: int = 5
+    weight: float = 4.0
+    temperature: float = 0.5
+    views: int = 2
+    sigma: float = 6 / 255
+    semantic: bool = True
+    spatial: bool = True
+    power: bool = False
+    label_of_views: bool = True
+    cosines: bool = False
+    unit: bool = False
+    confident: bool = False
+    random_start: bool = False
+    flip_first: bool = True
+    random = True
+    masks = True
+    draws_as = "TTC"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counter(self, self.eps, self.step, self.steps, self.tau)
+        if self.warmup < 0:
+            raise CrossguardError(f"SCC(warmup={self.warmup}) is not possible; give 0 or more steps")
+        if self.views < 1:
+            raise CrossguardError(f"SCC(views={self.views}) looks at nothing; give 1 or more")
+        if not self.temperature > 0.0:
+            raise CrossguardError(f"SCC(temperature={self.temperature}) is not possible; give more than 0, such as 0.5")
+        if self.semantic and self.steps < 1:
+            raise CrossguardError("SCC(steps=0) leaves nothing to steer; give 1 or more steps, or semantic=False")
+        if not self.sigma >= 0.0:
+            raise CrossguardError(f"SCC(sigma={self.sigma}) is not possible; give 0 or more, in pixels of [0, 1]")
+
+    def around(self, inner: Answer, live: Live) -> Answer:
+        seen = combined(inner, lambda images: self.seen(images, "answer"), _mean) if self.spatial else inner
+        if not self.semantic:
+            return self._ttc(self.steps).in_front_of(seen, inner)
+        texts = F.normalize(live.texts(inner), dim=1)
+        gates: dict[str, Gate] = {}
+        if self.warmup:
+            gates["warm-up"] = lambda images: self._ttc(self.warmup).gate(images, inner)
+        if self.random_start:
+            gates["tau"] = lambda images: self.gate(images, inner)
+
+        def purify(images: Images) -> Changed:
+            return self.counter(images, inner, texts)
+
+        def smooth(images: Images) -> Changed:
+            with twice_differentiable():
+                return self.counter(images, inner.smooth, texts, smooth=True)
+
+        return seen.before(around_gradient(purify), smooth, gates)
+
+    def seen(self, images: Images, use: str) -> Views:
+        """The views of each image, with noise for this use."""
+        mirrored = [number % 2 == int(self.flip_first) for number in range(1, self.views + 1)]
+        views = torch.stack([images.flip(3) if one else images for one in mirrored], 1).flatten(0, 1)
+        noisy = (views + self.sigma * self.normal(views, use)).clamp(0.0, 1.0)
+        return noisy.unflatten(0, (len(images), self.views))
+
+    def counter(self, images: Images, inner: Answer, texts: TextEmbeddings, smooth: bool = False) -> Changed:
+        """The images after warm-up and counterattack (steps 1 to 3), and the gates.
+
+        Args:
+            texts: unit embeddings of the classes.
+            smooth: by the smooth stand-in.
+        """
+        clean, warm, gates = inner.encode(images), images, dict[str, PerImage]()
+        if self.warmup:
+            made = self._ttc(self.warmup).counter(images, inner, inner, clean, smooth)
+            warm, gates = made.images, {"warm-up": made.gates["tau"]}
+        shares, own = self.label(warm, inner, texts)
+        prototype, sure = shares @ texts, shares.gather(1, own[:, None])[:, 0]
+        goal = F.normalize(clean, dim=1) if self.unit else clean
+
+        def loss(said: Said) -> PerImage:
+            rival = cosine(said.embeddings, texts).scatter(1, own[:, None], -torch.inf).amax(1)
+            gain = F.cosine_similarity(said.embeddings, prototype, dim=1) - rival
+            gain = sure * gain if self.confident else gain
+            here = said.moved(F.normalize(said.embeddings, dim=1)) if self.unit else said
+            return self.weight * gain + drift(here, goal)
+
+        first = start(self, images, self.eps, "second start") if self.random_start else torch.zeros_like(images)
+        found, said = climb(images, inner, first, loss, self.eps, self.step * self.eps, self.steps, smooth)
+        change = fused(found, self.beta)
+        if self.random_start:
+            gates["tau"] = self.tau - moved(clean, said.embeddings)
+            change = torch.lerp(first, change, opened(gates["tau"], smooth))
+        return Changed((images + change).clamp(0.0, 1.0), gates)
+
+    def gate(self, images: Images, inner: Answer) -> PerImage:
+        """How far tau of step 3 is below the threshold, where it starts at random."""
+        first = start(self, images, self.eps, "second start")
+        return self.tau - moved(inner.encode(images), inner.encode(images + first))
+
+    def label(self, images: Images, inner: Answer, texts: TextEmbeddings) -> tuple[Logits, Labels]:
+        """The probabilities of the classes, and the pseudo-label (step 2)."""
+
+        def scores(images: Images) -> Logits:
+            said = inner.hard(images)
+            return cosine(said.embeddings, texts) if self.cosines else said.logits
+
+        if self.spatial:
+            views = self.seen(images, "label")
+            each = scores(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        else:
+            each = scores(images)[:, None]
+        level = each.softmax(2).mean(1).log() if self.power else each.mean(1)
+        shares = (level / self.temperature).softmax(1)
+        return shares, (shares if self.label_of_views else scores(images)).argmax(1)
+
+    def _ttc(self, steps: int) -> TTC:
+        """The counterattack of TTC with the same settings, and the same noise."""
+        return TTC(self.base, self.eps, self.step, steps, self.tau, self.beta)
+
+
+def _mean(logits: OfViews) -> Logits:
+    return logits.mean(1)
 
 
 def drift(said: Said, clean: Embeddings) -> PerImage:
@@ -128,22 +318,15 @@ def climb(
     return found, said
 
 
-def fused(
-    images: Images, found: list[Tensor], beta: float, gate: PerImage, else_: Tensor | None, name: str, smooth: bool
-) -> Changed:
-    """The images moved by the weighted mean of the changes where the gate is open, and elsewhere by another one.
+def fused(found: list[Tensor], beta: float) -> Tensor:
+    """The mean of the changes, the n-th with a weight proportional to exp(beta * n)."""
+    weights = torch.softmax(beta * torch.arange(len(found), device=found[0].device), 0)
+    return torch.stack([weight * one for weight, one in zip(weights, found, strict=True)]).sum(0)
 
-    Args:
-        beta: the weight of the n-th change is proportional to exp(beta * n).
-        else_: the change where the gate is shut; none, if None.
-        name: of the gate.
-    """
-    weights = torch.softmax(beta * torch.arange(len(found), device=images.device), 0)
-    change = torch.stack([weight * one for weight, one in zip(weights, found, strict=True)]).sum(0)
-    other = torch.zeros_like(images) if else_ is None else else_
-    share = torch.sigmoid(gate / WIDTH) if smooth else (gate > 0.0).to(images.dtype)
-    made = torch.lerp(other, change, per_image(share))
-    return Changed((images + made).clamp(0.0, 1.0), {name: gate})
+
+def opened(gate: PerImage, smooth: bool) -> Tensor:
+    """1 where a gate is open and 0 elsewhere, in a shape that multiplies images; or in between, smoothly."""
+    return per_image(torch.sigmoid(gate / WIDTH) if smooth else (gate > 0.0).to(gate.dtype))
 
 
 def _direction(gradient: Tensor, smooth: bool) -> Tensor:

@@ -54,9 +54,9 @@ class RN(Transform):
         return (images + start(self, images, self.eps)).clamp(0.0, 1.0)
 
 
-def start(defense: Wrapper, images: Images, eps: float) -> Tensor:
+def start(defense: Wrapper, images: Images, eps: float, use: str = "start") -> Tensor:
     """Uniform noise in [-eps, eps] that leaves the images in [0, 1]: where a counterattack begins."""
-    return within(eps * defense.uniform(images, "start"), images, eps)
+    return within(eps * defense.uniform(images, use), images, eps)
 
 
 def within(change: Tensor, images: Images, eps: float) -> Tensor:

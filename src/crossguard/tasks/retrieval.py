@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,11 @@ class Retrieval(Task):
         if crafting is not model:
             seen = _seen(crafting, self, rows, texts, owners, seed, group)
         places = {name: place for place, name in enumerate(ids)}
-        return _RetrievalTrial(self, model, attack, budget, crafting, judging, seen, places, texts)
+
+        def embed(answer: Answer) -> Embeddings:
+            return embedded(answer, crafting.device, self, rows, seed).images
+
+        return _RetrievalTrial(self, model, attack, budget, crafting, judging, seen, embed, places, texts)
 
 
 def _check_attack(attack: Attack) -> None:
@@ -180,6 +184,7 @@ class _RetrievalTrial(Trial):
     crafting: VisionLanguageModel
     judging: _Seen
     seen: _Seen  # the same as the crafting model sees it
+    embed: Callable[[Answer], Embeddings]  # the clean images, by another answer of that
     places: Mapping[str, int]  # of the samples in the gallery
     texts: Sequence[str]  # all clean captions
     words: TextBudget | None = None
@@ -188,6 +193,7 @@ class _RetrievalTrial(Trial):
         if self.attack is not None and self.budget is not None:
             self.pixels, self.words = self.attack.spends(self.budget)
         self.clean = self.judging.gallery
+        self.inside: dict[int, Gallery] = {}  # what the crafting model sees without defenses, by how many are left
         self.known = {text: place for place, text in enumerate(self.texts)}
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.clean.owners.cpu().bincount().cumsum(0)])
         self.starts = starts.tolist()  # where the captions of each image begin
@@ -241,6 +247,7 @@ class _RetrievalTrial(Trial):
                 captions,
                 owners,
                 self.task.goal,
+                self._gallery,
             )
             adversarial, made = self.attack.match(victim, images, texts, self.budget, seeds)
             adversarial = adversarial.to(self.model.device)
@@ -307,6 +314,12 @@ class _RetrievalTrial(Trial):
             gradients=[*(row["gradients"] for row in rows), *nothing],
             forwards=[*(row["forwards"] for row in rows), *nothing],
         )
+
+    def _gallery(self, answer: Answer) -> Gallery:
+        """What another answer of the crafting model sees when nobody attacks."""
+        if answer.layers not in self.inside:
+            self.inside[answer.layers] = replace(self.seen.gallery, images=self.embed(answer))
+        return self.inside[answer.layers]
 
     def _embedded(self, made: Sequence[str]) -> TextEmbeddings:
         """Captions as the model sees them now. What is a clean caption is embedded as that, equal to the bit: computed
