@@ -268,7 +268,7 @@ def test_class_prompts_are_the_captions_of_their_images() -> None:
     labels = torch.tensor([2, 0, 1, 1, 2])
     images, seeds = pictures(), by_position(5)
     logits = ImageVictim(lambda images: scaled(encode(images), classes))
-    pair = PairVictim(logits, logits, ImageVictim(encode), None, lambda: classes)
+    pair = PairVictim(logits, logits, ImageVictim(encode), lambda: classes)
     made = {
         "co": CoAttack(plain(3, 0.3)).perturb(pair, images, Untargeted(labels), BUDGET, seeds),
         "sga": SGA(plain(3, 0.3), noise=0.0).perturb(pair, images, Untargeted(labels), BUDGET, seeds),
@@ -447,7 +447,7 @@ def test_contract_where_classes_have_prompts(number: int, text: Substitute) -> N
             ImageVictim(answer, queries, noise)
             for answer in (lambda x: scaled(encode(x), before), lambda x: scaled(encode(x), after), encode)
         ]
-        pair = PairVictim(*victims, None, lambda: after)
+        pair = PairVictim(*victims, lambda: after)
         return attack.perturb(pair, images[rows], Untargeted(labels[rows]), Both(Linf(eps), Words(1)), seeds[rows])
 
     clean = images.clone()
