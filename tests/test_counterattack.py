@@ -15,11 +15,10 @@ from crossguard import RN, SCC, TTC, Answer, BitDepth, CrossguardError, Gaussian
 from crossguard.answer import counting
 from crossguard.data import Prompts
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Live
 from crossguard.seeds import by_position, drawing, fold, keys, uniform
 from crossguard.testing import check_wrapper
 from fixtures import save_clip
-from toys import Toy, middle
+from toys import Toy, last_asked, middle
 
 PROMPTS = Prompts.of(("red circle", "blue star", "green square"), ("a photo of a {}",))
 SEEDS = keys("abcdef")
@@ -28,17 +27,7 @@ IMAGES = uniform(by_position(6), (3, 32, 32))
 
 def seen(model: Any, images: Tensor, seeds: Tensor = SEEDS) -> Tensor:
     """The pixels that the model inside is asked about in the end."""
-    asked = list[Tensor]()
-    inner = model.base.answer(PROMPTS)
-
-    def listening(images: Tensor) -> Any:
-        asked.append(images.detach())
-        return inner.hard(images)
-
-    answer = model.around(replace(inner, hard=listening), Live(model, model.base, PROMPTS))
-    with drawing(seeds), torch.no_grad():
-        answer.hard(images)
-    return asked[-1]
+    return last_asked(model, images, seeds, PROMPTS)
 
 
 def published(encode: Any, images: Tensor, noise: Tensor, model: TTC, judge: Any = None) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from crossguard.data import Dataset
+from crossguard.data import Dataset, Prompts
 from crossguard.models.base import VisionLanguageModel, cosine
-from crossguard.seeds import by_position, normal, uniform
+from crossguard.models.wrapper import Live
+from crossguard.seeds import by_position, drawing, normal, uniform
 from crossguard.testing import LinearVictim
 from crossguard.words import mapped
 
@@ -80,14 +81,14 @@ def soft(seed: int = 0, classes: int = 50) -> torch.nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Toy(VisionLanguageModel):
-    """A model that is read nowhere and answers in microseconds: a small random network embeds images of 6 x 6 pixels,
+    """A model that is read nowhere and answers in microseconds: a small random network embeds images at 6 x 6 pixels,
     and every text has a random direction of its own. It is sure of nothing, so that cross-entropy says little about
     who wins."""
 
     scale: float = 5.0
 
     def encode_image(self, images: Tensor) -> Tensor:
-        return soft(0, 16)(images)
+        return soft(0, 16)(torch.nn.functional.adaptive_avg_pool2d(images, 6))  # of that size: the images themselves
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         return normal(torch.tensor([crc32(text.encode()) for text in texts]), (16,))
@@ -98,6 +99,21 @@ class Toy(VisionLanguageModel):
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+
+def last_asked(model: Any, images: Tensor, seeds: Tensor, prompts: Prompts) -> Tensor:
+    """The pixels that the model inside a defense is asked about in the end."""
+    asked = list[Tensor]()
+    inner = model.base.answer(prompts)
+
+    def listening(images: Tensor) -> Any:
+        asked.append(images.detach())
+        return inner.hard(images)
+
+    answer = model.around(dataclasses.replace(inner, hard=listening), Live(model, model.base, prompts))
+    with drawing(seeds), torch.no_grad():
+        answer.hard(images)
+    return asked[-1]
 
 
 @dataclasses.dataclass(frozen=True)

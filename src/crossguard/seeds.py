@@ -105,6 +105,24 @@ def some_draw(count: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def among(which: Tensor, name: str) -> Iterator[None]:
+    """Inside, a random model is asked about some images of a batch alone. What noise an image gets there does not
+    depend on which others are asked about, or whether any is: enter it also where none is.
+
+    Args:
+        which: marks the images, among those of the batch or several views of each in the order (sample, view).
+        name: who asks. Who asks again under the same name gets other noise.
+    """
+    lent = _drawing.get()
+    if lent is None:
+        yield
+        return
+    seeds = _views(lent.next(name), len(which))
+    with drawing(seeds[which.to(seeds.device)]):
+        yield
+
+
 def drawn(count: int, name: str = "") -> Seeds:
     """The keys a random model draws from for a batch of `count` images; fresh ones of torch's generator outside
     `drawing`.

@@ -313,7 +313,7 @@ def climb(
     for _ in range(steps):
         gradient, here = inner.ascend(images + found[-1], loss, graph=smooth)
         said = said or here
-        found.append(within(found[-1] + length * _direction(gradient, smooth), images, eps))
+        found.append(within(found[-1] + length * direction(gradient, smooth), images, eps))
     assert said is not None
     return found, said
 
@@ -329,7 +329,8 @@ def opened(gate: PerImage, smooth: bool) -> Tensor:
     return per_image(torch.sigmoid(gate / WIDTH) if smooth else (gate > 0.0).to(gate.dtype))
 
 
-def _direction(gradient: Tensor, smooth: bool) -> Tensor:
+def direction(gradient: Tensor, smooth: bool) -> Tensor:
+    """The sign of a gradient, or its smooth stand-in."""
     if not smooth:
         return gradient.sign()
     size = gradient.abs().flatten(1).mean(1) + torch.finfo(gradient.dtype).tiny

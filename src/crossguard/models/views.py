@@ -421,6 +421,16 @@ def low_pass(images: Images, radius: float) -> Images:
     return torch.fft.irfft2(torch.fft.rfft2(images) * kept, s=(height, width)).clamp(0.0, 1.0)
 
 
+def gaussian_pass(images: Images, radius: float) -> Images:
+    """Each wave times exp(-f^2 / 2 radius^2), f its frequency as a share of the highest that the side holds: fewer and
+    fewer of the short waves."""
+    height, width = images.shape[-2:]
+    down = torch.fft.fftfreq(height, 0.5, device=images.device)
+    across = torch.fft.rfftfreq(width, 0.5, device=images.device)
+    kept = torch.exp(-(down[:, None] ** 2 + across**2) / (2.0 * radius**2))
+    return torch.fft.irfft2(torch.fft.rfft2(images) * kept, s=(height, width)).clamp(0.0, 1.0)
+
+
 def _in_parts(change: Callable[..., Images], images: Images, *given: Tensor, copies: int = 1) -> Images:
     """What is made of the images, so many of them at once that the memory stays bounded."""
     step = max(1, _PIXELS // (copies * math.prod(images.shape[1:])))
