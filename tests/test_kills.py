@@ -1,7 +1,7 @@
 """Killed at any moment and started again, all ends as if nobody had killed it: equal to the bit, nothing left over.
 
-The quick tests end the work before an operation on files, in this process (see `killing`): each of the last ones, where
-things are moved and removed, and a few of those before. The long ones end it before each, and kill children by SIGKILL,
+The quick tests end the work before an operation on files, in this process (see `killing`): the first, the last two, and
+one of each kind that moves or removes something. The long ones end it before each, and kill children by SIGKILL,
 at random moments and before operations. CROSSGUARD_KILLS says how many of each (25), and CROSSGUARD_KILL_SEED which.
 """
 
@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -99,14 +100,16 @@ def fingerprint(folder: Path) -> str:
     return Kept(str(folder)).fingerprint if (folder / "kept.json").exists() else ""
 
 
-def killed_before_operations(work: Callable[[Path], object], place: Path, some: Callable[[int], list[int]]) -> int:
+def killed_before_operations(
+    work: Callable[[Path], object], place: Path, some: Callable[[list[str]], list[int]]
+) -> int:
     """Ends the work after so many operations, each in a folder of its own, and does it again; the number of rounds."""
     whole = place / "whole"
     with OPERATIONS.below(whole) as seen:
         work(whole)
     told, name = found(whole), fingerprint(whole)
     assert told and not [one for one in told if one.startswith(".") and one != ".began"]
-    rounds = some(len(seen))
+    rounds = some(seen)
     for last in rounds:
         out = place / f"after-{last}"
         with pytest.raises(Killed), OPERATIONS.below(out, last):
@@ -122,9 +125,11 @@ def killed_before_operations(work: Callable[[Path], object], place: Path, some: 
     return len(rounds)
 
 
-def few(count: int) -> list[int]:
-    """The end, where things are moved and removed, and something of what comes before."""
-    return [*range(0, count - 5, count // 4), *range(count - 5, count)]
+def few(seen: list[str]) -> list[int]:
+    """The first operation, the last two, and the last of each kind that moves or removes something."""
+    kinds = {re.sub(r"[0-9a-f]{8,}|[0-9]+", "#", one): number for number, one in enumerate(seen)}
+    moving = [number for kind, number in kinds.items() if kind.startswith(("os.rename", "os.remove"))]
+    return sorted({0, len(seen) - 2, len(seen) - 1, *moving})
 
 
 KINDS = ["FTStandard", "MMCoA", "eval", "attack", "pictures", "run", "replace"]
@@ -134,14 +139,14 @@ KINDS = ["FTStandard", "MMCoA", "eval", "attack", "pictures", "run", "replace"]
 def test_work_that_ends_before_an_operation_is_done_as_a_whole_the_next_time(
     base: Fresh, tmp_path: Path, kind: str
 ) -> None:
-    assert killed_before_operations(kinds(base)[kind], tmp_path, few) >= 9
+    assert killed_before_operations(kinds(base)[kind], tmp_path, few) >= 5
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS)
 def test_work_may_end_before_any_operation(base: Fresh, tmp_path: Path, kind: str) -> None:
-    count = killed_before_operations(kinds(base)[kind], tmp_path, lambda count: list(range(count)))
+    count = killed_before_operations(kinds(base)[kind], tmp_path, lambda seen: list(range(len(seen))))
     print(f"{kind}: ended before each of {count} operations")
 
 

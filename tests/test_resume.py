@@ -238,6 +238,7 @@ def test_a_killed_run_leaves_no_index_over_the_images_of_two_runs(tmp_path: Path
     evaluate(TASK, Tiny(), ATTACK, BUDGET, batch=16, keep=tmp_path)
     with pytest.raises(Killed):
         evaluate(TASK, Tiny(), ATTACK, Linf(0.5), batch=16, keep=tmp_path, progress=killing_after(1), overwrite=True)
+    assert [path.name for path in tmp_path.glob("images-*")] == ["images-000000.safetensors"]
     with pytest.raises(CrossguardError, match="finished"):
         len(Kept(str(tmp_path)))
 

@@ -179,7 +179,7 @@ class Keeping:
         files.append(self.folder / JOURNAL, "\n" + json.dumps({"files": list(names)}) + "\n", make=False)
 
     def finish(self, samples: Sequence[Mapping[str, Any]], prompts: tuple[Prompts, Prompts] | None = None) -> None:
-        """Writes the index, which says that everything else is there, and takes away what it does not name.
+        """Writes the index, which says that everything else is there.
 
         Args:
             prompts: the class prompts before and after the attack; without them the samples have captions of their
@@ -199,9 +199,8 @@ class Keeping:
         content["samples"] = [
             {name: value for name, value in sample.items() if name not in _PRIVATE} for sample in samples
         ]
-        stale = _listed(self.folder) - kept.keys()
         files.write(self.folder / INDEX, json.dumps(content) + "\n")
-        _remove(self.folder, [*sorted(stale), JOURNAL])
+        _remove(self.folder, [JOURNAL])
         files.tidy(self.folder)
 
 
