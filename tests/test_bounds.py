@@ -9,13 +9,16 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from crossguard import (
@@ -108,6 +111,60 @@ def test_the_limit_of_pillow_is_that_of_others(monkeypatch: pytest.MonkeyPatch) 
     assert Image.MAX_IMAGE_PIXELS == 10
     refused(lambda: decode(b"no image"), "is no image in a format known here")
     assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def transparent(mode: str) -> bytes:
+    """A picture whose transparency is kept in a channel, or beside its colors."""
+    random = np.random.default_rng(0)
+    pixels = Image.fromarray(random.integers(0, 256, (9, 5, 4), dtype=np.uint8))
+    content = io.BytesIO()
+    if mode in ("RGBA", "LA"):
+        pixels.convert(mode).save(content, "PNG")
+    elif mode == "P":
+        pixels.convert("RGB").quantize(8).save(content, "PNG", transparency=bytes(range(0, 256, 32)))
+    else:
+        pixels.convert("RGB").save(content, "PNG", transparency=pixels.convert("RGB").getpixel((2, 3)))
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_a_large_image_is_put_on_white_in_parts(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = transparent(mode)
+    whole = decode(data)
+    with Image.open(io.BytesIO(data)) as opened:
+        opaque = opened.convert("RGBA")
+        white = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
+    assert torch.equal(whole, torch.from_numpy(np.array(white)).permute(2, 0, 1))
+    for pixels in (1, 12, 44):
+        monkeypatch.setattr("crossguard.datasets.pixels.BAND", pixels)
+        assert torch.equal(decode(data), whole)
+
+
+def test_what_a_large_image_took_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work, most, handed = 0, 0, 0
+
+    def slow(opened: Image.Image) -> Image.Image:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        time.sleep(0.02)
+        at_work -= 1
+        opened.load()
+        return opened
+
+    def hand_back() -> None:
+        nonlocal handed
+        handed += 1
+
+    for name, value in {"LARGE": 36, "_upright": slow, "hand_back_memory": hand_back}.items():
+        monkeypatch.setattr(f"crossguard.datasets.pixels.{name}", value)
+    data = picture((6, 7))
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(decode, [data] * 4))
+    assert (most, handed) == (1, 4), "large images are decoded one at a time"
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(decode, [picture((6, 6))] * 4))
+    assert most > 1 and handed == 4, "others are not"
 
 
 def test_a_thin_image_is_not_made_wide() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -128,6 +128,13 @@ def keep_memory() -> bool:
         return False
     never, no_limit, trim_threshold, mmap_max = 0, -1, -1, -4  # numbers of <malloc.h>
     return bool(mallopt(mmap_max, never)) and bool(mallopt(trim_threshold, no_limit))
+
+
+def hand_back_memory() -> None:
+    """Gives what is free to the system, where `keep_memory` keeps it: each thread keeps its own, and what a large image
+    took while it was decoded none of them needs again."""
+    with suppress(OSError, AttributeError, TypeError):  # the last on Windows, the others without glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import io
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from crossguard.data import Dataset
+from crossguard.device import hand_back_memory
 from crossguard.errors import CrossguardError
 from crossguard.files import reason
 from crossguard.limits import ENCODED, PIXELS
@@ -32,6 +33,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ROTATED = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})  # where an orientation may be noted
 
 LARGEST_SIDE = 8192  # of a resized image: some 200 MB of pixels
+BAND = 2**22  # pixels that are put on white at a time
 LARGE = 2**24  # pixels of an image that no other thread decodes another large one beside
 
 Held = TypeVar("Held")
@@ -104,17 +106,29 @@ def decode(data: bytes, size: int | None = None, what: str = "the image", give: 
     Raises:
         CrossguardError: The bytes are no whole image, or one of too many pixels.
     """
+
+    def made(image: Image.Image) -> Tensor:
+        image = fitted(image, size)
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    return _read(data, made, what, give)
+
+
+def _read(data: bytes, made: Callable[[Image.Image], Held], what: str, give: str) -> Held:
+    """What is made of an encoded image, once it is upright and in RGB; see `decode`."""
     ENCODED.check(len(data), what)
     try:
         with _opened(data) as opened:
             count = opened.width * opened.height
             PIXELS.check(count, what)
-            with _one_at_a_time if count > LARGE else nullcontext():
-                opened.load()
-                image = ImageOps.exif_transpose(opened) if ROTATED & opened.info.keys() else opened
-                image = fitted(rgb(image), size)
-                pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
-                return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+            if count <= LARGE:
+                return made(_upright(opened))
+            with _one_at_a_time:
+                found = made(_upright(opened))
+                opened.close()
+                hand_back_memory()
+                return found
     except CrossguardError:
         raise
     except Exception as error:  # what a decoder raises on broken bytes is not bounded by any documentation
@@ -122,6 +136,11 @@ def decode(data: bytes, size: int | None = None, what: str = "the image", give: 
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "it is no image in a format known here: JPEG, PNG, WebP, BMP, GIF, TIFF"
         raise CrossguardError(f"{what} cannot be read ({reason}); {give}") from error
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    opened.load()
+    return rgb(ImageOps.exif_transpose(opened) if ROTATED & opened.info.keys() else opened)
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -155,9 +174,13 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode in {"I", "F"}:
         raise ValueError(f"pixels of mode {image.mode!r} have no agreed white")
     if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
-        opaque = image.convert("RGBA")
-        white = Image.new("RGBA", opaque.size, "white")
-        return Image.alpha_composite(white, opaque).convert("RGB")
+        opaque = Image.new("RGB", image.size)
+        height = max(1, BAND // image.width)
+        for top in range(0, image.height, height):  # each step makes a copy, of a large image as well
+            band = image.crop((0, top, image.width, min(top + height, image.height))).convert("RGBA")
+            white = Image.new("RGBA", band.size, "white")
+            opaque.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+        return opaque
     return image.convert("RGB")
 
 
@@ -211,6 +234,15 @@ class Opened:
 
     def pixels(self, index: int, size: int | None = None) -> Tensor:
         """The decoded sample, not remembered."""
+        return decode(*self._encoded(index, size))
+
+    def check(self, index: int) -> None:
+        """Raises where the image of a sample cannot be decoded; takes less memory than its pixels do."""
+        data, _, what, give = self._encoded(index)
+        _read(data, lambda image: None, what, give)
+
+    def _encoded(self, index: int, size: int | None = None) -> tuple[bytes, int | None, str, str]:
+        """What `decode` takes."""
         give = "repair or remove it, or leave such images out with skip_broken=True (--skip-broken)"
         try:
             data = self.read(index)
@@ -219,13 +251,13 @@ class Opened:
         except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
             told = reason(error) if isinstance(error, OSError) else str(error)
             raise CrossguardError(f"{self.where(index)} cannot be read ({told}); {give}") from error
-        return decode(data, size, self.where(index), give)
+        return data, size, self.where(index), give
 
     def whole(self, skip_broken: bool) -> Opened:
         """This source, with what is broken left out where that was asked for: every image is decoded once to know it.
         Otherwise only the first one is tried, which tells images from other bytes."""
         if not skip_broken:
-            self.pixels(0)
+            self.check(0)
             return self
         tried = list(ahead(self._is_whole, range(len(self.ids)), 256))
         keep = [index for index, whole in enumerate(tried) if whole]
@@ -247,7 +279,7 @@ class Opened:
 
     def _is_whole(self, index: int) -> bool:
         try:
-            self.pixels(index)
+            self.check(index)
         except CrossguardError:
             return False
         return True
