@@ -486,8 +486,8 @@ def test_the_table_pools_the_worst_case_per_image(tmp_path: Path) -> None:
     assert list(one.outcomes.clean) == [0, 0, 0, 2], "a random model that is once wrong is wrong"
     assert one.robust.successes == 1 and list(one.outcomes.gradients) == [3] * 4
     assert np.allclose(one.outcomes.size, [0.2, 0.1, 0.2, 0.1]) and one.notes == ("note 1", "note 2")
-    assert "worst case of 2 reports" in one.question["attack"] and "2 sets of images" in pooled.doubts[0]
-    assert "worst case of 2 reports" in render(pooled, "markdown")
+    assert one.question["attack"] == "worst case" and "2 sets of images" in pooled.doubts[0]
+    assert "2 reports" in one.question["knowledge"] and "| worst case, " in render(pooled, "markdown")
 
 
 @pytest.mark.parametrize(

@@ -492,12 +492,14 @@ def test_the_worst_case_is_of_the_same_weights_and_images_whatever_the_limit(tmp
     ).pooled()
     first, second = pooled.tables()
     old, new, third, clean = first.rows
-    assert [label for label, _ in first.rows] == ["M() (01234567)", "M() (fedcba98)", "N()", "C()"]
-    assert [rate and rate.successes for rate in old[1]] == [4, 2, None]
-    assert [rate and rate.successes for rate in new[1]] == [4, None, 1]
-    assert [rate and rate.successes for rate in third[1]] == [3, None, 3]
-    assert [rate and rate.successes for rate in clean[1]] == [2, None, None]
-    assert first.columns[1].startswith("worst case of 2 reports") and "1 reports," in first.columns[2]
+    told = [" (white box, 2 reports)", *[" (white box, 1 report)"] * 2, ""]
+    names = ["M() (01234567)", "M() (fedcba98)", "N()", "C()"]
+    assert [label for label, _ in first.rows] == [name + known for name, known in zip(names, told, strict=True)]
+    assert [rate and rate.successes for rate in old[1]] == [4, 2]
+    assert [rate and rate.successes for rate in new[1]] == [4, 1]
+    assert [rate and rate.successes for rate in third[1]] == [3, 3]
+    assert [rate and rate.successes for rate in clean[1]] == [2, None]
+    assert first.columns == ("clean", "worst case, Linf(eps=8/255)"), "one, however many reports there are"
     ((label, (accuracy, robust)),) = second.rows
     assert label == "M() (01234567)" and accuracy and accuracy.successes == 1 and robust and robust.successes == 0
     assert first.header["limit"] == "None" and second.header["limit"] == "None, set 2"

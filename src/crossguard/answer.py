@@ -245,9 +245,12 @@ class Answer:
         with torch.enable_grad():
             pixels = images if graph and images.requires_grad else images.detach().requires_grad_(True)
             said = self.hard(pixels)
-            (gradient,) = torch.autograd.grad(
-                loss(said).sum(), pixels, create_graph=graph, allow_unused=True, materialize_grads=True
-            )
+            total = loss(said).sum()
+            gradient = torch.zeros_like(images)
+            if total.requires_grad:
+                (gradient,) = torch.autograd.grad(
+                    total, pixels, create_graph=graph, allow_unused=True, materialize_grads=True
+                )
         if graph:
             return gradient, said
         embeddings, vote = said.embeddings.detach(), said.vote

@@ -11,12 +11,13 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import finalize
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,29 +32,27 @@ from crossguard.attacks.knowledge import Adaptive, AtGate, Blind, Smooth
 from crossguard.attacks.meta import EOT, PredictedLabel
 from crossguard.attacks.query import RayS, Square
 from crossguard.budgets import Both, Budget, PixelBudget
+from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
-from crossguard.experiment import Experiment, Watch
-from crossguard.goals import Goal
+from crossguard.experiment import Experiment, Unanswered, Watch, answered_in, check_folder
+from crossguard.goals import Drift, Goal
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import layers
 from crossguard.opening import evaluating
 from crossguard.processes import joined
 from crossguard.report import Outcomes, Ranks, Rate, Report
-from crossguard.seeds import drawing, keys
-from crossguard.table import worst
+from crossguard.seeds import drawing, fold, keys
+from crossguard.table import in_markdown, worst
 from crossguard.tasks.base import Task
+from crossguard.tasks.retrieval import Retrieval
 from crossguard.words import quoted, show
 
 PICTURE, TEXT = "ladder.png", "ladder.md"
 
 _CLEAN = "clean"
 _STRAIGHT = ("straight", "average over noise")
-_WHY = {
-    "own label": "the defense reads the label off the perturbation",
-    "queries": "its gradients are masked",
-    "query, hard labels": "its gradients are masked",
-}
+_RESAMPLES = 1000  # of the images of a retrieval
 _MEASURED = 16  # images that the price is measured on
 _Z = 1.959964  # of an interval of 95 %
 
@@ -64,7 +63,7 @@ class Rung:
 
     Args:
         name: for people.
-        report: what it left; None while it is not asked.
+        report: what it left.
     """
 
     name: str
@@ -78,7 +77,7 @@ class Rung:
     @property
     def outcomes(self) -> Outcomes | Ranks:
         """What became of each sample: what most draws say, where there are several."""
-        return self.report.drawn or self.report.outcomes
+        return self.report.judged
 
     def rate(self, part: int = 0) -> Rate:
         """The share that is right clean, and under attack where there is one."""
@@ -94,13 +93,15 @@ class Price:
         forwards: of an image tower.
         backwards: gradients through one.
         seconds: on this machine.
-        peak: bytes of tensors that were alive at once, weights not counted.
+        peak: bytes of tensors that were alive at once, weights and the image itself not counted.
+        moves: the same images, asked again, were answered otherwise.
     """
 
     forwards: float
     backwards: float
     seconds: float
     peak: float
+    moves: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,14 @@ class Audit:
         return (self.defense, *([] if self.base is None else [self.base]), *self.others)
 
     def difference(self, part: int = 0) -> tuple[float, float, float]:
-        """The worst case of the defense minus that of its base, over the same images, with its interval of 95 %
-        (Bonett and Price 2012, paired). For a classification; raises without a base."""
+        """The worst case of the defense minus that of its base (`difference`); raises without a base.
+
+        Args:
+            part: which of the headlines; a retrieval has one for each direction.
+        """
         if self.base is None:
             raise CrossguardError("a model without a defense has no base to be compared with")
-        del part
-        ours, theirs = ((one.correct & one.standing) for one in (self.defense.worst, self.base.worst))
-        return paired(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(ours))
+        return difference(self.defense.worst, self.base.worst, part)
 
     def lines(self) -> list[str]:
         """The ladder as a table in markdown, and what it says."""
@@ -159,27 +161,47 @@ class Audit:
         for part, (score, _, _) in enumerate(self.defense.clean.parts):
             found += self._table(part, score)
             found.append("")
-        if self.base is not None:
-            middle, low, high = self.difference()
-            found.append(
-                f"The worst case of the defense minus that of its base: {_points(middle)} points "
-                f"[{_points(low)}, {_points(high)}] (paired, 95 %)."
-            )
+        for part, (score, _, _) in enumerate(self.defense.clean.parts):
+            if self.base is not None:
+                middle, low, high = self.difference(part)
+                how = "bootstrap over images" if score else "paired"
+                found.append(
+                    f"{score}{': ' * bool(score)}the worst case of the defense minus that of its base is "
+                    f"{_points(middle)} points [{_points(low)}, {_points(high)}] ({how}, 95 %)."
+                )
+        found += self._gates()
         if any(rung.report.drawn is not None for rung in self.defense.rungs):
             found.append(f"The defense draws noise: each image under attack is judged by most of {self.draws} draws.")
         found += self._prices()
         if self.doubts:
-            found += ["", *(f"- {doubt}" for doubt in self.doubts)]
+            found += ["", *(f"- {in_markdown(doubt)}" for doubt in self.doubts)]
+        return found
+
+    def _gates(self) -> list[str]:
+        """How often each gate of the defense acted."""
+        found: list[str] = []
+        for name, (clean, _) in self.defense.clean.gates.items():
+            under = [(rung.report.gates[name][1], rung.name) for rung in self.defense.attacked]
+            least, most = min(under, key=_share), max(under, key=_share)
+            line = f"The gate '{name}' acts on {clean} of the clean images"
+            if least[0].successes == most[0].successes:
+                line += f", and on {100 * least[0].value:.1f} % under each attack."
+            else:
+                line += (
+                    f"; under attack on {100 * least[0].value:.1f} % ('{least[1]}') to {100 * most[0].value:.1f} % "
+                    f"('{most[1]}')."
+                )
+            found.append(in_markdown(line))
         return found
 
     def _table(self, part: int, score: str) -> list[str]:
-        title = f"robust{': ' * bool(score)}{score}"
+        title = in_markdown(f"right{': ' * bool(score)}{score}")
         found = [f"| model | adversary | knows | n | {title} |", "|---|---|---|---:|---:|"]
         for ladder in self.ladders:
             for rung in ladder.rungs:
                 if ladder is self.defense or not rung.report.attacked:
-                    found.append(_row(ladder.name, rung.name, rung.knows, rung.rate(part)))
-            label = f"{len(ladder.attacked)} adversaries"
+                    found.append(_row(ladder.name, in_markdown(rung.name), rung.knows, rung.rate(part)))
+            label = f"all {len(ladder.attacked)} adversaries"
             found.append(_row(ladder.name, "**worst case per image**", label, ladder.worst.parts[part][2]))
         return found
 
@@ -192,7 +214,7 @@ class Audit:
             "| an answer to one image | forwards | backwards | milliseconds | peak MB |",
             "|---|---:|---:|---:|---:|",
             *(
-                f"| {_cell(name)} | {price.forwards:.3g} | {price.backwards:.3g} | {1000 * price.seconds:.3g} "
+                f"| {in_markdown(name)} | {price.forwards:.3g} | {price.backwards:.3g} | {1000 * price.seconds:.3g} "
                 f"| {price.peak / 1e6:.3g} |"
                 for name, price in priced
             ),
@@ -203,10 +225,10 @@ class Audit:
 def audit(
     task: Task,
     model: VisionLanguageModel,
-    budget: Budget,
+    budget: Budget | None,
     out: str | Path,
     *,
-    attack: ImageAttack | None = None,
+    attack: Attack | None = None,
     against: Mapping[str, VisionLanguageModel] | None = None,
     transfer: Mapping[str, VisionLanguageModel] | None = None,
     samples: int = 8,
@@ -215,6 +237,7 @@ def audit(
     limit: int | None = None,
     seed: int = 0,
     batch: int = 128,
+    doubt: int = 0,
     watch: Watch | None = None,
 ) -> Audit:
     """Attacks a defense in every way that its own construction allows, and says what is left.
@@ -232,6 +255,8 @@ def audit(
         draws: by how many draws each image under attack is judged, where the defense draws noise; it stands where most
             of them say so.
         limit: how many samples; all, if None.
+        doubt: run the checks of `diagnose` on so many samples, with the attack straight at the defense. They are run
+            again when an audit is read again.
     """
     if not isinstance(model, VisionLanguageModel):
         raise CrossguardError(f"{quoted(model)} is no model to audit; give one, as 'TTC(Tiny())'")
@@ -241,7 +266,7 @@ def audit(
         )
     if attack is not None and not isinstance(attack, ImageAttack):
         raise CrossguardError(f"{quoted(attack)} does not attack images; give an attack such as 'APGD()'")
-    draws, samples = at_least("draws", draws, 1), at_least("samples", samples, 1)
+    draws, samples, doubt = at_least("draws", draws, 1), at_least("samples", samples, 1), at_least("doubt", doubt, 0)
     adaptive = Adaptive(attack or APGD(), samples, at_least("queries", queries, 0))
     bare = layers(model)[-1]
     names = {show(model, short=True): model}
@@ -250,11 +275,18 @@ def audit(
     for name, other in (against or {}).items():
         if not isinstance(other, VisionLanguageModel):
             raise CrossguardError(f"{quoted(other)} is no model to compare with; give one, as 'Tiny()'")
-        if other not in names.values():
-            names[name] = other
+        if other in names.values():
+            continue  # it has its rows
+        if name in names:
+            raise CrossguardError(
+                f"{quoted(name)} is a model of this audit already; give the one to compare with another label"
+            )
+        names[name] = other
     sources = {"None": None} | dict(transfer or {})
     rungs = dict[str, dict[str, Attack | None]]()
     grids = list[dict[str, dict[str, Any]]]()
+    check_folder(Path(out))
+    files.make_writable(Path(out))  # before networks are opened, and what is to be trained is trained
     for name, one in names.items():
         answer, goal = _told(task, one, limit, seed)
         rungs[name] = {_CLEAN: None} | named(adaptive, answer, goal, budget)
@@ -271,9 +303,18 @@ def audit(
         grids[0], seed, limit, batch, source=f"the audit in {out}", more=tuple(grids[1:]), draws=draws
     )
     cells = experiment.cells()
-    reports = {report.key: report for report in experiment.run(out, watch)}
+    missing: Unanswered | None = None
+    try:
+        answered = experiment.run(out, watch)
+    except Unanswered as error:  # the other adversaries have come
+        answered, missing = answered_in(out, cells), error
+    reports = {report.key: report for report in answered}
     found = dict[str, list[Rung]]()
     for cell in cells:
+        if cell.key not in reports:
+            if missing is not None and cell.words["attack"] is None:
+                raise missing
+            continue
         name = next(name for name, one in names.items() if one == cell.words["model"])
         label = next((label for label, one in rungs[name].items() if one == cell.words["attack"]), "transfer")
         if cell.words["surrogate"] is not None:
@@ -283,8 +324,27 @@ def audit(
     ladders = [Ladder(name, tuple(found[name]), price(task, one, seed)) for name, one in names.items()]
     beside = ladders[1:] if bare is model else ladders[2:]
     made = Audit(ladders[0], None if bare is model else ladders[1], tuple(beside), draws)
-    made = replace(made, doubts=tuple(_doubts(made)))
-    if joined().first:
+    doubts, group = list(_doubts(made)), joined()
+    if missing is not None:
+        doubts.append(f"the worst case is of fewer adversaries than apply: {missing}")
+    if ladders[0].price is not None and ladders[0].price.moves and not _random(model):
+        doubts.append(
+            f"{type(model).__name__} answers otherwise when asked again and does not say so: set random = True and "
+            "draw by self.normal or self.uniform, so that attacks average over it and several draws judge"
+        )
+    if doubt and any(rung.name in _STRAIGHT for rung in ladders[0].attacked):
+        rung = max(
+            (rung for rung in ladders[0].attacked if rung.name in _STRAIGHT), key=lambda one: one.name == _STRAIGHT[0]
+        )
+
+        def checked() -> tuple[str, ...]:
+            asked = rungs[ladders[0].name][rung.name]
+            return diagnose(rung.report, task, model, asked, budget, None, doubt, seed)
+
+        (told,) = group.each([checked], lambda work: work())
+        doubts += told
+    made = replace(made, doubts=tuple(doubts))
+    if group.first:
         files.write(Path(out) / TEXT, "\n".join(made.lines()) + "\n")
         files.write(Path(out) / PICTURE, picture(made))
     return made
@@ -298,17 +358,17 @@ def named(adaptive: Adaptive, answer: Answer | None, goal: Goal, budget: PixelBu
         if answer.random:
             found["straight"] = adaptive.attack  # without the average, to see what that is worth
     for part in adaptive.parts(answer, goal, budget):
-        found.setdefault(_name(part), part)
-    if adaptive.queries and isinstance(budget, RayS.norms):
+        found.setdefault(_name(part, 0 if answer is None else answer.layers), part)
+    if adaptive.queries and isinstance(budget, RayS.norms) and not isinstance(goal, Drift):  # which never says: won
         found["query, hard labels"] = RayS(queries=adaptive.queries)
     return dict(sorted(found.items(), key=lambda item: not item[0].startswith("blind")))
 
 
-def _name(attack: ImageAttack) -> str:
-    """What a rung is called."""
+def _name(attack: ImageAttack, layers: int) -> str:
+    """What a rung is called, on a model of so many defenses."""
     match attack:
         case Blind():
-            return "blind" if attack.unknown in (None, 1) else f"blind to {attack.unknown} defenses"
+            return "blind" if attack.unknown in (None, layers) else f"blind to the outer {attack.unknown}"
         case Smooth():
             return "smooth stand-in"
         case AtGate():
@@ -327,7 +387,10 @@ def _told(task: Task, model: VisionLanguageModel, limit: int | None, seed: int) 
     """What a model says of itself on this task, and what is climbed."""
     indices = task.chosen(min(limit or 2, 2))
     trial = task.prepare(model, None, None, None, indices, seed)
-    answer, goal = trial.climb(next(task.batches(len(indices), indices)))
+    batch = next(task.batches(len(indices), indices))
+    answer, goal = trial.climb(batch)
+    if isinstance(task, Retrieval) and task.goal == "drift":
+        goal = Drift(trial.judge(batch.images, keys(batch.ids, seed)))
     return (answer if isinstance(answer, Answer) else None), goal
 
 
@@ -339,20 +402,27 @@ def price(task: Task, model: VisionLanguageModel, seed: int = 0) -> Price:
     answer, _ = trial.climb(batch)
     images, noise, count = batch.images.to(model.device), keys(batch.ids, seed), len(batch)
     with torch.no_grad(), drawing(noise), counting() as costs, _Peak() as memory:  # it also warms up
-        answer(images)
-    spent = math.inf
-    for _ in range(2):
+        first = answer(images)
+    spent, moves = math.inf, False
+    for number in (1, 2):
         began = time.perf_counter()
-        with torch.no_grad(), drawing(noise):
-            _ready(answer(images))
+        with torch.no_grad(), drawing(fold(noise, number)):
+            again = _ready(answer(images))
         spent = min(spent, time.perf_counter() - began)
-    return Price(costs.forwards / count, costs.backwards / count, spent / count, memory.most / count)
+        moves |= not torch.allclose(again, first, rtol=1e-4, atol=1e-5)
+    return Price(costs.forwards / count, costs.backwards / count, spent / count, memory.most / count, moves)
 
 
-def _ready(outputs: Tensor) -> None:
-    """Waits until an accelerator has done its work."""
+def _ready(outputs: Tensor) -> Tensor:
+    """The outputs, when an accelerator has done its work."""
     if outputs.device.type == "cuda":
         torch.cuda.synchronize(outputs.device)
+    return outputs
+
+
+def _random(model: VisionLanguageModel) -> bool:
+    """Whether a model says that it draws noise, or one inside of it does."""
+    return any(layer.random for layer in layers(model))
 
 
 class _Peak(TorchDispatchMode):
@@ -365,16 +435,19 @@ class _Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, Tensor):
+                self._see(one, 0)  # from outside, unless it is known: its views are no memory of their own
         outputs = func(*args, **(kwargs or {}))
         for one in tree_leaves(outputs):
             if isinstance(one, Tensor):
-                self._see(one)
+                self._see(one, one.untyped_storage().nbytes())
         return outputs
 
-    def _see(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        if not size or place in self._known:
+        place = storage.data_ptr()
+        if not place or place in self._known:
             return
         self._known.add(place)
         self.now += size
@@ -398,72 +471,171 @@ def paired(more: int, less: int, n: int) -> tuple[float, float, float]:
     return (more - less) / n, max(middle - wide, -1.0), min(middle + wide, 1.0)
 
 
+def difference(ours: Outcomes | Ranks, theirs: Outcomes | Ranks, part: int = 0) -> tuple[float, float, float]:
+    """The share of samples that are right clean and under attack in the first minus that in the second, which are of
+    the same samples, and its interval of 95 %: paired (Bonett and Price 2012), or of the queries of a retrieval in one
+    direction by bootstrap over images.
+
+    Args:
+        part: which of the headlines (`parts`).
+    """
+    one, other = (said.correct & said.standing for said in (ours, theirs))
+    apart = one.astype(int) - other.astype(int)
+    if not isinstance(ours, Ranks):
+        return paired(int((apart > 0).sum()), int((apart < 0).sum()), len(apart))
+    asked = np.asarray(ours.text) == part
+    images, place = np.unique(np.asarray(ours.image)[asked], return_inverse=True)
+    held = np.stack([np.bincount(place, weights, len(images)) for weights in (apart[asked], np.ones(asked.sum()))], 1)
+    count = len(images)
+    times = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES)
+    sums = times @ held
+    middle = float(apart[asked].mean())
+    low, high = (float(end) for end in np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975)))
+    if low == high:  # all images say the same, and a bootstrap has no width
+        return paired(round(count * max(middle, 0.0)), round(count * max(-middle, 0.0)), count)
+    return middle, low, high
+
+
+def _below(one: Outcomes | Ranks, other: Outcomes | Ranks, part: int) -> bool:
+    """Whether the first leaves less than the second by more than the interval."""
+    return difference(one, other, part)[2] < 0.0
+
+
 def _doubts(made: Audit) -> Iterator[str]:
     """What the rungs say of each other, each with its remedy."""
-    ladder = made.defense
-    final = ladder.worst.parts[0][2]
-    gray = [rung.rate().value for rung in ladder.attacked if rung.knows == GRAY]
-    if gray and max(gray) > final.interval[1]:
+    for part, (score, _, _) in enumerate(made.defense.clean.parts):
+        for doubt in _of_the_ladder(made, part):
+            yield f"{score}{': ' * bool(score)}{doubt}"
+
+
+def _of_the_ladder(made: Audit, part: int) -> Iterator[str]:
+    ladder, final = made.defense, made.defense.worst
+
+    def left(said: Outcomes | Ranks) -> str:
+        return f"{100 * said.parts[part][2].value:.1f} %"
+
+    def least(rungs: Iterable[Rung]) -> Rung | None:
+        return min(rungs, key=lambda rung: rung.rate(part).value, default=None)
+
+    blind = least(rung for rung in ladder.attacked if rung.knows == GRAY)
+    if blind is not None and _below(final, blind.outcomes, part):
         yield (
-            f"an adversary who does not know the defense leaves {100 * max(gray):.1f} % and one who does "
-            f"{100 * final.value:.1f} %: the first number is one of ignorance; quote the worst case"
+            f"an adversary who does not know the defense ('{blind.name}') leaves {left(blind.outcomes)} and one who "
+            f"does {left(final)}: the first is a number of ignorance; quote the worst case"
         )
-    white = [rung for rung in ladder.attacked if rung.name in _STRAIGHT]
-    best = min(white, key=lambda rung: rung.rate().value, default=None)
+    white = {rung.name: rung for rung in ladder.attacked if rung.name in _STRAIGHT}
+    best = least(white.values())
+    if len(white) == 2 and _below(white[_STRAIGHT[1]].outcomes, white[_STRAIGHT[0]].outcomes, part):
+        single, average = (left(white[name].outcomes) for name in _STRAIGHT)
+        yield (
+            f"noise hides the gradient: '{_STRAIGHT[0]}' leaves {single} and '{_STRAIGHT[1]}' {average}; attack with "
+            "EOT(...)"
+        )
+    beating = dict[str, list[Rung]]()
     for rung in ladder.attacked:
-        if best is not None and rung not in white and rung.rate().value < best.rate().interval[0]:
-            why = _WHY.get(rung.name, "gradients that go around it are not the ones to follow")
-            yield (
-                f"'{rung.name}' leaves {100 * rung.rate().value:.1f} % and the gradient of the defense itself "
-                f"{100 * best.rate().value:.1f} %: {why}, so an attack straight at it is too kind; quote the worst case"
-            )
+        if best is not None and rung.name not in white and _below(rung.outcomes, best.outcomes, part):
+            beating.setdefault(_why(rung), []).append(rung)
+    for why, those in beating.items():
+        rung = least(those)
+        assert rung is not None and best is not None
+        yield (
+            f"'{rung.name}' leaves {left(rung.outcomes)} and '{best.name}' {left(best.outcomes)}: {why}, so the "
+            "gradient of the defense itself is no adversary to rely on; quote the worst case"
+        )
+    yield from _leaks(ladder, part)
+    yield from _idle(ladder)
+    if made.base is not None and made.difference(part)[1] <= 0.0:
+        yield (
+            "in the worst case the defense is not better than its base by more than the interval: what it costs buys "
+            "nothing that this audit can see; ask about more samples, or leave it out"
+        )
+
+
+def _why(rung: Rung) -> str:
+    """What it says of a defense that this adversary beats the gradient."""
+    if rung.knows == GRAY:
+        return "what is crafted without the defense passes through it, while its own gradients lead astray (masked)"
+    if rung.knows.startswith("black box"):
+        return "its gradients are masked"
+    if rung.name.startswith("at the gate"):
+        return "an image can slip below the threshold"
+    if rung.name == "own label":
+        return "the defense reads the label off the perturbation"
+    if rung.name == "smooth stand-in":
+        return "gradients that go around the hard steps are not the ones to follow"
+    return "the gradient is weaker than an image crafted elsewhere"
+
+
+def _leaks(ladder: Ladder, part: int) -> Iterator[str]:
+    """An attack that sets more answers right than wrong."""
     for rung in ladder.attacked:
-        said, report = rung.outcomes, rung.report
-        won, lost = int((~said.correct & said.standing).sum()), int((said.correct & ~said.standing).sum())
+        said = rung.outcomes
+        asked = np.asarray(said.text) == part if isinstance(said, Ranks) else np.ones(len(said), bool)
+        won, lost = (
+            int((~said.correct & said.standing & asked).sum()),
+            int((said.correct & ~said.standing & asked).sum()),
+        )
         if won - lost > 2.0 * math.sqrt(won + lost):
             yield (
-                f"under '{rung.name}' {said.adversarial_rate.successes} of {report.n} answers are right and "
-                f"{report.clean.successes} without an attack: the defense may read the label off the perturbation; "
-                "look at 'own label'"
+                f"under '{rung.name}' {int((said.standing & asked).sum())} of {int(asked.sum())} answers are right and "
+                f"{int((said.correct & asked).sum())} without an attack: the defense may read the label off the "
+                "perturbation; look at 'own label', and count only what is right both clean and under attack"
             )
-            break
-    if made.base is not None:
-        _, low, _ = made.difference()
-        if low <= 0.0:
+            return
+
+
+def _idle(ladder: Ladder) -> Iterator[str]:
+    """Gates that let pass what they are there to stop."""
+    for name, (clean, _) in ladder.clean.gates.items():
+        if clean.successes in (0, clean.n):
             yield (
-                "in the worst case the defense is not better than its base by more than the interval: what it costs "
-                "buys nothing that this audit can see; ask about more samples, or leave it out"
+                f"the gate '{name}' acts on {'no' if clean.successes == 0 else 'every'} clean image: its threshold "
+                "may be that of another model; calibrate it on clean images of this one"
             )
+        for rung in ladder.attacked:
+            attacked = rung.report.gates[name][1]
+            if attacked.interval[1] < clean.interval[0]:
+                yield (
+                    f"under '{rung.name}' the gate '{name}' acts on {100 * attacked.value:.1f} % of the images and "
+                    f"clean on {100 * clean.value:.1f} %: it lets pass what was attacked, and there the defense does "
+                    "nothing"
+                )
+                break
 
 
 def picture(made: Audit) -> bytes:
     """A bar for each rung, as PNG: the share of samples that stand, with its interval."""
     from matplotlib.figure import Figure
 
-    part = 0
-    bars: list[tuple[str, Rate, str]] = []
-    for ladder in made.ladders:
-        colors = ("#4472a8", "#b00020") if ladder is made.defense else ("#9aa7b5", "#5b6673")
-        for rung in ladder.rungs:
-            if ladder is made.defense or not rung.report.attacked:
-                kind = "#6b9e57" if not rung.report.attacked else colors[0]
-                bars.append((f"{_short(ladder.name)}: {rung.name}", rung.rate(part), kind))
-        bars.append((f"{_short(ladder.name)}: worst case per image", ladder.worst.parts[part][2], colors[1]))
-    canvas = Figure((9.0, 1.0 + 0.34 * len(bars)), dpi=110, facecolor="white", layout="constrained")
-    axes = canvas.add_subplot()
-    places = list(range(len(bars)))
-    axes.barh(places, [100 * rate.value for _, rate, _ in bars], color=[kind for _, _, kind in bars], height=0.7)
-    for place, (_, rate, _) in zip(places, bars, strict=True):
-        low, high = (100 * end for end in rate.interval)
-        axes.plot([low, high], [place, place], color="#222222", linewidth=1.2)
-        axes.text(max(high, 100 * rate.value) + 1.2, place, f"{100 * rate.value:.1f}", va="center", fontsize=8)
-    axes.set_yticks(places, [name for name, _, _ in bars], fontsize=8, parse_math=False)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 108)
-    axes.set_xlabel(f"% right, clean and under attack (n = {bars[0][1].n}, 95 % intervals)", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+    scores = [score for score, _, _ in made.defense.clean.parts]
+    height = 1.0 + 0.34 * sum(1 + len(_bars(made, ladder, 0)) for ladder in made.ladders)
+    canvas = Figure((8.0 * len(scores) + 1.0, height), dpi=110, facecolor="white", layout="constrained")
+    for part, axes in enumerate(np.atleast_1d(canvas.subplots(1, len(scores), sharey=True))):
+        place, names = 0.0, list[tuple[float, str]]()
+        for ladder in made.ladders:
+            names.append((place, _short(ladder.name)))
+            for name, rate, color in _bars(made, ladder, part):
+                place += 1.0
+                names.append((place, name))
+                low, high = (100 * end for end in rate.interval)
+                axes.barh([place], [100 * rate.value], color=color, height=0.7)
+                axes.plot([low, high], [place, place], color="#222222", linewidth=1.2)
+                axes.text(max(high, 100 * rate.value) + 1.2, place, f"{100 * rate.value:.1f}", va="center", fontsize=8)
+            place += 1.6
+        axes.set_yticks([at for at, _ in names], [name for _, name in names], fontsize=8, parse_math=False)
+        titles = {_short(ladder.name) for ladder in made.ladders}
+        for label in axes.get_yticklabels():
+            if label.get_text() in titles:
+                label.set_fontweight("bold")
+        axes.tick_params("y", length=0)
+        axes.set_ylim(place - 0.6, -0.8)
+        axes.set_xlim(0, 108)
+        n = made.defense.clean.parts[part][1].n
+        axes.set_xlabel(f"% right, clean and under attack (n = {n}, 95 % intervals)", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(scores[part], fontsize=9, parse_math=False)
     question = made.defense.attacked[0].report.short if made.defense.attacked else {}
-    axes.set_title(
+    canvas.suptitle(
         f"{question.get('budget', '')}: what is left when the adversary knows", fontsize=10, parse_math=False
     )
     content = io.BytesIO()
@@ -471,16 +643,28 @@ def picture(made: Audit) -> bytes:
     return content.getvalue()
 
 
+def _bars(made: Audit, ladder: Ladder, part: int) -> list[tuple[str, Rate, str]]:
+    """What is drawn of a ladder: names, rates and colors. Of the models beside the defense, how they fare clean and in
+    the worst case."""
+    attacked, final = ("#4472a8", "#b00020") if ladder is made.defense else ("#9aa7b5", "#5b6673")
+    found = [
+        (rung.name, rung.rate(part), attacked if rung.report.attacked else "#6b9e57")
+        for rung in ladder.rungs
+        if ladder is made.defense or not rung.report.attacked
+    ]
+    return [*found, ("worst case per image", ladder.worst.parts[part][2], final)]
+
+
 def _short(name: str) -> str:
     return name if len(name) <= 34 else f"{name[:31]}..."
 
 
 def _row(model: str, adversary: str, knows: str, rate: Rate) -> str:
-    return f"| {_cell(model)} | {adversary} | {knows} | {rate.n} | {rate} |"
+    return f"| {in_markdown(model)} | {adversary} | {in_markdown(knows)} | {rate.n} | {rate} |"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _share(told: tuple[Rate, str]) -> float:
+    return told[0].value
 
 
 def _points(share: float) -> str:

@@ -512,6 +512,7 @@ def audit_command(
     limit: _Limit = None,
     seed: _Seed = 0,
     batch: _Batch = 128,
+    doubt: _Doubt = 0,
     device: _Device = None,
     dtype: _Dtype = None,
 ) -> None:
@@ -520,7 +521,7 @@ def audit_command(
 
     for option, value, least in (
         ("--limit", limit, 1), ("--batch", batch, 1), ("--seed", seed, 0), ("--samples", samples, 1),
-        ("--queries", queries, 0), ("--draws", draws, 1),
+        ("--queries", queries, 0), ("--draws", draws, 1), ("--doubt", doubt, 0),
     ):  # fmt: skip
         _at_least(option, value, least)
     named = {"--against": _labelled("--against", against or []), "--transfer": _labelled("--transfer", transfer or [])}
@@ -534,7 +535,7 @@ def audit_command(
     with _placed(device, dtype), _Bar() as bar:
         made = audit(
             **asked, out=out, against=others["--against"], transfer=others["--transfer"], samples=samples,
-            queries=queries, draws=draws, limit=limit, seed=seed, batch=batch, watch=bar,
+            queries=queries, draws=draws, limit=limit, seed=seed, batch=batch, doubt=doubt, watch=bar,
         )  # fmt: skip
     if leads():
         _print("\n".join(made.lines()))

@@ -29,13 +29,13 @@ from crossguard.models.wrapper import layers
 from crossguard.opening import evaluating
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import misfit
-from crossguard.report import Outcomes, Ranks, Report, Texts, check_place, key, versions
+from crossguard.report import Outcomes, Ranks, Rate, Report, Texts, check_place, key, versions
 from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
 from crossguard.words import contents, mapped, quoted, show, within
 
 _DRAWS = 100  # sets the noise of the draws that judge apart from each other and from that of the attack
-_FORMAT = 4  # of the lines in a file of outcomes so far; those of another are not read
+_FORMAT = 5  # of the lines in a file of outcomes so far; those of another are not read
 
 
 def question(
@@ -253,7 +253,7 @@ def evaluate(
                 drawn = outcomes.usual(more)
             report = Report(
                 asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began, loading=loading,
-                texts=_texts(trial, attack, budget), drawn=drawn,
+                texts=_texts(trial, attack, budget), drawn=drawn, gates=_gates(found),
             )  # fmt: skip
             if doubt and attack is not None:
                 doubts = diagnose(report, task, model, attack, budget, surrogate, doubt, seed)
@@ -265,6 +265,13 @@ def evaluate(
 
         (report,) = group.each([concluded], lambda work: work())
         return report
+
+
+def _gates(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Rate, Rate]]:
+    """On how many images each gate of a defense acted, clean and under attack, where the task says so."""
+    names = rows[0].get("gates", ())
+    acted = {name: [sum(row["gates"][name][when] for row in rows) for when in (0, 1)] for name in names}
+    return {name: (Rate(clean, len(rows)), Rate(attacked, len(rows))) for name, (clean, attacked) in acted.items()}
 
 
 def _texts(trial: Trial, attack: Attack | None, budget: Budget | None) -> Texts | None:

@@ -461,6 +461,12 @@ def _taken(path: Path, locks: ExitStack) -> bool:
     return True
 
 
+def answered_in(out: str | Path, cells: Iterable[Cell]) -> list[Report]:
+    """The answers to these questions that are in a folder."""
+    log = logging.getLogger("crossguard.experiment")
+    return [report for cell in cells if (report := _answer(Path(out), cell, log)) is not None]
+
+
 def _answer(out: Path, cell: Cell, log: logging.Logger) -> Report | None:
     """The answer in the folder; None if there is none or its file is broken."""
     path = out / f"{cell.key}.json"

@@ -458,6 +458,7 @@ class Report:
         short: the words of the question without their defaults, for people; derived, if not given.
         drawn: the outcomes, where each image under attack is judged by several draws of a random model
             (`evaluate(draws=...)`): what most of them say.
+        gates: for each gate of a defense (`Answer.gates`) on how many images it acted, clean and under attack.
     """
 
     question: Mapping[str, str]
@@ -470,6 +471,7 @@ class Report:
     loading: float = 0.0
     texts: Texts | None = None
     drawn: Outcomes | Ranks | None = None
+    gates: Mapping[str, tuple[Rate, Rate]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = [key for key, value in self.question.items() if not isinstance(value, str)]
@@ -497,6 +499,11 @@ class Report:
     def standing(self) -> np.ndarray:
         """Which samples are answered rightly under attack, whatever the clean answer was."""
         return self.outcomes.standing
+
+    @property
+    def judged(self) -> Outcomes | Ranks:
+        """The outcomes: by most draws, where there are several."""
+        return self.drawn or self.outcomes
 
     @property
     def ranks(self) -> Ranks:
@@ -544,10 +551,11 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """The rates in a line: clean and, where somebody attacked, robust; of a retrieval in both directions."""
+        """The rates in a line: clean and, where somebody attacked, robust, by most draws where there are several; of a
+        retrieval in both directions."""
         return "; ".join(
             f"{name}{': ' * bool(name)}clean {clean}" + (f", robust {robust}" if self.attacked else "")
-            for name, clean, robust in self.parts
+            for name, clean, robust in self.judged.parts
         )
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
@@ -574,6 +582,8 @@ class Report:
             "texts": None if self.texts is None else asdict(self.texts),
             "outcomes": _held(self.outcomes),
         } | ({} if self.drawn is None else {"drawn": _held(self.drawn)})
+        if self.gates:
+            content["gates"] = {name: [rate.successes for rate in rates] for name, rates in self.gates.items()}
         files.write(Path(path), json.dumps(content, allow_nan=False) + "\n")
 
     @staticmethod
@@ -594,9 +604,10 @@ class Report:
                 f"{path} is a report of schema {shortly(content['schema'])}, and this crossguard reads schema {SCHEMA}"
             )
         try:
+            outcomes = _outcomes(content["outcomes"])
             return Report(
                 question=_strings(content["question"]),
-                outcomes=_outcomes(content["outcomes"]),
+                outcomes=outcomes,
                 drawn=None if content.get("drawn") is None else _outcomes(content["drawn"]),
                 notes=tuple(str(note) for note in content["notes"]),
                 versions=_strings(content["versions"]),
@@ -605,6 +616,10 @@ class Report:
                 short=_strings(content["short"]) or dict(content["question"]),
                 loading=float(content.get("loading", 0.0)),
                 texts=None if content.get("texts") is None else Texts.read(content["texts"]),
+                gates={
+                    str(name): (Rate(int(clean), len(outcomes)), Rate(int(attacked), len(outcomes)))
+                    for name, (clean, attacked) in content.get("gates", {}).items()
+                },
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:150]
@@ -637,6 +652,9 @@ class Report:
         if self.drawn is not None:
             for (name, _, _), (_, _, left) in zip(self.parts, self.drawn.parts, strict=True):
                 rates.append((f"{name}{' ' * bool(name)}by most draws", str(left)))
+        for name, (clean, attacked) in self.gates.items():
+            under = f", {attacked} under attack" if self.attacked else ""
+            rates.append((f"gate {plain(name)} acts on", f"{clean} clean{under}"))
         loading = f", after {self.loading:.1f} of loading" if self.loading >= 0.05 else ""
         return [*said, *rates, ("seconds", f"{self.seconds:.1f}{loading}")]
 

@@ -189,7 +189,7 @@ class Answers:
         rows: dict[str, dict[str, Rate]] = {model: {} for model in self._models(reports)}
         for report in reports:
             row = rows[_part(report, *_MODEL)]
-            _, clean, robust = report.parts[part]
+            _, clean, robust = report.judged.parts[part]
             if not report.attacked:
                 row["clean"] = clean
                 continue
@@ -244,7 +244,7 @@ class Answers:
         clean: dict[str, Rate] = {}
         rows: dict[str, dict[str, Rate]] = {label: {} for label in labels.values()}
         for report in reports:
-            _, before, robust = report.parts[part]
+            _, before, robust = report.judged.parts[part]
             model = _part(report, *_MODEL)
             clean.setdefault(model, before)
             own = _part(report, "surrogate") in ("None", _part(report, "model"))
@@ -329,15 +329,17 @@ def _worst(reports: list[Report]) -> Report:
     """One report of what is left of each image after all of these: the first attack that broke it, or else the one
     that came nearest."""
     first = reports[0]
-    attack = f"worst case of {len(reports)} reports"
-    known = ", ".join(dict.fromkeys(report.question.get("knowledge", "") for report in reports))
+    attack = "worst case"
+    count = f"{len(reports)} report{'s' * (len(reports) > 1)}"
+    (known, *others) = dict.fromkeys(report.question.get("knowledge", "") for report in reports)
+    known = f"{'several adversaries' if others else known}, {count}"
     question = {**first.question, "attack": attack, "surrogate": "pooled", "seed": "pooled", "knowledge": known}
     for held in (_SURROGATE[1], _ATTACK[1]):
         question.pop(held, None)
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
     return Report(
         question=question,
-        outcomes=worst([report.drawn or report.outcomes for report in reports]),
+        outcomes=worst([report.judged for report in reports]),
         notes=notes,
         versions=first.versions,
         seconds=sum(report.seconds for report in reports),
@@ -391,20 +393,20 @@ def _text(text: str) -> Text:
 def _markdown(answers: Answers) -> str:
     lines = []
     for table in answers.tables():
-        lines += [_in_markdown(table.caption), ""]
+        lines += [in_markdown(table.caption), ""]
         lines.append(_row([table.corner, *table.columns]))
         lines.append("|" + "---|" + "---:|" * len(table.columns))
         lines += [_row(row) for row in table.cells]
         lines += ["", f"{table.legend}.", ""]
-    lines += [f"- {_in_markdown(note)}" for note in answers.notes()]
+    lines += [f"- {in_markdown(note)}" for note in answers.notes()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(_in_markdown(cell) for cell in cells) + " |"
+    return "| " + " | ".join(in_markdown(cell) for cell in cells) + " |"
 
 
-def _in_markdown(text: str) -> str:
+def in_markdown(text: str) -> str:
     """The text as markdown shows it: no markup, no link, no end of a cell."""
     return re.sub(r"([\\|*_`<]|\](?=[(\[:]))", r"\\\1", one_line(text))
 

@@ -96,7 +96,13 @@ class ImageVictim:
             if self.aside is not None:
                 with again():
                     losses = losses + self.aside(pixels)
-            (gradient,) = torch.autograd.grad(losses.sum(), pixels)
+            total = losses.sum()
+            if not total.requires_grad:
+                raise CrossguardError(
+                    "no gradient leads from the answer to the pixels: put the step that has none into a Purifier, so "
+                    "that gradients go around it (BPDA), or attack with Square(), RayS() or Blind(...)"
+                )
+            (gradient,) = torch.autograd.grad(total, pixels)
         self.note(~losses.detach().isfinite())
         return gradient, losses.detach(), outputs.detach()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossguard.answer import embeddings_of
+from crossguard.answer import Gates, Said, embeddings_of
 from crossguard.attacks.base import Attack, ImageVictim, PairVictim, Queries
 from crossguard.attacks.candidates import doubts
 from crossguard.attacks.text import collisions
@@ -188,7 +188,8 @@ class _ZeroShotTrial(Trial):
         images = batch.images.to(device)
         queries = Queries.none(len(batch), device)
         with torch.no_grad(), drawing(fold(seeds, CLEAN)) as lent:
-            clean = finite(self.clean(images))
+            said = self.clean.hard(images)
+            clean = finite(self.clean.tell(said))
         adversarial, size = images, self.changed[labels]
         if self.attack is not None and self.budget is not None:
             # Who is judged by another model, or by another draw of a random one, must not stop at the first success.
@@ -198,7 +199,7 @@ class _ZeroShotTrial(Trial):
                 size = self.pixels.check(adversarial, images).cpu()
         same = adversarial is images and self.rewritten is self.clean
         clean = clean.cpu()
-        answer = clean if same else self.judge(adversarial, seeds)
+        answer, after = (clean, said) if same else self._judged(adversarial, seeds)
         columns: dict[str, Tensor] = {
             "label": labels,
             "clean": clean.argmax(1),
@@ -209,15 +210,22 @@ class _ZeroShotTrial(Trial):
             "gradients": queries.gradients,
             "forwards": queries.forwards,
         }
+        rows: dict[str, list[Any]] = {name: column.detach().cpu().tolist() for name, column in columns.items()}
+        if said.gates:
+            rows["gates"] = _acted(said.gates, after.gates)
         return Answers(
-            {name: column.detach().cpu().tolist() for name, column in columns.items()},
+            rows,
             adversarial,
             ((columns["clean"] == labels).tolist(), (columns["adversarial"] == labels).tolist()),
         )
 
     def judge(self, images: Images, seeds: Seeds) -> Logits:
+        return self._judged(images, seeds)[0]
+
+    def _judged(self, images: Images, seeds: Seeds) -> tuple[Logits, Said]:
         with torch.no_grad(), drawing(fold(seeds, JUDGED)):
-            return finite(self.rewritten(images.to(self.model.device))).cpu()
+            said = self.rewritten.hard(images.to(self.model.device))
+            return finite(self.rewritten.tell(said)).cpu(), said
 
     def again(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> Mapping[str, list[Any]]:
         answer = self.judge(images, seeds)
@@ -259,6 +267,13 @@ _COLUMNS = (
     "gradients",
     "forwards",
 )
+
+
+def _acted(clean: Gates, attacked: Gates) -> list[dict[str, list[bool]]]:
+    """Of each image whether each gate was open, clean and under attack."""
+    both = {name: [(one[name] > 0).tolist() for one in (clean, attacked)] for name in clean}
+    count = len(next(iter(both.values()))[0])
+    return [{name: [before[row], after[row]] for name, (before, after) in both.items()} for row in range(count)]
 
 
 def _labels(batch: Batch) -> Labels:
