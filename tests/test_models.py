@@ -27,7 +27,7 @@ from crossguard.attacks.base import ImageVictim
 from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
-from crossguard.models.base import VisionLanguageModel, frozen
+from crossguard.models.base import VisionLanguageModel, frozen, together
 from crossguard.models.embedded import WEIGHTS, Tiny
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import _PROBES, HuggingFace, TransformersEncoder, _check_reading
@@ -180,7 +180,9 @@ def test_many_images_are_embedded_in_parts_where_no_gradient_is_asked_for(
     monkeypatch.setattr(network, "encode_image", lambda images: sizes.append(len(images)) or own(images))
     assert torch.allclose(model.encode_image(images), whole, atol=1e-5)
     assert torch.allclose(model.encode_image(images.requires_grad_(True)), whole, atol=1e-5)
-    assert sizes == [3, 3, 1, 7]
+    with together():
+        assert torch.allclose(model.encode_image(images.detach()), whole, atol=1e-5)
+    assert sizes == [3, 3, 1, 7, 7]
 
 
 # --- The contract ---

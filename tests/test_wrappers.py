@@ -20,6 +20,7 @@ from crossguard import (
     CSR,
     JPEG,
     PGD,
+    TAPT,
     Answer,
     BitDepth,
     Changed,
@@ -58,7 +59,7 @@ def vocabulary() -> Iterator[type[Any]]:
             kind = words.find(name)
         except CrossguardError:
             continue
-        if issubclass(kind, Wrapper):
+        if issubclass(kind, Wrapper) and kind is not TAPT:  # which needs a file; see test_alignment
             yield kind
 
 

@@ -114,6 +114,8 @@ from .goals import Mismatch as Mismatch
 from .goals import Targeted as Targeted
 from .goals import Towards as Towards
 from .goals import Untargeted as Untargeted
+from .models.alignment import TAPT as TAPT
+from .models.alignment import token_statistics as token_statistics
 from .models.base import Checkpoint as Checkpoint
 from .models.base import DualEncoder as DualEncoder
 from .models.base import VisionLanguageModel as VisionLanguageModel

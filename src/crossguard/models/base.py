@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -245,7 +246,8 @@ class Checkpoint(VisionLanguageModel, Opens):
     def encode_image(self, images: Images) -> Embeddings:
         with opening():
             network, images = self.network, images.to(self.device)
-            if len(images) <= _IMAGES_AT_ONCE or (torch.is_grad_enabled() and images.requires_grad):
+            graph = torch.is_grad_enabled() and images.requires_grad
+            if len(images) <= _IMAGES_AT_ONCE or graph or _together.get():
                 return network.encode_image(images).float()
             return torch.cat([network.encode_image(part) for part in images.split(_IMAGES_AT_ONCE)]).float()
 
@@ -259,6 +261,20 @@ class Checkpoint(VisionLanguageModel, Opens):
 
     def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         return self.network.logits(images, texts)
+
+
+_together: ContextVar[bool] = ContextVar("crossguard_together", default=False)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, all images of a question go through a tower in one forward, as is needed by what tells them apart by
+    their place in it."""
+    token = _together.set(True)
+    try:
+        yield
+    finally:
+        _together.reset(token)
 
 
 @contextmanager
