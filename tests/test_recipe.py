@@ -354,7 +354,7 @@ def test_the_result_is_a_checkpoint_of_its_own(base: Fresh, tmp_path: Path) -> N
     for other in (lambda: TECOA.fit(base, Blots(), out), lambda: MMCOA.fit(base, Blots(count=20), out)):
         assert "holds a run of another recipe, model or data" in refused(other)
     (out / "crossguard.json").write_text("{")
-    assert "is damaged" in refused(lambda: MMCOA.fit(base, Blots(), out))
+    assert "is broken" in refused(lambda: MMCOA.fit(base, Blots(), out))
 
 
 def test_the_seed_decides(base: Fresh, tmp_path: Path) -> None:
@@ -479,7 +479,7 @@ def test_a_finished_training_is_whole_or_made_again(
         path.write_bytes(written)
     assert other.exists() and SHORT.fit(base, Blots(), out) == HuggingFace(str(out))
     (out / "crossguard.json").write_text(json.dumps(record | {"weights": {"model.safetensors": 3}}))
-    assert "crossguard.json is damaged" in refused(lambda: SHORT.fit(base, Blots(), out))
+    assert "crossguard.json' is broken" in refused(lambda: SHORT.fit(base, Blots(), out))
 
 
 def full(*_: Any, **__: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 from rich.console import Console
@@ -35,6 +34,7 @@ from crossguard.experiment import Cell, Experiment, Unanswered, Watch, read
 from crossguard.limits import at_least, shortly, whole
 from crossguard.printing import brief, one_line, plain, plain_lines, say
 from crossguard.processes import leads, several, speaks
+from crossguard.reading import read_json
 
 if TYPE_CHECKING:
     from crossguard.report import Report
@@ -418,11 +418,22 @@ def _saved(out: Path) -> str:
         return " before a step was saved; the same command starts from the beginning"
 
 
+class _Loss(TypedDict, total=False):
+    loss: float
+
+
+class _Trained(_Loss):
+    """What is told of the record of a training."""
+
+    steps: int
+    seconds: float
+
+
 def _trained(out: Path) -> str:
     """What a finished training cost, and where it got to; empty where it does not say so."""
     try:
-        record = json.loads((out / "crossguard.json").read_text())
-    except FileNotFoundError:  # a recipe of somebody's own
+        record = read_json(out / "crossguard.json", _Trained, "train again")
+    except CrossguardError:  # a recipe of somebody's own
         return ""
     loss = f", loss {record['loss']:.4g}" if "loss" in record else ""
     return f"{record['steps']} steps in {record['seconds']:.0f} seconds{loss}"

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final
 from crossguard import reading
 from crossguard.attacks.candidates import Candidate, CandidateSource, Proposals, attackable, core
 from crossguard.errors import CrossguardError
+from crossguard.files import hashed
 from crossguard.limits import FILE, shortly
 from crossguard.words import Reads
 
@@ -311,4 +312,4 @@ def fingerprint(*paths: str) -> str:
     """Says what the lists at these paths hold; those without a path are left out, and so is what does not exist: who
     reads it says so."""
     found = [Path(path).expanduser() for path in paths if path]
-    return reading.fingerprint(file.read_bytes() for file in found if file.is_file()) if found else ""
+    return reading.fingerprint(hashed(file) for file in found if file.is_file()) if found else ""

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,12 @@ from crossguard.defenses.step import Learner
 from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
 from crossguard.files import LOCK, LogFile, WriteError, hashed, owned, reason, save_tensors, tidy, write
+from crossguard.limits import whole
 from crossguard.models.base import Checkpoint
 from crossguard.models.huggingface import HuggingFace
 from crossguard.printing import LogFormatter, say
 from crossguard.processes import Processes
+from crossguard.reading import parse_json, read_json
 from crossguard.words import contents, show
 
 _STATE, _RECORD = "training.safetensors", "crossguard.json"
@@ -239,8 +241,11 @@ class Run:
             return 0
         meta, tensors = _read_state(path, self.feed.device)
         try:
-            question, step, seconds = json.loads(meta["question"]), int(meta["step"]), float(meta["seconds"])
-            noted, loss = json.loads(meta.get("notes", "[]")), float(meta.get("loss", "0.0"))
+            question = parse_json(meta["question"], dict[str, str], "its question", "")
+            noted = parse_json(meta.get("notes", "[]"), list[str], "its notes", "")
+            step, seconds, loss = whole(meta["step"]), float(meta["seconds"]), float(meta.get("loss", "0.0"))
+            if step is None or not 0 <= step <= self.total:
+                raise ValueError(f"it was saved after step {meta['step'][:20]!r} of {self.total}")
         except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
         if question != self.question:
@@ -253,10 +258,13 @@ class Run:
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
-                _, number, part = name.split(".", 2)
-                state.setdefault(int(number), {})[part] = tensor
+                number, _, part = name.removeprefix("optimizer.").partition(".")
+                state.setdefault(-1 if (place := whole(number)) is None else place, {})[part] = tensor
         groups = self.learner.optimizer.state_dict()["param_groups"]
-        self.learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        try:
+            self.learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise _damaged(path, error) from error
         self.seconds, self.loss = seconds, loss
         self.notes = list(dict.fromkeys([*self.notes, *noted]))
         return step
@@ -327,24 +335,39 @@ def _finished(folder: Path, question: dict[str, str]) -> bool:
 
 def _run_in(folder: Path) -> tuple[dict[str, str] | None, bool]:
     """The question of the run that the folder holds, and whether it is finished."""
-    path = folder / _RECORD
-    if path.exists():
-        try:
-            record = json.loads(path.read_bytes())
-            return {name: str(record[name]) for name in ("recipe", "model", "data")} | (
-                {"contents": str(record["contents"])} if "contents" in record else {}
-            ), True
-        except OSError as error:
-            raise CrossguardError(f"{path} cannot be read: {reason(error)}") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CrossguardError(f"{path} is damaged; delete the folder to train again") from error
+    if (folder / _RECORD).exists():
+        record = _record(folder)
+        contents = {"contents": record["contents"]} if "contents" in record else {}
+        return {"recipe": record["recipe"], "model": record["model"], "data": record["data"]} | contents, True
     path = folder / _STATE
     if not path.exists():
         return None, False
     try:
-        return dict(json.loads(_read_meta(path)["question"])), False
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        return parse_json(_read_meta(path)["question"], dict[str, str], "its question", ""), False
+    except (KeyError, CrossguardError) as error:
         raise _damaged(path, error) from error
+
+
+class _Weights(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class _Since(TypedDict, total=False):
+    contents: str
+    weights: dict[str, _Weights]
+
+
+class _Record(_Since):
+    """What is read of the record of a finished run."""
+
+    recipe: str
+    model: str
+    data: str
+
+
+def _record(folder: Path) -> _Record:
+    return read_json(folder / _RECORD, _Record, "delete the folder to train again")
 
 
 def _is_whole(folder: Path) -> bool:
@@ -355,11 +378,7 @@ def _is_whole(folder: Path) -> bool:
         CrossguardError: the weights are others, and the training is gone.
     """
     path = folder / _RECORD
-    try:
-        noted = json.loads(path.read_bytes()).get("weights", {})
-        told = {str(name): (int(one["bytes"]), str(one["sha256"])) for name, one in noted.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CrossguardError(f"{path} is damaged; delete the folder to train again") from error
+    told = {name: (one["bytes"], one["sha256"]) for name, one in _record(folder).get("weights", {}).items()}
     found = {file.name: file for file in weights(folder)}
     wrong: list[str] = []
     for name in sorted(told.keys() | found.keys()):
