@@ -3,12 +3,16 @@
     python benchmarks/test_time.py rtpt                       # on the shipped model and the scenes
     python benchmarks/test_time.py rtpt --model b32 --images 4 --classes 100 --views 8
     python benchmarks/test_time.py rtpt --model b32 --images 1 --classes 1000 --views 8 --memory
+    python benchmarks/test_time.py price                      # defenses that attack back, beside what they are made of
 
 `rtpt` answers the same images by the same views three times: by the loop of the authors' code (one image at a time, its
 views embedded anew in each of four forwards, and all prompts read anew as well), by the word asked about one image at a
 time, and by the word asked about batches. The answers are asserted equal. `b32` is a text tower of the size of CLIP
 ViT-B/32 with a small image tower, both of random weights; its loop reads each prompt padded to the longest, where the
 authors' code pads to 77 tokens. With `--memory` a process of its own says by how much it grew.
+
+`price` times one answer of TTC and of SCC, and divides it by the forwards and backwards that were counted in it, each
+at the price of a bare one.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard import RTPT, HuggingFace, Prompts, Scenes, Tiny
+from crossguard import RTPT, SCC, TTC, HuggingFace, Prompts, Scenes, Tiny
+from crossguard.answer import counting, logits_of
 from crossguard.attacks.candidates import EMBEDDED
 from crossguard.models.base import Checkpoint
 from crossguard.models.views import tpt_views
@@ -140,6 +145,43 @@ def rtpt(options: argparse.Namespace) -> None:
         print(f"logits differ by {apart:.1g} at most, those of an image have a standard deviation of {spread:.2g}")
 
 
+def price(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model, prompts = model_of(options.model, Path(folder)), prompts_of(options.classes)
+        data, keys = Scenes(), by_position(options.images)
+        images = torch.stack([data.image(index).float() / 255.0 for index in range(options.images)])
+        bare = model.answer(prompts)
+        defended = {"TTC": TTC(model).answer(prompts), "SCC": SCC(model).answer(prompts)}
+
+        def asked(answer: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+            def ask() -> None:
+                with drawing(keys), torch.no_grad():
+                    answer(images)
+
+            return ask
+
+        ways: dict[str, Callable[[], object]] = {
+            "a bare forward": asked(bare),
+            "a bare forward and backward": lambda: bare.ascend(images, lambda said: logits_of(said).square().sum(1)),
+        } | {name: asked(answer) for name, answer in defended.items()}
+        seconds = dict[str, float]()
+        for _ in range(options.runs + 1):  # the first one warms up
+            for name, way in ways.items():
+                start = time.process_time()
+                way()
+                seconds[name] = min(seconds.get(name, torch.inf), time.process_time() - start)
+        one, both = (seconds[name] for name in ("a bare forward", "a bare forward and backward"))
+        for name, least in seconds.items():
+            told = f"{name}: {1000 * least / options.images:.3g} CPU milliseconds an image"
+            if name in defended:
+                with counting() as costs:
+                    ways[name]()
+                forwards, backwards = (count / options.images for count in (costs.forwards, costs.backwards))
+                parts = (forwards - backwards) * one + backwards * both
+                told += f", {least / parts:.2f} times its {forwards:g} forwards and {backwards:g} backwards"
+            print(told)
+
+
 def grown(options: argparse.Namespace) -> None:
     """Answers one batch and prints how large the process was before and at most, in megabytes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +198,7 @@ def grown(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("what", choices=["rtpt"])
+    parser.add_argument("what", choices=["rtpt", "price"])
     parser.add_argument("--model", choices=["tiny", "b32"], default="tiny")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
@@ -168,7 +210,9 @@ def main() -> None:
     parser.add_argument("--grown", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.grown:
+    if options.what == "price":
+        price(options)
+    elif options.grown:
         grown(options)
     elif options.memory:
         answer = subprocess.run([sys.executable, *sys.argv, "--grown"], check=True, capture_output=True, text=True)
