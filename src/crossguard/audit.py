@@ -249,7 +249,7 @@ def audit(
         budget: of pixels.
         attack: what is carried out on each rung; APGD, if None.
         against: other models by name, each with a worst case of its own for comparison.
-        transfer: models by name that the attack is also crafted on.
+        transfer: models by name that the attack is also crafted on, against each model of the audit.
         samples: draws that attacks average over (`EOT`), where the defense draws noise.
         queries: of `Square` and `RayS`, which ask the defense without gradients; 0 leaves them out.
         draws: by how many draws each image under attack is judged, where the defense draws noise; it stands where most
@@ -297,7 +297,7 @@ def audit(
         }
         grids.append(axes | {"attack": rungs[name], "surrogate": {"None": None}})
         crafted = {label: source for label, source in sources.items() if source not in (None, one)}
-        if crafted and one is model:
+        if crafted:
             grids.append(axes | {"attack": {"transfer": adaptive.attack}, "surrogate": crafted})
     experiment = Experiment(
         grids[0], seed, limit, batch, source=f"the audit in {out}", more=tuple(grids[1:]), draws=draws
@@ -353,10 +353,12 @@ def audit(
 def named(adaptive: Adaptive, answer: Answer | None, goal: Goal, budget: PixelBudget) -> dict[str, Attack | None]:
     """The adversaries of a ladder by name, from the one who knows least to the one who knows most."""
     found: dict[str, Attack | None] = {}
-    if answer is not None and answer.inner is not None:  # what the literature reports
-        found |= {"blind, PGD-10": Blind(PGD(steps=10)), "blind, PGD-100": Blind(PGD(steps=100))}
-        if answer.random:
-            found["straight"] = adaptive.attack  # without the average, to see what that is worth
+    defended = answer is not None and answer.inner is not None
+    for steps in (10, 100):  # what the literature reports; the base meets them as well, so that nobody is spared
+        attack = PGD(steps=steps)
+        found["blind, " * defended + f"PGD-{steps}"] = Blind(attack) if defended else attack
+    if answer is not None and answer.random:
+        found["straight"] = adaptive.attack  # without the average, to see what that is worth
     for part in adaptive.parts(answer, goal, budget):
         found.setdefault(_name(part, 0 if answer is None else answer.layers), part)
     if adaptive.queries and isinstance(budget, RayS.norms) and not isinstance(goal, Drift):  # which never says: won
