@@ -156,6 +156,8 @@ def test_what_is_broken_falls_to_where_its_base_falls(model: VisionLanguageModel
     ours, base = (ladder.worst.parts[0][2] for ladder in (made.defense, made.base))
     assert ours.value <= base.interval[1], "no broken defense is left standing above its base"
     assert any(re.search(why, doubt) for doubt in made.doubts), made.doubts
+    beaten = {Trusting: "lead astray (masked)", Leaking: "the first is a number of ignorance"}.get(type(model), "")
+    assert any(beaten in doubt for doubt in made.doubts), "rungs are compared with each other"
     left = made.defense.worst.correct & made.defense.worst.standing
     assert {rung.name for rung in made.defense.attacked} >= {"blind", "blind, PGD-10", "blind, PGD-100", "queries"}
     for rung in made.defense.rungs:
