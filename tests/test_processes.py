@@ -5,13 +5,17 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from crossguard import AdamW, Fit, FTStandard, Scenes, TeCoA, Tiny, ZeroShot, evaluate
-from crossguard.processes import joined, leads, several, speaks
+from crossguard.errors import CrossguardError
+from crossguard.processes import Processes, joined, leads, several, speaks
 from crossguard.report import Report
 
 
@@ -47,6 +51,67 @@ def test_who_cannot_ask_the_others_speaks(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert speaks(), "no port"
+
+
+def beside(work: Callable[[Processes], object], monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What two processes end in that meet in one memory: a value, or an error."""
+    barrier, said, mine = threading.Barrier(2), [None, None], threading.local()
+
+    def meet(parts: list[object], value: object) -> None:
+        said[mine.rank] = value
+        barrier.wait(5)
+        parts[:] = said
+        barrier.wait(5)
+
+    def run(rank: int) -> object:
+        mine.rank = rank
+        try:
+            return work(Processes(rank, 2))
+        except Exception as error:
+            return error
+
+    monkeypatch.setattr(dist, "all_gather_object", meet)
+    with ThreadPoolExecutor(2) as both:
+        return list(both.map(run, range(2)))
+
+
+def test_what_processes_tell_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group: Processes) -> object:
+        with group.meeting():
+            return group.gather(group.rank), group.tell(f"from {group.rank}"), group.each(range(5), lambda n: n * n)
+
+    assert beside(work, monkeypatch) == [([0, 1], "from 0", [0, 1, 4, 9, 16])] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("meet", ["gather", "tell", "each", "together"])
+def test_who_fails_between_two_meetings_says_so_at_the_next(
+    rank: int, meet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(group: Processes) -> object:
+        with group.meeting():
+            group.gather(1)
+            if group.rank == rank:
+                raise OSError("the disk is gone")
+            if meet == "together":
+                with group.together():
+                    return None
+            return group.each([1, 2], str) if meet == "each" else getattr(group, meet)(1)
+
+    ends = beside(work, monkeypatch)
+    assert isinstance(ends[rank], OSError)
+    assert isinstance(ends[1 - rank], CrossguardError)
+    assert str(ends[1 - rank]) == f"process {rank} of 2 failed: the disk is gone"
+
+
+def test_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group: Processes) -> object:
+        with group.meeting(), group.together():
+            if group.rank:
+                raise CrossguardError("no such file")
+
+    first, second = beside(work, monkeypatch)
+    assert [str(first), str(second)] == ["process 1 of 2 failed: no such file", "no such file"]
 
 
 GRID = """

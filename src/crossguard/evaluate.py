@@ -159,7 +159,7 @@ def evaluate(
     group = joined() if processes else ALONE
     file, folder = (None if path is None else Path(path) for path in (out, keep))
     kept_in = nullcontext() if folder is None else keeping(folder, asked, keep_as, overwrite, group)
-    with kept_in as kept:
+    with group.meeting(), kept_in as kept:
         with group.together():
             if file is not None:
                 check_place(file, asked, overwrite)

@@ -6,10 +6,10 @@ import atexit
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from crossguard.errors import CrossguardError
 
@@ -40,21 +40,16 @@ class Processes:
         """The values of all processes, in their order; every process gets the list."""
         if self.world == 1:
             return [value]
-        import torch
-
-        parts: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(parts, value)
+        parts = self._exchange(value)
+        for rank, part in enumerate(parts):
+            if isinstance(part, _Failure):
+                raise _met(self._other(rank, part.sentence))
         return parts
 
     def tell(self, value: T) -> T:
         """The value of the first process, on every process."""
-        if self.world == 1:
-            return value
-        import torch
-
-        told: list[Any] = [value]
-        torch.distributed.broadcast_object_list(told, src=0)
-        return told[0]
+        # One kind of meeting for all, so that who has failed can say so at whichever comes next.
+        return self.gather(value if self.first else None)[0]  # pyright: ignore[reportReturnType]
 
     def each(self, items: Sequence[T], work: Callable[[T], U]) -> list[U]:
         """The results of the work on each item, in their order: done once, by one of the processes, and told to all."""
@@ -78,12 +73,57 @@ class Processes:
             yield
         except Exception as error:
             failure = error
-        sentences = self.gather(None if failure is None else f"{failure}" or type(failure).__name__)
+        sentences = self.gather(None if failure is None else _sentence(failure))
         if failure is not None:
-            raise failure
+            raise _met(failure)
         for rank, sentence in enumerate(sentences):
             if sentence is not None:
-                raise CrossguardError(f"process {rank} of {self.world} failed: {sentence}")
+                raise _met(self._other(rank, sentence))
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Inside, the processes work on their own and meet in between. Who fails between two meetings says so at the
+        next one, where all others raise then, instead of waiting for one that is gone.
+
+        Raises:
+            CrossguardError: another process failed; it says which and why.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.world > 1 and "met" not in vars(error):
+                with suppress(RuntimeError):  # nobody is left to hear it
+                    self._exchange(_Failure(_sentence(error)))
+            raise
+
+    def _exchange(self, value: object) -> list[Any]:
+        import torch
+
+        parts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(parts, value)
+        return parts
+
+    def _other(self, rank: int, sentence: str) -> CrossguardError:
+        return CrossguardError(f"process {rank} of {self.world} failed: {sentence}")
+
+
+class _Failure(NamedTuple):
+    """What a process says in place of what it should: it has failed between two meetings."""
+
+    sentence: str
+
+
+E = TypeVar("E", bound=BaseException)
+
+
+def _met(error: E) -> E:
+    """The error, of which all processes know."""
+    vars(error)["met"] = True
+    return error
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{error}" or type(error).__name__
 
 
 ALONE = Processes()
