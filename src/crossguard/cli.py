@@ -554,6 +554,35 @@ def audit_command(
         _print(f"the ladder as a picture: {out / PICTURE}")
 
 
+@app.command("calibrate")
+def calibrate_command(
+    task: _Task,
+    model: _Model,
+    share: Annotated[
+        float, typer.Option("--open", help="The share of clean images that each gate is to open for.")
+    ] = 0.05,
+    limit: Annotated[int, typer.Option(help="Clean samples to look at.")] = 200,
+    seed: _Seed = 0,
+    batch: _Batch = 128,
+    device: _Device = None,
+    dtype: _Dtype = None,
+) -> None:
+    """Find the thresholds of a defense on clean images of this model, and print it with these."""
+    for option, value, least in (("--limit", limit, 1), ("--batch", batch, 1), ("--seed", seed, 0)):
+        _at_least(option, value, least)
+    _check_names({"--task": task, "--model": model})
+    asked = {kind: _read(f"--{kind}", kind, text) for kind, text in (("task", task), ("model", model))}
+    from crossguard.calibrate import calibrate
+    from crossguard.words import show
+
+    with _placed(device, dtype):
+        made = calibrate(**asked, share=share, limit=limit, seed=seed, batch=batch)
+    if leads():
+        for threshold in made.thresholds:
+            say(str(threshold))
+        _print(show(made.model, short=True))
+
+
 def _labelled(option: str, texts: Sequence[str]) -> dict[str, str]:
     """Words by label, from 'WORD' or 'LABEL=WORD'; names are checked before anything is loaded."""
     found: dict[str, str] = {}

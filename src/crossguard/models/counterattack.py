@@ -57,6 +57,7 @@ class TTC(Wrapper):
     tau_model: VisionLanguageModel | None = None
     random = True
     masks = True
+    thresholds = (("tau", "tau", 1.0),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,6 +186,7 @@ class SCC(Wrapper):
     flip_first: bool = True
     random = True
     masks = True
+    thresholds = (("warm-up", "tau", 1.0), ("tau", "tau", 1.0))
     draws_as = "TTC"
 
     def __post_init__(self) -> None:

@@ -61,6 +61,7 @@ class DOC(Wrapper):
     signs: bool = True
     random = True
     masks = True
+    thresholds = (("score", "tau", 1.0),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,6 +141,7 @@ class CSR(Wrapper):
     tau: float = 0.85
     radius: float = 40 / 112
     masks = True
+    thresholds = (("cosine", "tau", 1.0),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,6 +228,7 @@ class Gated(Wrapper):
     draws: int = 1
     random = True
     masks = True
+    thresholds = (("drift", "tau", -1.0),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -189,6 +189,7 @@ class DBD(Wrapper):
     wraps: bool = True
     random = True
     masks = True
+    thresholds = (("agreement", "tau", -1.0),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,6 +265,7 @@ class MAC(Wrapper):
     number: int = 2
     random = True
     masks = True
+    thresholds = (("corruption", "tau", -1.0),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,6 +31,10 @@ class Wrapper(VisionLanguageModel):
     """
 
     base: VisionLanguageModel
+    # Of each gate of its own that can be calibrated: its name, the field that is its threshold, and how it moves with
+    # that (1, or -1 where a higher threshold opens it for fewer images). Of several gates with one threshold, it is
+    # found for the first that the settings leave.
+    thresholds: ClassVar[tuple[tuple[str, str, float], ...]] = ()
     draws_as: ClassVar[str] = ""  # whose noise it draws, where it is a special case of another defense; its own, if ""
 
     def __init_subclass__(cls, **options: Any) -> None:

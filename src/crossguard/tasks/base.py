@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossguard.answer import Answer, Said
 from crossguard.attacks.base import Attack
 from crossguard.budgets import Budget, PixelBudget
 from crossguard.data import Batch, Dataset, Prompts
@@ -130,6 +131,7 @@ class Embedded(NamedTuple):
 
     images: Embeddings
     first: list[int]
+    opened: list[dict[str, bool]]  # for each, whether each gate of the model opened
 
     @property
     def copies(self) -> int:
@@ -138,31 +140,41 @@ class Embedded(NamedTuple):
 
 
 def embedded(
-    encode: Callable[[Images], Embeddings],
+    answer: Answer,
     device: torch.device,
     task: Task,
     indices: Sequence[int],
     seed: int,
     group: Processes = ALONE,
 ) -> Embedded:
-    """The clean images of a task as a model on this device embeds them; each batch is embedded by one of the processes.
-    Unless the model draws noise, equal images are equal to the bit: in another batch they would differ by rounding."""
+    """The clean images of a task as an answer with embeddings sees them; each batch is embedded by one of the
+    processes. Unless the model draws noise, equal images are equal to the bit: in another batch they would differ by
+    rounding."""
 
-    def embed(rows: Sequence[int]) -> tuple[Tensor, list[bytes], bool]:
-        found, digests, drew = [], list[bytes](), False
+    def embed(rows: Sequence[int]) -> tuple[Tensor, list[bytes], list[dict[str, bool]], bool]:
+        found, digests, gates, drew = [], list[bytes](), list[dict[str, bool]](), False
         for batch in task.batches(AT_ONCE, rows):
             with torch.no_grad(), drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
-                found.append(finite(encode(batch.images.to(device)), "embeddings").cpu())
+                said = answer.hard(batch.images.to(device))
+                found.append(finite(said.embeddings, "embeddings").cpu())
+            gates += opened(said)
             drew |= lent.used
             digests += [hashlib.sha256(image.tobytes()).digest() for image in batch.images.cpu().numpy()]
-        return torch.cat(found), digests, drew
+        return torch.cat(found), digests, gates, drew
 
     parts = group.each([indices[start : start + AT_ONCE] for start in range(0, len(indices), AT_ONCE)], embed)
     places: dict[bytes, int] = {}
-    first = [places.setdefault(digest, place) for place, digest in enumerate(d for _, one, _ in parts for d in one)]
-    images = torch.cat([one for one, _, _ in parts]).to(device)
-    drew = any(drew for _, _, drew in parts)
-    return Embedded(images if drew else images[torch.tensor(first, device=images.device)], first)
+    first = [places.setdefault(digest, place) for place, digest in enumerate(d for _, one, *_ in parts for d in one)]
+    images = torch.cat([one for one, *_ in parts]).to(device)
+    drew = any(drew for *_, drew in parts)
+    gates = [gate for _, _, some, _ in parts for gate in some]
+    return Embedded(images if drew else images[torch.tensor(first, device=images.device)], first, gates)
+
+
+def opened(said: Said) -> list[dict[str, bool]]:
+    """For each image, whether each gate of the defenses opened."""
+    gates = {name: (gate > 0.0).tolist() for name, gate in said.gates.items()}
+    return [{name: one[row] for name, one in gates.items()} for row in range(len(said.embeddings))]
 
 
 def twins(embeddings: Embeddings) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossguard.answer import Answer
+from crossguard.answer import Answer, Said
 from crossguard.attacks.base import Attack, ImageVictim, MatchVictim, Queries, spelled
 from crossguard.attacks.candidates import doubts
 from crossguard.budgets import Budget, TextBudget
@@ -24,7 +24,7 @@ from crossguard.processes import ALONE, Processes
 from crossguard.report import Ranks
 from crossguard.seeds import drawing, fold
 from crossguard.shapes import Embeddings, Images, Labels, Owners, Seeds, TextEmbeddings
-from crossguard.tasks.base import ATTACKED, JUDGED, Answers, Task, Trial, embedded, finite, twins
+from crossguard.tasks.base import ATTACKED, JUDGED, Answers, Task, Trial, embedded, finite, opened, twins
 from crossguard.words import within
 
 
@@ -134,11 +134,13 @@ class _Seen:
     Args:
         answer: images to embeddings.
         copies: how many of the images have a copy among the others.
+        opened: of each image, whether each gate of the model opened.
     """
 
     answer: Answer
     gallery: Gallery
     copies: int
+    opened: Sequence[Mapping[str, bool]]
 
 
 def _seen(
@@ -153,7 +155,8 @@ def _seen(
     captions = encoded(model, texts, group)
     answer = model.answer(captions)
     images = embedded(answer, model.device, task, rows, seed, group)
-    return _Seen(answer, Gallery(images.images, captions, owners.to(model.device), model.logits), images.copies)
+    gallery = Gallery(images.images, captions, owners.to(model.device), model.logits)
+    return _Seen(answer, gallery, images.copies, images.opened)
 
 
 def encoded(model: VisionLanguageModel, texts: Sequence[str], group: Processes = ALONE) -> TextEmbeddings:
@@ -255,7 +258,8 @@ class _RetrievalTrial(Trial):
         if self.pixels is not None:
             size = self.pixels.check(adversarial, images).cpu()
         sizes = [0] * len(texts) if self.words is None else self.words.check(made, texts)
-        seen = self.clean.images[rows] if adversarial is images else self.judge(adversarial, seeds)
+        said = None if adversarial is images else self._said(adversarial, seeds)
+        seen = self.clean.images[rows] if said is None else finite(said.embeddings, "embeddings")
         after = self._embedded(made)
         parts = np.cumsum([len(one) for one in batch.captions])[:-1].tolist()
         columns: dict[str, list[Any]] = {
@@ -267,12 +271,19 @@ class _RetrievalTrial(Trial):
             "gradients": queries.gradients.tolist(),
             "forwards": queries.forwards.tolist(),
         }
+        if self.judging.answer.gates:
+            unharmed = [self.judging.opened[row] for row in rows.tolist()]
+            gates = zip(unharmed, unharmed if said is None else opened(said), strict=True)
+            columns["gates"] = [{name: [one[name], other[name]] for name in one} for one, other in gates]
         before = self._right(rows, self.clean.images[rows], self.clean.texts[captions], owners)
         return Answers(columns, adversarial, (before, self._right(rows, seen, after, owners)))
 
     def judge(self, images: Images, seeds: Seeds) -> Embeddings:
+        return finite(self._said(images, seeds).embeddings, "embeddings")
+
+    def _said(self, images: Images, seeds: Seeds) -> Said:
         with torch.no_grad(), drawing(fold(seeds, JUDGED)):
-            return finite(self.judging.answer(images.to(self.model.device)), "embeddings")
+            return self.judging.answer.hard(images.to(self.model.device))
 
     def again(self, batch: Batch, answers: Answers, images: Images, seeds: Seeds) -> Mapping[str, list[Any]]:
         return {"embedding": [_packed(one) for one in self.judge(images, seeds)]}
