@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossguard import Gated, Tiny, Wrapper, words
+from crossguard import Wrapper, words
 from crossguard.answer import counting
 from crossguard.data import Prompts
 from crossguard.errors import CrossguardError
@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "test_time.md").read_text()
 ROWS = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", PAGE, re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name, cost in ROWS.items() if cost != "needs a file"])
 def test_a_defense_costs_what_the_page_says(name: str) -> None:
     model = words.build(f"{name}(Tiny())")
     answer = model.answer(Prompts.of(("red circle", "blue star", "green square"), ("a photo of a {}",)))
@@ -38,4 +38,3 @@ def test_the_page_has_all_defenses() -> None:
             continue
         kinds |= {name} if issubclass(kind, Wrapper) else set()
     assert kinds == set(ROWS)
-    assert isinstance(words.build("Gated(Tiny())"), Gated) and Tiny() == words.build("Tiny")
