@@ -206,12 +206,13 @@ class Gated(Wrapper):
     The embedding of an attacked image moves less than that of a clean one under weak noise, which defenses such as TTC
     look for, and more under strong noise, which the paper finds to tell them apart better. The drift is 1 minus the
     cosine of the undefended model's embeddings of the image and of its noisy copies (their mean). Where it is above
-    `tau` the defense answers, elsewhere the model without it, so that clean images pay `draws` + 1 forwards and
-    nothing more: of those, the defense is not even asked.
+    `tau` the defense answers, elsewhere the model without it, so that a clean image costs `draws` + 1 forwards beside
+    its own: the defense is not even asked.
 
     A reconstruction from the abstract: how strong the noise is, what kind, how the drift is measured and the threshold
-    are ours, and mean little until they are calibrated on the model (`crossguard calibrate`). On adversarially trained
-    models there is, the paper says, nothing to tell. Around a model without a defense it changes nothing.
+    are ours, found on one model at 224 pixels, and mean little on another until they are calibrated (`crossguard
+    calibrate`). On adversarially trained models there is, the paper says, nothing to tell. Around a model without a
+    defense it changes nothing.
 
     The smooth stand-in is ours: answers of both, mixed by a sigmoid of the gate.
 
@@ -223,8 +224,8 @@ class Gated(Wrapper):
     """
 
     base: VisionLanguageModel
-    eps: float = 64 / 255
-    tau: float = 0.1
+    eps: float = 32 / 255
+    tau: float = 0.3
     draws: int = 1
     random = True
     masks = True
