@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crossguard import words
-from crossguard.answer import Said
+from crossguard.answer import Answer, Said
 from crossguard.attacks.base import Attack, ImageAttack, ImageVictim, Queries, TextAttack
 from crossguard.budgets import L1, L2, Characters, Linf, Words
 from crossguard.data import Prompts
@@ -94,13 +94,17 @@ def check_wrapper(wrapper: Wrapper, size: int = 32) -> None:
     check_model(wrapper, size)
     images, seeds = _pictures(3, size), torch.arange(3) + 100
     prompts = Prompts.of(("circle", "square", "star"), ("a photo of a {}",))
-    inner, asked = wrapper.base.answer(prompts), list[Tensor]()
+    asked = list[Tensor]()
 
-    def listening(images: Images) -> Said:
-        asked.append(images.detach())
-        return inner.hard(images)
+    def heard(answer: Answer) -> Answer:
+        def listening(images: Images) -> Said:
+            asked.append(images.detach())
+            return answer.hard(images)
 
-    spied = wrapper.around(replace(inner, hard=listening), Live(wrapper, layers(wrapper)[-1], prompts))
+        return replace(answer, hard=listening, inner=None if answer.inner is None else heard(answer.inner))
+
+    inner = heard(wrapper.base.answer(prompts))  # of several layers any may be asked
+    spied = wrapper.around(inner, Live(wrapper, layers(wrapper)[-1], prompts))
     with drawing(seeds), torch.no_grad():
         spied.hard(images)
     assert asked, "the defense asks nothing of the model inside"
