@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 import math
 import types
 import typing
@@ -19,6 +21,7 @@ import crossguard
 from crossguard import PGD, EachTarget, Square, Worst, words
 from crossguard.budgets import Both, Linf, Words, WordShare
 from crossguard.errors import CrossguardError
+from crossguard.models.base import VisionLanguageModel
 from crossguard.words import REQUIRED, WordError, build, fields, find, is_word, names, show
 
 QUICK = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
@@ -78,6 +81,20 @@ def instances(kind: type, depth: int = 0) -> st.SearchStrategy[Any]:
             return None
 
     return one().filter(lambda word: word is not None)
+
+
+_EXTREMES = {float: (math.inf, -math.inf, math.nan, 1e300, -1.0, 0.0), int: (-1, 0, 2**70, 10**400)}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vocabulary() if not inspect.isabstract(kind)])
+def test_a_number_that_a_word_cannot_hold_is_refused_in_a_sentence(kind: type):
+    needed = {field.name: crossguard.Tiny() for field in fields(kind) if field.type is VisionLanguageModel}
+    if any(field.default is REQUIRED and field.name not in needed for field in fields(kind)):
+        return  # a word that needs more than a model
+    for field in fields(kind):
+        for number in _EXTREMES.get(field.type, ()):
+            with contextlib.suppress(CrossguardError):
+                kind(**{**needed, field.name: number})
 
 
 @QUICK

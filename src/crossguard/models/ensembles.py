@@ -102,14 +102,14 @@ class MTA(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.views < 2 or int(self.nearest * (self.views - 1)) < 1:
-            raise CrossguardError(
-                f"MTA(views={self.views}, nearest={self.nearest}) compares a view with no other; give more of either"
-            )
         if not (0.0 < self.nearest <= 1.0 and self.agreement >= 0.0 and self.spread > 0.0):
             raise CrossguardError(
                 f"MTA(agreement={self.agreement}, spread={self.spread}, nearest={self.nearest}) is not possible; give "
                 "an agreement of 0 or more, a positive spread and a share of at most 1"
+            )
+        if self.views < 2 or int(self.nearest * (min(self.views, 2**31) - 1)) < 1:
+            raise CrossguardError(
+                f"MTA(views={self.views}, nearest={self.nearest}) compares a view with no other; give more of either"
             )
 
     def around(self, inner: Answer, live: Live) -> Answer:
