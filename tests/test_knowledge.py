@@ -13,6 +13,7 @@ from torch import Tensor
 from crossguard import (
     BF16,
     EOT,
+    FAB,
     L1,
     PGD,
     TTC,
@@ -24,6 +25,7 @@ from crossguard import (
     Changed,
     CrossguardError,
     Drift,
+    EachTarget,
     GaussianNoise,
     ImageVictim,
     Linf,
@@ -39,7 +41,7 @@ from crossguard import (
     ZeroShot,
     evaluate,
 )
-from crossguard.attacks.base import Attack, Queries
+from crossguard.attacks.base import Attack, ImageAttack, Queries
 from crossguard.evaluate import question
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Purifier
@@ -283,3 +285,11 @@ def test_a_report_says_what_the_adversary_knew(attack: Attack, plain: str, maske
 def test_nonsense_is_one_sentence(make: Any, sentence: str) -> None:
     with pytest.raises(CrossguardError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("around", [Blind, Smooth, AtGate, Restarts, EachTarget, EOT, PredictedLabel, BF16])
+def test_what_is_made_of_an_attack_draws_noise_where_that_does(around: type[ImageAttack]) -> None:
+    still = PGD(random_start=False)
+    options = {"count": 1} if around is Restarts else {}
+    assert not around(still, **options).draws and around(PGD(), **options).draws
+    assert not Worst((still, FAB())).draws and Worst((still, PGD())).draws and Adaptive(still).draws

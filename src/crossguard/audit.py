@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -38,10 +39,10 @@ from crossguard.experiment import Experiment, Unanswered, Watch, answered_in, ch
 from crossguard.goals import Drift, Goal
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import layers
+from crossguard.models.wrapper import is_random, layers
 from crossguard.opening import evaluating
 from crossguard.processes import joined
-from crossguard.report import Outcomes, Ranks, Rate, Report
+from crossguard.report import DIRECTIONS, Outcomes, Ranks, Rate, Report
 from crossguard.seeds import drawing, fold, keys
 from crossguard.table import in_markdown, worst
 from crossguard.tasks.base import Task
@@ -52,7 +53,6 @@ PICTURE, TEXT = "ladder.png", "ladder.md"
 
 _CLEAN = "clean"
 _STRAIGHT = ("straight", "average over noise")
-_RESAMPLES = 1000  # of the images of a retrieval
 _MEASURED = 16  # images that the price is measured on
 _Z = 1.959964  # of an interval of 95 %
 
@@ -125,7 +125,7 @@ class Ladder:
     def attacked(self) -> tuple[Rung, ...]:
         return tuple(rung for rung in self.rungs if rung.report.attacked)
 
-    @property
+    @cached_property
     def worst(self) -> Outcomes | Ranks:
         """What is left of each sample after all rungs: right clean, and under every attack."""
         return worst([self.clean.outcomes, *(rung.outcomes for rung in self.attacked)])
@@ -282,7 +282,6 @@ def audit(
                 f"{quoted(name)} is a model of this audit already; give the one to compare with another label"
             )
         names[name] = other
-    sources = {"None": None} | dict(transfer or {})
     rungs = dict[str, dict[str, Attack | None]]()
     grids = list[dict[str, dict[str, Any]]]()
     check_folder(Path(out))
@@ -296,7 +295,7 @@ def audit(
             "budget": {show(budget, short=True): budget},
         }
         grids.append(axes | {"attack": rungs[name], "surrogate": {"None": None}})
-        crafted = {label: source for label, source in sources.items() if source not in (None, one)}
+        crafted = {label: source for label, source in (transfer or {}).items() if source != one}
         if crafted:
             grids.append(axes | {"attack": {"transfer": adaptive.attack}, "surrogate": crafted})
     experiment = Experiment(
@@ -318,7 +317,7 @@ def audit(
         name = next(name for name, one in names.items() if one == cell.words["model"])
         label = next((label for label, one in rungs[name].items() if one == cell.words["attack"]), "transfer")
         if cell.words["surrogate"] is not None:
-            source = next(label for label, one in sources.items() if one == cell.words["surrogate"])
+            source = next(label for label, one in (transfer or {}).items() if one == cell.words["surrogate"])
             label = f"crafted on {source}"
         found.setdefault(name, []).append(Rung(label, reports[cell.key]))
     ladders = [Ladder(name, tuple(found[name]), price(task, one, seed)) for name, one in names.items()]
@@ -327,19 +326,18 @@ def audit(
     doubts, group = list(_doubts(made)), joined()
     if missing is not None:
         doubts.append(f"the worst case is of fewer adversaries than apply: {missing}")
-    if ladders[0].price is not None and ladders[0].price.moves and not _random(model):
+    if ladders[0].price is not None and ladders[0].price.moves and not is_random(model):
         doubts.append(
             f"{type(model).__name__} answers otherwise when asked again and does not say so: set random = True and "
             "draw by self.normal or self.uniform, so that attacks average over it and several draws judge"
         )
-    if doubt and any(rung.name in _STRAIGHT for rung in ladders[0].attacked):
-        rung = max(
-            (rung for rung in ladders[0].attacked if rung.name in _STRAIGHT), key=lambda one: one.name == _STRAIGHT[0]
-        )
+    straight = {rung.name: rung for rung in ladders[0].attacked if rung.name in _STRAIGHT}
+    if doubt and straight:
+        name = next(name for name in _STRAIGHT if name in straight)
 
         def checked() -> tuple[str, ...]:
-            asked = rungs[ladders[0].name][rung.name]
-            return diagnose(rung.report, task, model, asked, budget, None, doubt, seed)
+            asked = rungs[ladders[0].name][name]
+            return diagnose(straight[name].report, task, model, asked, budget, None, doubt, seed)
 
         (told,) = group.each([checked], lambda work: work())
         doubts += told
@@ -422,11 +420,6 @@ def _ready(outputs: Tensor) -> Tensor:
     return outputs
 
 
-def _random(model: VisionLanguageModel) -> bool:
-    """Whether a model says that it draws noise, or one inside of it does."""
-    return any(layer.random for layer in layers(model))
-
-
 class _Peak(TorchDispatchMode):
     """How many bytes of the tensors that are made inside are alive at once, at most."""
 
@@ -481,19 +474,14 @@ def difference(ours: Outcomes | Ranks, theirs: Outcomes | Ranks, part: int = 0) 
     Args:
         part: which of the headlines (`parts`).
     """
-    one, other = (said.correct & said.standing for said in (ours, theirs))
-    apart = one.astype(int) - other.astype(int)
-    if not isinstance(ours, Ranks):
-        return paired(int((apart > 0).sum()), int((apart < 0).sum()), len(apart))
-    asked = np.asarray(ours.text) == part
-    images, place = np.unique(np.asarray(ours.image)[asked], return_inverse=True)
-    held = np.stack([np.bincount(place, weights, len(images)) for weights in (apart[asked], np.ones(asked.sum()))], 1)
-    count = len(images)
-    times = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES)
-    sums = times @ held
-    middle = float(apart[asked].mean())
-    low, high = (float(end) for end in np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975)))
+    if not (isinstance(ours, Ranks) and isinstance(theirs, Ranks)):
+        one, other = (said.correct & said.standing for said in (ours, theirs))
+        return paired(int((one & ~other).sum()), int((other & ~one).sum()), len(one))
+    one, other = (said.resampled(1, DIRECTIONS[part], "robust") for said in (ours, theirs))
+    middle = float(one[0] - other[0])
+    low, high = (float(end) for end in np.quantile((one - other)[1:], (0.025, 0.975)))
     if low == high:  # all images say the same, and a bootstrap has no width
+        count = len(set(np.asarray(ours.image)[np.asarray(ours.text) == part].tolist()))
         return paired(round(count * max(middle, 0.0)), round(count * max(-middle, 0.0)), count)
     return middle, low, high
 

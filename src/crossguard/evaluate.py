@@ -25,7 +25,7 @@ from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, append, check_writable, reason, write
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import layers
+from crossguard.models.wrapper import is_random, layers
 from crossguard.opening import evaluating
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import misfit
@@ -77,7 +77,7 @@ def question(
     held = {"weights": model, "surrogate weights": surrogate, "attack files": attack, "data": task}
     # What is there in few questions only, so that the others keep their names.
     told = {name: contents(word) for name, word in held.items()} | {"precision": precision()}
-    if at_least("draws", draws, 1) > 1 and attack is not None and _is_random(model):
+    if at_least("draws", draws, 1) > 1 and attack is not None and is_random(model):
         told["draws"] = str(draws)
     return {
         "task": show(task),
@@ -208,13 +208,10 @@ def evaluate(
                 places: list[dict[str, Any]] = [{}] * len(samples)
                 if draws > 1:
                     drawn = [
-                        trial.again(samples, answers, answers.images, fold(seeds, number + _DRAWS))
+                        _rows(trial.again(samples, answers, answers.images, fold(seeds, number + _DRAWS)))
                         for number in range(1, draws)
                     ]
-                    columns["drawn"] = [
-                        [{name: one[row] for name, one in draw.items()} for draw in drawn]
-                        for row in range(len(samples))
-                    ]
+                    columns["drawn"] = [list(each) for each in zip(*drawn, strict=True)]
                 if kept is not None:
                     if not begun:
                         kept.begin()  # not before there is something to take its place
@@ -224,13 +221,10 @@ def evaluate(
                     right, standing = answers.right
                     columns |= {"right": right, "stands": standing}
                     if trial.pixels is not None:
-                        again = trial.again(samples, answers, rounded, seeds)
-                        columns["rounded"] = [
-                            {name: one[row] for name, one in again.items()} for row in range(len(samples))
-                        ]
+                        columns["rounded"] = _rows(trial.again(samples, answers, rounded, seeds))
                         columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
-                rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-                record.add([row | place for row, place in zip(rows, places, strict=True)], time.monotonic() - began)
+                rows = [row | place for row, place in zip(_rows(columns), places, strict=True)]
+                record.add(rows, time.monotonic() - began)
                 done += len(samples) * group.world
                 if progress is not None:
                     progress(min(done, len(indices)), len(indices))
@@ -267,6 +261,11 @@ def evaluate(
         return report
 
 
+def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """The entries of columns, one for each sample."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def _gates(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Rate, Rate]]:
     """On how many images each gate of a defense acted, clean and under attack, where the task says so."""
     names = rows[0].get("gates", ())
@@ -286,7 +285,7 @@ def _texts(trial: Trial, attack: Attack | None, budget: Budget | None) -> Texts 
 def _of_the_question(model: VisionLanguageModel, attack: Attack | None, trial: Trial) -> list[str]:
     """Doubts that follow from what was asked, whatever the answers are."""
     found: list[str] = []
-    if _is_random(model):
+    if is_random(model):
         found.append(
             "the model draws noise, and each answer is one draw of it: other seeds answer otherwise "
             "('crossguard table --worst' takes what is left over several)"
@@ -302,11 +301,6 @@ def _of_the_question(model: VisionLanguageModel, attack: Attack | None, trial: T
             "that one level of 8 bits is 1/255"
         )
     return found
-
-
-def _is_random(model: VisionLanguageModel) -> bool:
-    """Whether a model draws noise, or one inside of it does."""
-    return any(one.random for one in within(model, VisionLanguageModel))
 
 
 def _ids(task: Task, indices: Sequence[int]) -> list[str]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from crossguard.errors import CrossguardError
+from crossguard.printing import one_line
 
 
 def ask_hub(path: str) -> None:
@@ -68,8 +69,7 @@ def snapshot(path: str, images: bool = False) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=[*_WANTED, *_WEIGHTS, "*.model"], ignore_patterns=_UNWANTED))
     except Exception as error:  # of the network, the server, or the disk
-        told = " ".join(str(error).split())[:150]
-        raise CrossguardError(f"{path!r} cannot be fetched from the hub: {told}") from error
+        raise CrossguardError(f"{path!r} cannot be fetched from the hub: {one_line(str(error))[:150]}") from error
 
 
 def _complete(folder: Path, images: bool) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from crossguard import files, reading
 from crossguard.errors import CrossguardError
 from crossguard.limits import shortly
-from crossguard.printing import plain
+from crossguard.printing import one_line, plain
 from crossguard.words import build, show
 
 SCHEMA = 1
@@ -269,6 +269,12 @@ class Ranks:
         _check_choice("direction", direction, DIRECTIONS)
         _check_choice("when", when, _WHENS)
         return self._rate(self._sums[:, _place(direction, k, when)], _place(direction))
+
+    def resampled(self, k: int = 1, direction: str = DIRECTIONS[0], when: str = "clean") -> np.ndarray:
+        """The value of `recall`, and behind it those in the resamples of the bootstrap. Of ranks of the same queries
+        the resamples are the same, so the intervals of what is computed from several are paired."""
+        whole = self._sums[:, _place(direction)]
+        return self._sums[:, _place(direction, k, when)][whole > 0] / whole[whole > 0]
 
     def success(self, k: int = 1, direction: str = DIRECTIONS[0], kind: str = "difference") -> Rate:
         """How often the attack succeeds.
@@ -622,7 +628,7 @@ class Report:
                 },
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:150]
+            what = f"{error} is missing" if isinstance(error, KeyError) else one_line(str(error))[:150]
             raise ReportError(f"{path} is broken: {what}; delete it and ask again") from None
 
     @property

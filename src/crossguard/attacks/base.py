@@ -472,8 +472,10 @@ class ImageAttack(Attack):
 
     @property
     def draws(self) -> bool:
-        """Whether it draws noise of its own, so that a second run of it, with other keys, may find something else."""
-        return True
+        """Whether it draws noise of its own, so that a second run of it, with other keys, may find something else. One
+        that is made of attacks does where one of them does."""
+        parts = [part for part in self._parts if isinstance(part, ImageAttack)]
+        return not parts or any(part.draws for part in parts)
 
     def perturb(self, victim: PairVictim, images: Images, goal: Goal, budget: Budget, seeds: Seeds) -> Images:
         pixels, _ = self.spends(budget)

@@ -45,14 +45,6 @@ class Blind(ImageAttack):
             )
 
     @property
-    def needs_classes(self) -> bool:
-        return self.attack.needs_classes
-
-    @property
-    def draws(self) -> bool:
-        return self.attack.draws
-
-    @property
     def knows(self) -> str:
         return GRAY
 
@@ -77,14 +69,6 @@ class Smooth(ImageAttack):
     the same draw. On a model that masks nothing it is the attack as it is."""
 
     attack: ImageAttack = field(default_factory=PGD)
-
-    @property
-    def needs_classes(self) -> bool:
-        return self.attack.needs_classes
-
-    @property
-    def draws(self) -> bool:
-        return self.attack.draws
 
     @property
     def knows(self) -> str:
@@ -117,14 +101,6 @@ class AtGate(ImageAttack):
     attack: ImageAttack = field(default_factory=PGD)
     weight: float = 10.0
     gate: str = ""
-
-    @property
-    def needs_classes(self) -> bool:
-        return self.attack.needs_classes
-
-    @property
-    def draws(self) -> bool:
-        return self.attack.draws
 
     @property
     def knows(self) -> str:
@@ -192,8 +168,8 @@ class Adaptive(ImageAttack):
             raise CrossguardError(f"Adaptive(queries={self.queries}) is not possible; give 0 or more")
 
     @property
-    def needs_classes(self) -> bool:
-        return self.attack.needs_classes
+    def draws(self) -> bool:
+        return True  # Square and EOT do, whatever the attack does
 
     @property
     def knows(self) -> str:

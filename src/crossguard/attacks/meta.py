@@ -46,10 +46,6 @@ class Worst(ImageAttack):
                     "out, or give it restarts of its own"
                 )
 
-    @property
-    def draws(self) -> bool:
-        return any(attack.draws for attack in self.attacks)
-
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         contest = _Contest(victim, clean, goal, budget, seeds)
         for number, attack in enumerate(self.attacks):
@@ -72,10 +68,6 @@ class Restarts(ImageAttack):
                 f"Restarts of {spelled(self.attack)} find the same again, since it draws no noise; give it a random "
                 "start or restarts of its own, if it has such a setting, such as FAB(restarts=5)"
             )
-
-    @property
-    def draws(self) -> bool:
-        return self.attack.draws
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         return Worst((self.attack,) * self.count).search(victim, clean, goal, budget, seeds)
@@ -104,10 +96,6 @@ class EachTarget(ImageAttack):
     @property
     def needs_classes(self) -> bool:
         return True
-
-    @property
-    def draws(self) -> bool:
-        return self.attack.draws
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         aim = classification(goal, "EachTarget")
@@ -144,7 +132,7 @@ class EOT(ImageAttack):
 
     @property
     def draws(self) -> bool:
-        return self.attack.draws or self.noise > 0.0
+        return super().draws or self.noise > 0.0
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         if isinstance(victim, _Averaged):
@@ -169,10 +157,6 @@ class PredictedLabel(ImageAttack):
     def needs_classes(self) -> bool:
         return True
 
-    @property
-    def draws(self) -> bool:
-        return self.attack.draws
-
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         aim = classification(goal, "PredictedLabel")
         if not isinstance(aim, Untargeted):
@@ -191,10 +175,6 @@ class BF16(ImageAttack):
     """
 
     attack: ImageAttack = field(default_factory=PGD)
-
-    @property
-    def draws(self) -> bool:
-        return self.attack.draws
 
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         def rounded(full: Callable[[Images], Tensor]) -> Callable[[Images], Tensor]:

@@ -18,7 +18,7 @@ from crossguard.answer import Answer, Said
 from crossguard.errors import CrossguardError
 from crossguard.files import digest, save_tensors
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, together
-from crossguard.models.tuning import entropy, entropy_of_mean
+from crossguard.models.tuning import descended, entropy_of_mean, surest
 from crossguard.models.views import tpt_views
 from crossguard.models.wrapper import Live, Wrapper
 from crossguard.seeds import derive, normal
@@ -100,22 +100,19 @@ class TAPT(Wrapper, Reads):
         def tuned(images: Images) -> Context:
             """The tokens of each image."""
             views = tpt_views(images, self.keys(len(images), "views"), self.views, self.mixed)
-            count, kept = len(images), max(1, int(self.views * self.keep))
+            count = len(images)
             with torch.no_grad(), tower.given(tower.start[None]):
                 logits = inner.hard(views.flatten(0, 1).detach()).logits.unflatten(0, (count, self.views))
-            sure = entropy(logits).topk(kept, 1, largest=False).indices
+            sure = surest(logits, self.keep)
             chosen = views.detach()[torch.arange(count, device=views.device)[:, None], sure].flatten(0, 1)
-            context = tower.start.expand(count, -1, -1).clone().requires_grad_(True)
-            optimizer = torch.optim.AdamW([context], self.lr, weight_decay=self.decay)
-            with torch.enable_grad():
-                for _ in range(self.steps):
-                    with tower.given(context, watch=True) as states:
-                        said = inner.hard(chosen)
-                    loss = entropy_of_mean(said.logits.unflatten(0, (count, kept)))
-                    loss = loss + self.align * self.distance(states.stacked(self.layers), count, known)
-                    (context.grad,) = torch.autograd.grad(loss.sum(), context)
-                    optimizer.step()
-            return context.detach()
+
+            def loss(context: Context) -> PerImage:
+                with tower.given(context, watch=True) as states:
+                    said = inner.hard(chosen)
+                agreed = entropy_of_mean(said.logits.unflatten(0, sure.shape))
+                return agreed + self.align * self.distance(states.stacked(self.layers), count, known)
+
+            return descended(tower.start, count, loss, self.steps, self.lr, self.decay)
 
         def with_tokens(ask: Callable[[Images], Any]) -> Callable[[Images], Any]:
             def answer(images: Images) -> Any:

@@ -89,17 +89,13 @@ class Tuner(Wrapper):
         Args:
             plain: the logits of the views with the prompts as they are.
         """
-        context = classes.splice.start.expand(len(views), -1, -1).clone().requires_grad_(True)
-        kept = max(1, int(self.views * self.keep))
-        sure = entropy(plain + classes.change(views, classes.start)).topk(kept, 1, largest=False).indices[..., None]
+        sure = surest(plain + classes.change(views, classes.start), self.keep)[..., None]
         views, plain = (values.gather(1, sure.expand(-1, -1, values.shape[2])) for values in (views, plain))
-        optimizer = torch.optim.AdamW([context], self.lr, weight_decay=self.decay)
-        with torch.enable_grad():
-            for _ in range(self.steps):
-                loss = self.loss(plain + classes.change(views, classes.texts(context)))
-                (context.grad,) = torch.autograd.grad(loss.sum(), context)
-                optimizer.step()
-        return context.detach()
+
+        def loss(context: Context) -> PerImage:
+            return self.loss(plain + classes.change(views, classes.texts(context)))
+
+        return descended(classes.splice.start, len(views), loss, self.steps, self.lr, self.decay)
 
     def around(self, inner: Answer, live: Live) -> Answer:
         classes = None
@@ -196,6 +192,29 @@ def _averaged(texts: Tensor, place: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Of the probabilities along the last axis, in nats."""
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+
+def surest(logits: OfViews, keep: float) -> Tensor:
+    """Which views of each image have the smallest entropies: this share of them, and at least one."""
+    return entropy(logits).topk(max(1, int(logits.shape[1] * keep)), 1, largest=False).indices
+
+
+def descended(
+    start: Tensor, count: int, loss: Callable[[Context], PerImage], steps: int, lr: float, decay: float
+) -> Context:
+    """Vectors that begin alike for each of `count` images and go down a loss of each by steps of AdamW.
+
+    Args:
+        start: of one image.
+        lr, decay: the step and the weight decay.
+    """
+    context = start.expand(count, -1, -1).clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([context], lr, weight_decay=decay)
+    with torch.enable_grad():
+        for _ in range(steps):
+            (context.grad,) = torch.autograd.grad(loss(context).sum(), context)
+            optimizer.step()
+    return context.detach()
 
 
 def mean_entropy(logits: OfViews) -> PerImage:

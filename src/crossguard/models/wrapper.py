@@ -20,7 +20,7 @@ from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel
 from crossguard.seeds import drawn, normal, uniform
 from crossguard.shapes import Embeddings, Images, Logits, Seeds, TextEmbeddings
-from crossguard.words import quoted
+from crossguard.words import quoted, within
 
 
 class Wrapper(VisionLanguageModel):
@@ -152,6 +152,11 @@ class Live:
                 "model.answer(prompts), as ZeroShot does, or with the embeddings of a retrieval's captions"
             )
         return inner.texts
+
+
+def is_random(model: VisionLanguageModel) -> bool:
+    """Whether a model says that it draws noise, or one inside of it does."""
+    return any(one.random for one in within(model, VisionLanguageModel))
 
 
 def layers(model: VisionLanguageModel) -> list[VisionLanguageModel]:
