@@ -96,6 +96,8 @@ from .defenses.optimizers import SGD as SGD
 from .defenses.optimizers import Adam as Adam
 from .defenses.optimizers import AdamW as AdamW
 from .defenses.optimizers import Optimizer as Optimizer
+from .defenses.parts import Towers as Towers
+from .defenses.parts import Trainable as Trainable
 from .defenses.plan import Augment as Augment
 from .defenses.recipe import Recipe as Recipe
 from .diagnose import diagnose as diagnose
