@@ -1,4 +1,5 @@
-"""Folders and hub ids in the format of `transformers`: what dual encoders and language models are read from."""
+"""Folders and hub ids in the formats of `transformers` and open_clip: what dual encoders and language models are read
+from."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from crossguard.errors import CrossguardError
 from crossguard.files import digest
@@ -22,6 +23,35 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _PARTS = ("config.json", "vocab", "merges", "tokenizer", "added_tokens", "special_tokens", "preproc", "processor")
 _WEIGHTS = "model.safetensors"
 _INDEX = ".safetensors.index.json"
+RECORD = "open_clip_config.json"  # of a folder that open_clip reads
+
+Kind = Literal["transformers", "open_clip", "weights", "pickle", ""]
+
+
+def kind(path: str) -> Kind:
+    """What kind of checkpoint a local path is, by the names of its files and one line of config.json; loads nothing.
+
+    A folder of `transformers` is for `HuggingFace`, one of open_clip for `OpenCLIP`; where both stand in one folder, as
+    on the hub, it is one of `transformers` if config.json says which model it describes. A single file is "weights"
+    (safetensors) or "pickle". Empty for everything else, and for what is not there.
+    """
+    here = Path(located(path))
+    try:
+        if here.is_file():
+            return "weights" if here.suffix == ".safetensors" else "pickle" if here.suffix in _PICKLES else ""
+        if _names_a_model(here / "config.json"):
+            return "transformers"
+        return "open_clip" if (here / RECORD).is_file() else ""
+    except (OSError, ValueError):  # this can be no path
+        return ""
+
+
+def _names_a_model(config: Path) -> bool:
+    """Whether a config.json says which model of `transformers` it describes; not where it is damaged."""
+    try:
+        return config.is_file() and "model_type" in read_json(config, dict[str, Any], "", SETTINGS)
+    except CrossguardError:
+        return False
 
 
 def located(path: str) -> str:
