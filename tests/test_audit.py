@@ -44,7 +44,7 @@ from crossguard.cli import app
 from crossguard.evaluate import question
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Transform
-from crossguard.models.wrapper import Live
+from crossguard.models.wrapper import Lent
 from crossguard.report import Outcomes
 from crossguard.seeds import fold, keys
 from crossguard.shapes import Images, PerImage
@@ -84,7 +84,7 @@ class Trusting(Wrapper):
 
     base: VisionLanguageModel
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         def gate(images: Images) -> PerImage:
             return 0.01 - (255 * images - (255 * images).round()).abs().flatten(1).amax(1)
 

@@ -45,7 +45,7 @@ from crossguard.attacks.base import Attack, ImageAttack, Queries
 from crossguard.evaluate import question
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Purifier
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.seeds import by_position, drawing, keys
 from crossguard.shapes import Images, PerImage
 from toys import Dots, Toy
@@ -139,7 +139,7 @@ class Shield(Wrapper):
     base: VisionLanguageModel
     threshold: float = 0.5
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         def bright(images: Images) -> PerImage:
             return images.mean((1, 2, 3)) - self.threshold
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from crossguard import COLA, RN, TTC, CLIPure, CrossguardError, Smoothed, Tiny
 from crossguard.answer import counting
 from crossguard.data import Prompts
-from crossguard.models.wrapper import Live
+from crossguard.models.wrapper import Lent
 from crossguard.seeds import by_position, drawing, keys, normal, uniform
 from crossguard.testing import check_wrapper
 from toys import Toy, middle
@@ -26,7 +26,7 @@ IMAGES = uniform(by_position(6), (3, 32, 32))
 
 def blank(model: Any) -> Tensor:
     inner = model.base.answer(PROMPTS)
-    return model.anchors(inner, Live(model, model.base, PROMPTS))
+    return model.anchors(inner, Lent(model, model.base, PROMPTS))
 
 
 def angle(embeddings: Tensor, anchor: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def test_clipure_moves_towards_a_text_without_a_class() -> None:
 def test_cola_keeps_what_the_texts_can_tell_and_nothing_else() -> None:
     model = COLA(Toy(), rank=4)
     inner = model.base.answer(PROMPTS)
-    ways = model.anchors(inner, Live(model, Toy(), PROMPTS))
+    ways = model.anchors(inner, Lent(model, Toy(), PROMPTS))
     embeddings = normal(by_position(5), (16,))
     once = model.move(embeddings, ways)
     assert torch.allclose(model.move(once, ways), once, atol=1e-5), "a projection is idempotent"

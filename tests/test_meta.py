@@ -49,7 +49,7 @@ from crossguard.diagnose import _Case
 from crossguard.goals import Towards
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Transform
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.report import Outcomes, Report
 from crossguard.seeds import by_position, drawn, keys, normal, uniform
 from crossguard.shapes import Images
@@ -296,7 +296,7 @@ class Vote(Wrapper):
 
     base: VisionLanguageModel
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         def hard(images: Images) -> Said:
             said = [inner.hard(images) for _ in range(4)]
             LOG.append(torch.stack([one.embeddings for one in said]))
@@ -311,7 +311,7 @@ class Some(Wrapper):
 
     base: VisionLanguageModel
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         return replace(inner, hard=lambda images: inner.hard(images[:3]))
 
 
@@ -397,7 +397,7 @@ def case(model: VisionLanguageModel, attack: ImageAttack, surrogate: VisionLangu
 class Probabilities(Wrapper):
     base: VisionLanguageModel
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         return inner.then(lambda said: said.reread(lambda logits: logits.softmax(1)))
 
 
@@ -407,7 +407,7 @@ class Optimizing(Wrapper):
 
     base: VisionLanguageModel
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         def still(images: Images) -> Images:
             return images + 0.0 * inner.ascend(images, lambda said: said.embeddings.square().sum(1))[0]
 

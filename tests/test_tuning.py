@@ -17,7 +17,7 @@ from crossguard.errors import CrossguardError
 from crossguard.models.huggingface import HuggingFace
 from crossguard.models.tuning import RTPT, TPT, TunedClasses, Tuner, entropy_of_mean, mean_entropy, similar
 from crossguard.models.views import tpt_views
-from crossguard.models.wrapper import Live
+from crossguard.models.wrapper import Lent
 from crossguard.seeds import drawing
 from crossguard.testing import check_wrapper
 from fixtures import floats, pictures, save_clip, save_siglip, save_tokenizer, small
@@ -134,7 +134,7 @@ def test_without_tuning_and_views_it_is_the_model(models: dict[str, HuggingFace]
 def test_tuning_descends_its_loss(models: dict[str, HuggingFace]) -> None:
     for word in (few(TPT, models["dual"], steps=20), few(RTPT, models["dual"], steps=20)):
         base = models["dual"]
-        classes = TunedClasses.of(Live(word, base, PROMPTS), PROMPTS, word.words)
+        classes = TunedClasses.of(Lent(word, base, PROMPTS), PROMPTS, word.words)
         with torch.no_grad():
             embeddings = base.encode_image(tpt_views(IMAGES, KEYS, 6).flatten(0, 1))
             views = F.normalize(embeddings, dim=1).unflatten(0, (4, 6))

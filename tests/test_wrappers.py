@@ -42,7 +42,7 @@ from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Ensemble, Latent, Purifier, Transform
 from crossguard.models.tuning import Tuner
-from crossguard.models.wrapper import Live
+from crossguard.models.wrapper import Lent
 from crossguard.seeds import by_position, drawing, drawn, fold, inherited, keys, normal, replay, uniform
 from crossguard.shapes import Embeddings, Images, PerImage
 from crossguard.testing import check_model, check_wrapper
@@ -118,7 +118,7 @@ def test_any_pair_of_defenses_composes(outer: type[Any], inner: type[Any]) -> No
     if outer is Gated:
         model = replace(model, tau=0.0)  # open for all
     loud = once.then(lambda said: said.reread(lambda logits: logits + torch.tensor([0.0, 1e3, 0.0])))
-    heard = told(model.around(loud, Live(model, bare, PROMPTS)), images)
+    heard = told(model.around(loud, Lent(model, bare, PROMPTS)), images)
     assert bool((heard.logits.argmax(1) == 1).all()), "the inner one is no longer asked"
 
 
@@ -171,9 +171,9 @@ def test_what_moves_an_embedding_moves_that_of_all_views() -> None:
     first = torch.tensor([[0.0, 0.0, 6.0], [0.0, 0.0, 0.0]]).repeat(4, 1)
     inner = Tiny().answer(PROMPTS).then(lambda said: said.reread(lambda logits: logits + first[: len(logits)]))
     model = Mirrored(Tiny())
-    views = model.around(inner, Live(model, Tiny(), PROMPTS))
+    views = model.around(inner, Lent(model, Tiny(), PROMPTS))
     still = Pulled(model, share=0.0)
-    found = told(still.around(views, Live(still, Tiny(), PROMPTS)), IMAGES)
+    found = told(still.around(views, Lent(still, Tiny(), PROMPTS)), IMAGES)
     mean = told(views, IMAGES).embeddings
     assert inner.texts is not None
     assert torch.allclose(found.logits, Tiny().logits(mean, inner.texts) + torch.tensor([0.0, 0.0, 3.0]), atol=1e-4)
@@ -229,7 +229,7 @@ def test_a_defense_that_nothing_around_it_would_ask_is_refused() -> None:
     class Lazy(Wrapper):
         base: VisionLanguageModel
 
-        def around(self, inner: Answer, live: Live) -> Any:
+        def around(self, inner: Answer, live: Lent) -> Any:
             return inner.encode
 
     with pytest.raises(CrossguardError, match=r"Lazy\.around returned .* instead of an Answer"):
@@ -237,11 +237,11 @@ def test_a_defense_that_nothing_around_it_would_ask_is_refused() -> None:
 
 
 def test_a_defense_may_ask_for_what_is_innermost() -> None:
-    live = Live(BitDepth(Tiny()), Tiny(), PROMPTS)
+    live = Lent(BitDepth(Tiny()), Tiny(), PROMPTS)
     assert live.network is Tiny().network
     assert torch.equal(live.anchors(["a red box"]), Tiny().encode_text(["a red box"]))
     with pytest.raises(CrossguardError, match="network of a checkpoint, and Toy has none"):
-        _ = Live(BitDepth(Toy()), Toy(), PROMPTS).network
+        _ = Lent(BitDepth(Toy()), Toy(), PROMPTS).network
 
 
 def test_what_goes_through_the_towers_is_counted() -> None:
@@ -455,7 +455,7 @@ def test_a_broken_defense_does_not(way: str, sentence: str) -> None:
     class Broken(Wrapper):
         base: VisionLanguageModel
 
-        def around(self, inner: Answer, live: Live) -> Answer:
+        def around(self, inner: Answer, live: Lent) -> Answer:
             def change(images: Images) -> Images:
                 noise = {
                     "batch": lambda: uniform(by_position(len(images)) + len(images), images.shape[1:]),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossguard.data import Dataset, Prompts
 from crossguard.models.base import VisionLanguageModel, cosine
-from crossguard.models.wrapper import Live
+from crossguard.models.wrapper import Lent
 from crossguard.seeds import by_position, drawing, normal, uniform
 from crossguard.testing import LinearVictim
 from crossguard.words import mapped
@@ -110,7 +110,7 @@ def last_asked(model: Any, images: Tensor, seeds: Tensor, prompts: Prompts) -> T
         asked.append(images.detach())
         return inner.hard(images)
 
-    answer = model.around(dataclasses.replace(inner, hard=listening), Live(model, model.base, prompts))
+    answer = model.around(dataclasses.replace(inner, hard=listening), Lent(model, model.base, prompts))
     with drawing(seeds), torch.no_grad():
         answer.hard(images)
     return asked[-1]

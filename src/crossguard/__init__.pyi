@@ -154,7 +154,7 @@ from .models.transforms import TotalVariation as TotalVariation
 from .models.tuning import RTPT as RTPT
 from .models.tuning import TPT as TPT
 from .models.tuning import Tuner as Tuner
-from .models.wrapper import Live as Live
+from .models.wrapper import Lent as Lent
 from .models.wrapper import Wrapper as Wrapper
 from .report import Ranks as Ranks
 from .report import Report as Report

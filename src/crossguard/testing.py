@@ -20,7 +20,7 @@ from crossguard.budgets import L1, L2, Characters, Linf, Words
 from crossguard.data import Prompts
 from crossguard.goals import Drift, Untargeted, margin
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Live, Wrapper, layers
+from crossguard.models.wrapper import Lent, Wrapper, layers
 from crossguard.seeds import drawing, replay
 from crossguard.shapes import Embeddings, Images, Logits
 
@@ -104,7 +104,7 @@ def check_wrapper(wrapper: Wrapper, size: int = 32) -> None:
         return replace(answer, hard=listening, inner=None if answer.inner is None else heard(answer.inner))
 
     inner = heard(wrapper.base.answer(prompts))  # of several layers any may be asked
-    spied = wrapper.around(inner, Live(wrapper, layers(wrapper)[-1], prompts))
+    spied = wrapper.around(inner, Lent(wrapper, layers(wrapper)[-1], prompts))
     with drawing(seeds), torch.no_grad():
         spied.hard(images)
     assert asked, "the defense asks nothing of the model inside"

@@ -20,7 +20,7 @@ from crossguard.files import digest, save_tensors
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, together
 from crossguard.models.tuning import descended, entropy_of_mean, surest
 from crossguard.models.views import tpt_views
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.seeds import derive, normal
 from crossguard.shapes import Context, Images, PerImage
 from crossguard.words import Reads
@@ -92,7 +92,7 @@ class TAPT(Wrapper, Reads):
         path = Path(self.statistics)
         return digest([path]) if self.statistics and path.is_file() else ""
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         live.texts(inner)
         tower = ImageTokens.of(live.network, self.tokens, self.seed)
         known = _Known.read(self.statistics, tower)

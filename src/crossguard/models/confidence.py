@@ -16,7 +16,7 @@ from crossguard.models.base import VisionLanguageModel, constant
 from crossguard.models.counterattack import climb, direction
 from crossguard.models.kinds import Purifier
 from crossguard.models.noise import start
-from crossguard.models.wrapper import Live
+from crossguard.models.wrapper import Lent
 from crossguard.shapes import Images, Labels, Logits, PerImage
 
 STD = (0.26862954, 0.26130258, 0.27577711)  # by which CLIP divides its pixels
@@ -25,7 +25,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)  # by which CLIP divides its pixels
 class _Moving(Purifier):
     """A defense that climbs the logits for some steps; needs classes."""
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         live.texts(inner)
         return super().around(inner, live)
 

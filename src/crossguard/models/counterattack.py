@@ -15,7 +15,7 @@ from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel, cosine
 from crossguard.models.kinds import OfViews, Views, combined
 from crossguard.models.noise import start, within
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.shapes import Embeddings, Images, Labels, Logits, PerImage, TextEmbeddings
 
 SLOPE = 1.0  # of tanh(slope * gradient / its mean size), which stands in for a sign; ours
@@ -63,7 +63,7 @@ class TTC(Wrapper):
         super().__post_init__()
         check_counter(self, self.eps, self.step, self.steps, self.tau)
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
         return self.in_front_of(inner, inner)
 
@@ -203,7 +203,7 @@ class SCC(Wrapper):
         if not self.sigma >= 0.0:
             raise CrossguardError(f"SCC(sigma={self.sigma}) is not possible; give 0 or more, in pixels of [0, 1]")
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         seen = combined(inner, lambda images: self.seen(images, "answer"), _mean) if self.spatial else inner
         if not self.semantic:
             return self._ttc(self.steps).in_front_of(seen, inner)

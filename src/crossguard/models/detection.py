@@ -17,7 +17,7 @@ from crossguard.models.confidence import unit
 from crossguard.models.counterattack import WIDTH, check_counter, direction, drift
 from crossguard.models.noise import start, within
 from crossguard.models.views import gaussian_pass
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.seeds import among
 from crossguard.shapes import Embeddings, Images, Logits, Mask, PerImage
 
@@ -72,7 +72,7 @@ class DOC(Wrapper):
             raise CrossguardError(f"DOC(aside={self.aside}, sharpness={self.sharpness}) is not possible; give positive")
         _check_draws(self, self.draws)
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
 
         def smooth(images: Images) -> Changed:
@@ -149,7 +149,7 @@ class CSR(Wrapper):
         if not self.radius > 0.0:
             raise CrossguardError(f"CSR(radius={self.radius}) leaves nothing; give a share of the highest frequency")
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
 
         def purify(images: Images) -> Changed:
@@ -239,7 +239,7 @@ class Gated(Wrapper):
             raise CrossguardError(f"Gated(tau={self.tau}) is no threshold of a drift; give one from 0 to 1")
         _check_draws(self, self.draws)
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
         bare, seen = inner.inner or inner, inner.without()
         # A wrapper tells its own gates before those inside of it, so these are the last, whatever they are called here.

@@ -19,7 +19,7 @@ from crossguard.models.kinds import Ensemble, OfViews, Views, combined
 from crossguard.models.noise import start
 from crossguard.models.tuning import entropy
 from crossguard.models.views import mac_view, padded_crop, repeated, tpt_views
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.seeds import derive, fold, normal, uniform
 from crossguard.shapes import Embeddings, Images, PerImage
 
@@ -112,7 +112,7 @@ class MTA(Wrapper):
                 f"MTA(views={self.views}, nearest={self.nearest}) compares a view with no other; give more of either"
             )
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         live.texts(inner)
 
         def flat(images: Images) -> Tensor:
@@ -215,7 +215,7 @@ class DBD(Wrapper):
         )
         return torch.cat([images[:, None], crops.unflatten(0, (len(images), 16)), coarse, written, noisy, smooth], 1)
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         live.texts(inner)
 
         def flat(images: Images) -> Tensor:
@@ -275,7 +275,7 @@ class MAC(Wrapper):
         if not self.temperature > 0.0:
             raise CrossguardError(f"MAC(temperature={self.temperature}) is not possible; give a positive number")
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
 
         def corrupted(images: Images, clean: Embeddings, ask: Answer) -> PerImage:

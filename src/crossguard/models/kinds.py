@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crossguard.answer import Answer, Change, Changed, Gate, Said, around_gradient
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.seeds import replay, some_draw
 from crossguard.shapes import Embeddings, Images, Logits, PerImage, Resized, TextEmbeddings
 
@@ -51,7 +51,7 @@ class Purifier(Wrapper):
         positive where it acts. It draws its noise under the same uses as `purify`, from which it has the same."""
         return {}
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
         gates = {name: _asking(gate, inner) for name, gate in self.gates().items()}
         smooth = inner.smooth
@@ -69,7 +69,7 @@ class Transform(Wrapper):
     def transform(self, images: Images) -> Resized:
         """The changed images, in [0, 1], with a gradient."""
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
         return inner.before(self.transform)
 
@@ -89,7 +89,7 @@ class Ensemble(Wrapper):
         """One answer of those to the views, shape (n, views, classes): their mean."""
         return logits.mean(1)
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
         return combined(inner, self.views, self.combine)
 
@@ -101,12 +101,12 @@ class Latent(Wrapper):
     def move(self, embeddings: Embeddings, anchors: TextEmbeddings) -> Embeddings:
         """The embeddings after the move, differentiable."""
 
-    def anchors(self, inner: Answer, live: Live) -> TextEmbeddings:
+    def anchors(self, inner: Answer, live: Lent) -> TextEmbeddings:
         """The embeddings of texts that it moves by, made once: those of the classes, unless another are named
         (`live.anchors`)."""
         return live.texts(inner)
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         anchors = self.anchors(inner, live)
         return inner.then(lambda said: said.moved(self.move(said.embeddings, anchors)))
 

@@ -11,7 +11,7 @@ from crossguard.answer import Answer
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Latent
-from crossguard.models.wrapper import Live
+from crossguard.models.wrapper import Lent
 from crossguard.shapes import Embeddings, TextEmbeddings
 
 BLANK = (
@@ -65,7 +65,7 @@ class CLIPure(Latent):
                 f"CLIPure(templates={self.templates}) makes no blank text; give some, each with {{}} exactly once"
             )
 
-    def anchors(self, inner: Answer, live: Live) -> TextEmbeddings:
+    def anchors(self, inner: Answer, live: Lent) -> TextEmbeddings:
         del inner
         blank = live.anchors([template.replace("{}", "") for template in self.templates])
         return F.normalize(F.normalize(blank, dim=1).mean(0, keepdim=True), dim=1)
@@ -105,7 +105,7 @@ class COLA(Latent):
         if self.rank < 1:
             raise CrossguardError(f"COLA(rank={self.rank}) leaves nothing of an embedding; give 1 or more")
 
-    def anchors(self, inner: Answer, live: Live) -> TextEmbeddings:
+    def anchors(self, inner: Answer, live: Lent) -> TextEmbeddings:
         """Orthonormal directions, the most telling one first: of all prompts of all classes."""
         texts = live.texts(inner)
         if live.prompts is not None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from crossguard.answer import Answer, Gate, Said
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.seeds import among
 from crossguard.shapes import Embeddings, Images, Logits
 
@@ -51,7 +51,7 @@ class Smoothed(Wrapper):
         if self.draws < 1:
             raise CrossguardError(f"Smoothed(draws={self.draws}) asks nobody; give 1 or more")
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         del live
 
         def asked(ask: Callable[[Images], Said], combine: Callable[[Sequence[Logits]], Logits]) -> Callable[..., Said]:

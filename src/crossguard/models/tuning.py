@@ -19,7 +19,7 @@ from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import OfViews, Views
 from crossguard.models.splicing import Splice
 from crossguard.models.views import tpt_views
-from crossguard.models.wrapper import Live, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper
 from crossguard.shapes import Context, Embeddings, Images, Logits, PerImage, Spliced, TextEmbeddings
 
 Shares = Float[Tensor, "n v"]  # what each view of an image counts
@@ -97,7 +97,7 @@ class Tuner(Wrapper):
 
         return descended(classes.splice.start, len(views), loss, self.steps, self.lr, self.decay)
 
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         classes = None
         if self.steps and live.prompts is not None:
             classes = TunedClasses.of(live, live.prompts, self.words)
@@ -160,7 +160,7 @@ class TunedClasses:
     scale: Tensor
 
     @classmethod
-    def of(cls, live: Live, prompts: Prompts, words: str) -> TunedClasses:
+    def of(cls, live: Lent, prompts: Prompts, words: str) -> TunedClasses:
         """Of the prompts of each class."""
         # Classes of the same prompts get the same logits, equal to the bit (see `VisionLanguageModel.answer`).
         classes = {texts: number for number, texts in enumerate(dict.fromkeys(prompts.texts))}

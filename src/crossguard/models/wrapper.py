@@ -50,7 +50,7 @@ class Wrapper(VisionLanguageModel):
         self._check_base()
 
     @abstractmethod
-    def around(self, inner: Answer, live: Live) -> Answer:
+    def around(self, inner: Answer, live: Lent) -> Answer:
         """The answer of this defense, from that of what it stands around.
 
         Called once for a model and its classes: what is prepared here stays for all images. `inner.then` adds a last
@@ -60,7 +60,7 @@ class Wrapper(VisionLanguageModel):
     def answer(self, classes: Prompts | TextEmbeddings | None = None) -> Answer:
         self._check_base()
         inner = self.base.answer(classes)
-        live = Live(self, layers(self)[-1], classes if isinstance(classes, Prompts) else None)
+        live = Lent(self, layers(self)[-1], classes if isinstance(classes, Prompts) else None)
         found = self.around(inner, live)
         if not isinstance(found, Answer):
             raise CrossguardError(f"{type(self).__name__}.around returned {quoted(found)} instead of an Answer")
@@ -115,7 +115,7 @@ class Wrapper(VisionLanguageModel):
 
 
 @dataclass(frozen=True)
-class Live:
+class Lent:
     """What a defense is lent while it makes its answer.
 
     Args:
