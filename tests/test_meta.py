@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,10 +44,10 @@ from crossguard import (
 )
 from crossguard.answer import Answer, Said
 from crossguard.attacks.base import ImageAttack, ImageVictim, Made, Queries
-from crossguard.attacks.meta import likeliest
+from crossguard.attacks.meta import SURE, likeliest
 from crossguard.data import Prompts
 from crossguard.diagnose import _Case
-from crossguard.goals import Towards
+from crossguard.goals import Goal, Towards
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Transform
 from crossguard.models.wrapper import Lent, Wrapper
@@ -288,6 +289,41 @@ def test_against_a_random_model_nobody_stops_at_a_lucky_draw() -> None:
     assert np.all(np.asarray(report.outcomes.gradients) == 6) and np.all(np.asarray(report.outcomes.size) > 0)
     certain = evaluate(TASK, replace(noisy, std=0.0), PGD(steps=6), BUDGET)
     assert np.all(np.asarray(certain.outcomes.gradients) == 6), "a model that draws may answer another way next time"
+
+
+def test_an_image_leaves_the_average_after_so_many_draws_in_a_row_that_have_beaten_it(monkeypatch) -> None:
+    """And only where they are draws of the judge, and of one start."""
+    images = torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1, 1).expand(3, 3, 6, 6).clone()
+    labels, budget = torch.zeros(3, dtype=torch.int64), Linf(0.05)
+
+    def answer(images: Images) -> torch.Tensor:
+        """Never right about dark images, always about light ones, and in one of ten draws about those between."""
+        level = images.flatten(1).mean(1)
+        odds = torch.where(level < 0.35, 0.0, torch.where(level < 0.65, 0.1, 1.0))
+        right = (uniform(drawn(len(images)), (1,))[:, 0] < odds).float()
+        return torch.stack([right + 0.1 * level, 1.0 - right], 1)
+
+    def asked(attack: ImageAttack, goal: Goal, rows: list[int] | None = None) -> tuple[list[int], Images]:
+        which = torch.arange(3) if rows is None else torch.tensor(rows)
+        victim = ImageVictim(answer, Queries.none(len(which)), which)
+        made = attack(victim, images[which], goal.at(which), budget, which)
+        assert victim.queries is not None
+        return victim.queries.gradients.tolist(), made
+
+    again = Untargeted(labels, ends=False, redrawn=True)
+    for attack in (PGD(steps=SURE // 2), APGD(steps=SURE // 2)):
+        counts, made = asked(EOT(attack, 4), again)
+        assert counts == [SURE, 2 * SURE, 2 * SURE]
+        assert asked(EOT(attack, 4), again.lasting())[0] == [2 * SURE] * 3, "another model is the judge"
+        assert asked(EOT(replace(attack, stop=False), 4), again)[0] == [2 * SURE] * 3
+        assert asked(EOT(replace(attack, steps=SURE // 8, restarts=2), 4), again)[0] == [SURE] * 3
+        assert asked(EOT(Restarts(attack, 1), 4), again)[0] == [2 * SURE] * 3, "its members are compared by other draws"
+        alone = [asked(EOT(attack, 4), again, [row])[1] for row in range(3)]
+        assert torch.equal(torch.cat(alone), made)
+        with monkeypatch.context() as late:
+            late.setattr(sys.modules[type(attack).__module__], "looks", lambda *_: False)
+            counts, same = asked(EOT(attack, 4), again)
+            assert counts == [2 * SURE] * 3 and torch.equal(same, made), "when it looks changes no image"
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,14 @@ class Goal(ABC):
         ends: whether an image may leave the batch as soon as it has won. Only where the victim of the search is also
             the judge: another judge may still be right about an image that has just crossed the boundary, so there the
             search goes on and gains merit. `lasting` gives such a goal.
+        redrawn: the judge is the victim of the search, in another draw of its noise. One win is not enough there, so
+            the goal does not end; but an image may leave after many draws that it has won (`EOT`).
         wins: False for goals that are only about more or less, and are never won.
         classes: whether outputs are logits of classes, so that another loss of them can be climbed.
     """
 
     ends: bool = field(default=True, kw_only=True)
+    redrawn: bool = field(default=False, kw_only=True)
     wins: ClassVar[bool] = True
     classes: ClassVar[bool] = False
 
@@ -155,7 +158,7 @@ class Goal(ABC):
 
     def lasting(self) -> Goal:
         """The same goal for a search that somebody else judges: who has won does not leave."""
-        return replace(self, ends=False)
+        return replace(self, ends=False, redrawn=False)
 
 
 def nobody(outputs: Tensor) -> Mask:

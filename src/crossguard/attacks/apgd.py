@@ -70,6 +70,10 @@ class APGD(ImageAttack):
         return self.loss is not None
 
     @property
+    def hears(self) -> bool:
+        return self.stop
+
+    @property
     def draws(self) -> bool:
         return self.random_start or self.restarts > 1
 
@@ -137,7 +141,7 @@ class APGD(ImageAttack):
         checkpoints = climb.checkpoints(steps)
         for step in range(steps):
             gradient, losses, outputs = victim.ascend(climb.images, goal)
-            found.offer(climb.rows, climb.images, goal.won(outputs), goal.merit(outputs))
+            found.offer(climb.rows, climb.images, *victim.heard(outputs, goal))
             if looks(step, climb.images.device):
                 victim.check()
                 keep = (~found.won[climb.rows]).nonzero()[:, 0] if found.ends else climb.rows
@@ -151,8 +155,7 @@ class APGD(ImageAttack):
                 climb.check(checkpoints[step])
             climb.move()
         # Nothing follows the last point, so it costs no gradient.
-        outputs = victim(climb.images)
-        found.offer(climb.rows, climb.images, goal.won(outputs), goal.merit(outputs))
+        found.offer(climb.rows, climb.images, *victim.heard(victim(climb.images), goal))
 
 
 class _Climb(ABC):

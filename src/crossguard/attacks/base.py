@@ -106,6 +106,10 @@ class ImageVictim:
         self.note(~losses.detach().isfinite())
         return gradient, losses.detach(), outputs.detach()
 
+    def heard(self, outputs: Tensor, goal: Goal) -> tuple[Mask, PerImage]:
+        """Which of the images that were just asked about have won, by their outputs, and their merit."""
+        return goal.won(outputs), goal.merit(outputs)
+
     def judge(self, images: Images, goal: Goal) -> tuple[Mask, PerImage]:
         """Whether these images have won, and their merit.
 
@@ -469,6 +473,11 @@ class ImageAttack(Attack):
 
     on = ("image",)
     norms: ClassVar[tuple[type[PixelBudget], ...]] = (PixelBudget,)
+
+    @property
+    def hears(self) -> bool:
+        """Whether it asks its victim who has won (`ImageVictim.heard`), and lets those go if the goal ends there."""
+        return False
 
     @property
     def draws(self) -> bool:

@@ -68,6 +68,10 @@ class PGD(ImageAttack):
         return self.loss is not None
 
     @property
+    def hears(self) -> bool:
+        return self.stop
+
+    @property
     def draws(self) -> bool:
         return self.random_start or self.restarts > 1
 
@@ -104,7 +108,7 @@ class PGD(ImageAttack):
         for step in range(self.steps):
             gradient, losses, outputs = victim.ascend(images, goal)
             if self.best:
-                found.offer(rows, images, goal.won(outputs), goal.merit(outputs))
+                found.offer(rows, images, *victim.heard(outputs, goal))
             if self.stop:
                 if velocity is None and step % ROUND == 0:
                     # Steps of a fixed length end in circles, most of two points. All of a circle's points have been
@@ -128,7 +132,6 @@ class PGD(ImageAttack):
                 gradient = velocity
             images = budget.project(torch.add(images, budget.ascent(gradient), alpha=length), clean)
         if self.best:
-            outputs = victim(images)
-            found.offer(rows, images, goal.won(outputs), goal.merit(outputs))
+            found.offer(rows, images, *victim.heard(victim(images), goal))
         else:
             found.images[rows] = images

@@ -112,6 +112,11 @@ class EOT(ImageAttack):
     """The attack on the average over everything random (expectation over transformation, Athalye et al. 2018): each
     step averages gradients, losses and outputs over several draws of the model's own noise.
 
+    Where the model that is searched is also the judge, in other draws, PGD and APGD let an image go that has won in
+    each of the last `SURE` draws, of one step after the other. After so many no more than 5 % of all draws can still be
+    right about it, at 95 % confidence, and most of them decide. That rule is ours; without it nearly all of the work
+    would be for images that are beaten.
+
     Args:
         samples: draws; AutoAttack's 'rand' takes 20.
         noise: standard deviation of Gaussian pixel noise added to each draw, in pixels of [0, 1], where they stay; it
@@ -139,6 +144,9 @@ class EOT(ImageAttack):
             raise CrossguardError("an EOT inside an EOT averages twice; give one of them more samples instead")
         held = {item.name: getattr(victim, item.name) for item in fields(ImageVictim)}
         averaged = _Averaged(**held, samples=self.samples, noise=self.noise, flip=self.flip)
+        if goal.redrawn and self.attack.hears:
+            won = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
+            averaged, goal = replace(averaged, won=won), replace(goal, ends=True, redrawn=False)
         # What beats the average may not beat the model itself, so nothing is said of the images.
         return Made(self.attack.craft(averaged, clean, goal, budget, seeds).images)
 
@@ -191,11 +199,16 @@ class BF16(ImageAttack):
 
 @dataclass(frozen=True)
 class _Averaged(ImageVictim):
-    """A victim whose answers are means over several draws."""
+    """A victim whose answers are means over several draws.
+
+    Args:
+        won: of each sample how many draws in a row it has won; None, if an average is enough to have won.
+    """
 
     samples: int = 1
     noise: float = 0.0
     flip: bool = False
+    won: Tensor | None = None
 
     def __call__(self, images: Images) -> Tensor:
         outputs = [super(_Averaged, self).__call__(view) for view in self._views(images)]
@@ -211,9 +224,21 @@ class _Averaged(ImageVictim):
             one, loss, output = super().ascend(view, goal)
             gradient += one.flip(3) if self._mirrored(number) else one
             losses += loss
+            if self.won is not None:
+                self.won.copy_(torch.where(goal.won(output), self.won + 1, 0))
             outputs = output if outputs is None else outputs + output
         assert outputs is not None
         return gradient / self.samples, losses / self.samples, outputs / self.samples
+
+    def heard(self, outputs: Tensor, goal: Goal) -> tuple[Mask, PerImage]:
+        won, merit = super().heard(outputs, goal)
+        return won if self.won is None else self.won >= SURE, merit
+
+    def at(self, keep: Tensor) -> _Averaged:
+        """The same for some of the samples, which go on counting by themselves: another start begins anew."""
+        part = super().at(keep)
+        assert isinstance(part, _Averaged)
+        return part if self.won is None else replace(part, won=self.won[keep])
 
     @property
     def steady(self) -> bool:
@@ -231,6 +256,7 @@ class _Averaged(ImageVictim):
         return self.flip and number % 2 == 1
 
 
+SURE = 64  # draws in a row: 1 - 0.05 ** (1 / 64) is 4.6 %
 _VIEWS = 7  # sets the noise of the views apart from that of the model
 _TURNS = 1000  # sets the noise of an attack that runs for the n-th time apart from that of its own n-th restart
 _APART = 2**32  # questions, more than any attack asks: sets the victim's noise apart when an attack runs again

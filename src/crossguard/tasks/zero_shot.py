@@ -193,7 +193,8 @@ class _ZeroShotTrial(Trial):
         adversarial, size = images, self.changed[labels]
         if self.attack is not None and self.budget is not None:
             # Who is judged by another model, or by another draw of a random one, must not stop at the first success.
-            goal = Untargeted(labels.to(device), ends=not (self.elsewhere or lent.used))
+            redrawn = lent.used and not self.elsewhere
+            goal = Untargeted(labels.to(device), ends=not (self.elsewhere or redrawn), redrawn=redrawn)
             adversarial = self.attack.perturb(self._victim(queries, seeds), images, goal, self.budget, seeds).to(device)
             if self.pixels is not None:
                 size = self.pixels.check(adversarial, images).cpu()
