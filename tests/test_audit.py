@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import sys
@@ -31,6 +32,7 @@ from crossguard import (
     Ranks,
     Retrieval,
     Scenes,
+    Square,
     Tiny,
     Untargeted,
     Wrapper,
@@ -38,10 +40,11 @@ from crossguard import (
     evaluate,
 )
 from crossguard.attacks.knowledge import Adaptive
-from crossguard.audit import PICTURE, TEXT, Audit, _Peak, audit, difference, named, paired, price
+from crossguard.audit import PICTURE, TEXT, Audit, _bars, _Peak, audit, difference, named, paired, price
 from crossguard.audit import picture as plotted
 from crossguard.cli import app
 from crossguard.evaluate import question
+from crossguard.experiment import INDEX
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Transform
 from crossguard.models.wrapper import Lent
@@ -156,12 +159,29 @@ def test_what_is_broken_falls_to_where_its_base_falls(model: VisionLanguageModel
     ours, base = (ladder.worst.parts[0][2] for ladder in (made.defense, made.base))
     assert ours.value <= base.interval[1], "no broken defense is left standing above its base"
     assert any(re.search(why, doubt) for doubt in made.doubts), made.doubts
-    beaten = {Trusting: "lead astray (masked)", Leaking: "the first is a number of ignorance"}.get(type(model), "")
-    assert any(beaten in doubt for doubt in made.doubts), "rungs are compared with each other"
+    compared = {Trusting: "lead astray (masked)", Leaking: "the first is a number of ignorance"}.get(type(model))
+    if compared is not None:
+        assert any(compared in doubt for doubt in made.doubts), "rungs are compared with each other"
+    assert (made.unanswered is not None) == isinstance(model, Thermometer)
     left = made.defense.worst.correct & made.defense.worst.standing
     assert {rung.name for rung in made.defense.attacked} >= {"blind", "blind, PGD-10", "blind, PGD-100", "queries"}
     for rung in made.defense.rungs:
         assert not (left & ~(rung.outcomes.correct & rung.outcomes.standing)).any(), "no rung is below the worst case"
+
+
+def test_a_ladder_without_some_rungs_does_not_look_whole(tmp_path: Path) -> None:
+    made = asked(Thermometer(Toy()), tmp_path, queries=0, limit=16)
+    assert made.defense.missing == ("straight", "own label") and made.defense.among == "3 of 5 adversaries"
+    lines = made.lines()
+    for name in made.defense.missing:
+        assert f"| Thermometer(Toy(5.0)) | {name} | | | not answered |" in lines
+    (worst,) = [line for line in lines if line.startswith("| Thermometer(Toy(5.0)) | **worst")]
+    assert "| 3 of 5 adversaries |" in worst
+    assert sum(line.startswith("**Not complete**: the worst case of Thermometer") for line in lines) == 1
+    assert made.base is not None and not made.base.missing and made.base.among == "all 4 adversaries"
+    bars = [(name, rate is None) for name, rate, _ in _bars(made, made.defense, 0)]
+    assert bars[-3:] == [("straight", True), ("own label", True), ("worst case of 3 of 5 adversaries", False)]
+    assert plotted(made)[:4] == b"\x89PNG"
 
 
 def test_noise_that_is_not_declared_is_found(tmp_path: Path) -> None:
@@ -280,6 +300,17 @@ def test_a_retrieval_is_compared_in_both_directions(goal: str, tmp_path: Path) -
         same = np.array_equal(rung.outcomes.adversarial, before)
         assert not same or rung.knows.startswith("black box"), "it was attacked"
     assert all(doubt.startswith(("image to text R@1: ", "text to image R@1: ")) for doubt in made.doubts)
+
+
+def test_reports_from_before_gates_were_told_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    asked(TTC(Toy()), tmp_path, queries=0, limit=8, attack=PGD(steps=1), samples=1)
+    reports = {path: json.loads(path.read_text()) for path in tmp_path.glob("*.json") if path.name != INDEX}
+    with_gates = [path for path, content in reports.items() if "gates" in content]
+    for path in with_gates[:2]:
+        path.write_text(json.dumps({name: part for name, part in reports[path].items() if name != "gates"}))
+    said = rf"2 of {len(with_gates)} reports on TTC\(.*\) are older than the others .* remove \w+.json and 1 more, or"
+    with pytest.raises(CrossguardError, match=said):
+        asked(TTC(Toy()), tmp_path, queries=0, limit=8, attack=PGD(steps=1), samples=1)
 
 
 # --- Differences ---
@@ -460,6 +491,26 @@ def test_mistakes_are_one_sentence(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, told = call(*changes)
     assert code == 2 and said in told and told.count("crossguard: error: ") == 1 and len(told) <= 300
+
+
+def test_an_audit_without_some_rungs_ends_in_its_ladder_and_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["crossguard.evaluate"]
+    answered = module.evaluate
+
+    def failing(task: Any, model: Any, attack: Any, *rest: Any, **options: Any) -> Any:
+        if isinstance(attack, Square):
+            raise CrossguardError("squares are out of stock")
+        return answered(task, model, attack, *rest, **options)
+
+    monkeypatch.setattr(module, "evaluate", failing)
+    monkeypatch.chdir(tmp_path)
+    words = ["--task", "ZeroShot(Scenes('object'))", "--model", "Tiny()", "--budget", "Linf(2/255)", "--limit", "4"]
+    answer = CliRunner().invoke(app, ["audit", *words, "--attack", "PGD(steps=1)", "--queries", "2", "--out", "a"])
+    assert answer.exit_code == 2 and "| Tiny() | queries | | | not answered |" in answer.stdout
+    told = " ".join(answer.stderr.split())
+    assert "the audit in a: 1 of 7 cells could not be answered: squares are out of stock (queries)" in told
 
 
 def test_places_and_labels_that_are_taken(tmp_path: Path) -> None:

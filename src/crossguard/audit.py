@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -111,11 +111,13 @@ class Ladder:
     Args:
         name: the model, for people.
         price: None where it was not measured.
+        missing: the names of adversaries that apply to it and could not be carried out.
     """
 
     name: str
     rungs: tuple[Rung, ...]
     price: Price | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def clean(self) -> Report:
@@ -125,6 +127,12 @@ class Ladder:
     def attacked(self) -> tuple[Rung, ...]:
         return tuple(rung for rung in self.rungs if rung.report.attacked)
 
+    @property
+    def among(self) -> str:
+        """How many adversaries the worst case is of, and of how many."""
+        count = len(self.attacked)
+        return f"{count} of {count + len(self.missing)} adversaries" if self.missing else f"all {count} adversaries"
+
     @cached_property
     def worst(self) -> Outcomes | Ranks:
         """What is left of each sample after all rungs: right clean, and under every attack."""
@@ -133,13 +141,20 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Audit:
-    """The ladders of a defense, of its base and of whatever stands beside them for comparison."""
+    """The ladders of a defense, of its base and of whatever stands beside them for comparison.
+
+    Args:
+        draws: by which each image under attack is judged.
+        doubts: about what the ladder says.
+        unanswered: why adversaries are missing (`Ladder.missing`); None, if none is.
+    """
 
     defense: Ladder
     base: Ladder | None
     others: tuple[Ladder, ...] = ()
     draws: int = 1
     doubts: tuple[str, ...] = field(default=())
+    unanswered: Unanswered | None = None
 
     @property
     def ladders(self) -> tuple[Ladder, ...]:
@@ -161,6 +176,12 @@ class Audit:
         for part, (score, _, _) in enumerate(self.defense.clean.parts):
             found += self._table(part, score)
             found.append("")
+        for ladder in self.ladders:
+            if ladder.missing:
+                found.append(
+                    f"**Not complete**: the worst case of {in_markdown(ladder.name)} is of {ladder.among}, and what is "
+                    "left under all of them may be less."
+                )
         for part, (score, _, _) in enumerate(self.defense.clean.parts):
             if self.base is not None:
                 middle, low, high = self.difference(part)
@@ -201,8 +222,9 @@ class Audit:
             for rung in ladder.rungs:
                 if ladder is self.defense or not rung.report.attacked:
                     found.append(_row(ladder.name, in_markdown(rung.name), rung.knows, rung.rate(part)))
-            label = f"all {len(ladder.attacked)} adversaries"
-            found.append(_row(ladder.name, "**worst case per image**", label, ladder.worst.parts[part][2]))
+            for name in ladder.missing:
+                found.append(f"| {in_markdown(ladder.name)} | {in_markdown(name)} | | | not answered |")
+            found.append(_row(ladder.name, "**worst case per image**", ladder.among, ladder.worst.parts[part][2]))
         return found
 
     def _prices(self) -> list[str]:
@@ -243,7 +265,8 @@ def audit(
     """Attacks a defense in every way that its own construction allows, and says what is left.
 
     Each rung is an ordinary report in the folder `out`, so an audit that was stopped goes on, processes share it, and
-    `crossguard table --worst` reads it.
+    `crossguard table --worst` reads it. Where an adversary cannot be carried out the others go on; the ladder then says
+    that it is not complete, and `Audit.unanswered` why.
 
     Args:
         budget: of pixels.
@@ -308,21 +331,28 @@ def audit(
     except Unanswered as error:  # the other adversaries have come
         answered, missing = answered_in(out, cells), error
     reports = {report.key: report for report in answered}
-    found = dict[str, list[Rung]]()
+    found, absent = dict[str, list[Rung]](), dict[str, list[str]]()
     for cell in cells:
-        if cell.key not in reports:
-            if missing is not None and cell.words["attack"] is None:
-                raise missing
-            continue
         name = next(name for name, one in names.items() if one == cell.words["model"])
         label = next((label for label, one in rungs[name].items() if one == cell.words["attack"]), "transfer")
         if cell.words["surrogate"] is not None:
             source = next(label for label, one in (transfer or {}).items() if one == cell.words["surrogate"])
             label = f"crafted on {source}"
-        found.setdefault(name, []).append(Rung(label, reports[cell.key]))
-    ladders = [Ladder(name, tuple(found[name]), price(task, one, seed)) for name, one in names.items()]
+        if cell.key in reports:
+            found.setdefault(name, []).append(Rung(label, reports[cell.key]))
+            continue
+        assert missing is not None
+        if cell.words["attack"] is None:
+            raise missing
+        absent.setdefault(name, []).append(label)
+    for name, rungs_of in found.items():
+        _check_gates(Path(out), name, rungs_of)
+    ladders = [
+        Ladder(name, tuple(found[name]), price(task, one, seed), tuple(absent.get(name, ())))
+        for name, one in names.items()
+    ]
     beside = ladders[1:] if bare is model else ladders[2:]
-    made = Audit(ladders[0], None if bare is model else ladders[1], tuple(beside), draws)
+    made = Audit(ladders[0], None if bare is model else ladders[1], tuple(beside), draws, unanswered=missing)
     doubts, group = list(_doubts(made)), joined()
     if missing is not None:
         doubts.append(f"the worst case is of fewer adversaries than apply: {missing}")
@@ -381,6 +411,17 @@ def _name(attack: ImageAttack, layers: int) -> str:
             return "average over noise"
         case _:
             return "straight"
+
+
+def _check_gates(out: Path, name: str, rungs: Sequence[Rung]) -> None:
+    """Refuses reports of which some say how often gates acted and others do not."""
+    silent = [rung.report.key for rung in rungs if not rung.report.gates]
+    if 0 < len(silent) < len(rungs):
+        raise CrossguardError(
+            f"{out}: {len(silent)} of {len(rungs)} reports on {name} are older than the others and do not say how "
+            f"often its gates act; remove {silent[0]}.json{f' and {len(silent) - 1} more' * (len(silent) > 1)}, or "
+            "audit in another folder"
+        )
 
 
 def _told(task: Task, model: VisionLanguageModel, limit: int | None, seed: int) -> tuple[Answer | None, Goal]:
@@ -607,6 +648,9 @@ def picture(made: Audit) -> bytes:
             for name, rate, color in _bars(made, ladder, part):
                 place += 1.0
                 names.append((place, name))
+                if rate is None:
+                    axes.text(1.2, place, "not answered", va="center", fontsize=8, style="italic")
+                    continue
                 low, high = (100 * end for end in rate.interval)
                 axes.barh([place], [100 * rate.value], color=color, height=0.7)
                 axes.plot([low, high], [place, place], color="#222222", linewidth=1.2)
@@ -633,16 +677,18 @@ def picture(made: Audit) -> bytes:
     return content.getvalue()
 
 
-def _bars(made: Audit, ladder: Ladder, part: int) -> list[tuple[str, Rate, str]]:
-    """What is drawn of a ladder: names, rates and colors. Of the models beside the defense, how they fare clean and in
-    the worst case."""
+def _bars(made: Audit, ladder: Ladder, part: int) -> list[tuple[str, Rate | None, str]]:
+    """What is drawn of a ladder: names, rates (None of adversaries that are missing) and colors. Of the models beside
+    the defense, how they fare clean and in the worst case."""
     attacked, final = ("#4472a8", "#b00020") if ladder is made.defense else ("#9aa7b5", "#5b6673")
     found = [
         (rung.name, rung.rate(part), attacked if rung.report.attacked else "#6b9e57")
         for rung in ladder.rungs
         if ladder is made.defense or not rung.report.attacked
     ]
-    return [*found, ("worst case per image", ladder.worst.parts[part][2], final)]
+    absent = [(name, None, attacked) for name in ladder.missing]
+    label = f"worst case of {ladder.among}" if ladder.missing else "worst case per image"
+    return [*found, *absent, (label, ladder.worst.parts[part][2], final)]
 
 
 def _short(name: str) -> str:

@@ -527,7 +527,10 @@ def audit_command(
     device: _Device = None,
     dtype: _Dtype = None,
 ) -> None:
-    """Attack a defense in every way that its construction allows, and say what is left of it."""
+    """Attack a defense in every way that its construction allows, and say what is left of it.
+
+    Adversaries that could not be carried out are named below the ladder, and on standard error with exit code 2.
+    """
     from crossguard.audit import PICTURE, audit
 
     for option, value, least in (
@@ -552,6 +555,8 @@ def audit_command(
         _print("\n".join(made.lines()))
         _print()
         _print(f"the ladder as a picture: {out / PICTURE}")
+    if made.unanswered is not None:
+        raise made.unanswered
 
 
 @app.command("calibrate")
