@@ -166,6 +166,7 @@ from .testing import check_model as check_model
 from .testing import check_wrapper as check_wrapper
 from .words import WordError as WordError
 from .words import build as build
+from .words import register as register
 from .words import show as show
 
 __version__: str

@@ -28,7 +28,7 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from crossguard import __version__, files
+from crossguard import __version__, files, own
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Cell, Experiment, Unanswered, Watch, read
 from crossguard.limits import at_least, shortly, whole
@@ -143,6 +143,17 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _add_words(files: list[Path] | None) -> list[Path] | None:
+    """Makes what these files hold words before the other options are read."""
+    for file in files or []:
+        try:
+            own.add(file)
+        except CrossguardError as error:
+            raise CrossguardError(f"--words: {error}") from error
+    return files
+
+
 _Task = Annotated[str, typer.Option(help="What is asked: ZeroShot(Scenes('object')).")]
 _Model = Annotated[str, typer.Option(help="Who answers: Tiny(), HuggingFace('path or id').")]
 _Attack = Annotated[str, typer.Option(help="How the adversary searches: PGD(steps=100).")]
@@ -167,6 +178,13 @@ _Device = Annotated[
     typer.Option(help="Where networks live: cpu, cuda, cuda:1; the first GPU, if not given and there is one."),
 ]
 _Dtype = Annotated[str | None, typer.Option(help="The precision of networks: float32 (the default) or bfloat16.")]
+_Own = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--words", metavar="FILE.py", is_eager=True, callback=_add_words,
+        help="A Python file of words of your own, whose code is run; may be given several times.",
+    ),
+]  # fmt: skip
 _SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Go on without images that cannot be read, and count them.")
 ]
@@ -225,6 +243,7 @@ def evaluate_command(
     overwrite: _Overwrite = False,
     device: _Device = None,
     dtype: _Dtype = None,
+    own_words: _Own = None,
 ) -> None:
     """Answer one question: how often is the model right, clean and under attack?"""
     words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
@@ -251,6 +270,7 @@ def attack_command(
     overwrite: _Overwrite = False,
     device: _Device = None,
     dtype: _Dtype = None,
+    own_words: _Own = None,
     first: Annotated[int, typer.Option("--show", help="How many samples to print at the end.")] = 3,
 ) -> None:
     """Keep what an attack makes, with the report, in a folder, and print its first samples."""
@@ -282,6 +302,7 @@ def show_command(
         Path | None,
         typer.Option(help="A picture (FILE.png) or a page (FILE.html) of them.", metavar="FILE"),
     ] = None,
+    own_words: _Own = None,
 ) -> None:
     """Look at a few samples before and under attack: answers, perturbation, and the words that changed."""
     from crossguard import look
@@ -385,6 +406,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The folder of the checkpoint; a run that was stopped goes on there.")],
     skip_broken: _SkipBroken = False,
     device: _Device = None,
+    own_words: _Own = None,
 ) -> None:
     """Train a model, or go on with a run that was stopped; prints the word that reads the result."""
     from crossguard.words import show
@@ -453,12 +475,16 @@ def run(
     ] = None,
     device: _Device = None,
     dtype: _Dtype = None,
+    own_words: _Own = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the code of the files of words that the experiment names.")
+    ] = False,
 ) -> None:
     """Answer every question of an experiment; what was answered is not asked again."""
     number, of = (whole(one) for one in (shard or "1/1").partition("/")[::2])
     if number is None or of is None:
         raise CrossguardError(f"--shard must be such as 2/8, the second of eight parts, not {shortly(shard)}")
-    experiment = Experiment.load(file)
+    experiment = Experiment.load(file, trust)
     given = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
     folder = Path("runs") / file.stem if out is None else out
     _run(dataclasses.replace(experiment, **given), folder, None if shard is None else (number, of))
@@ -495,6 +521,7 @@ def table(
     crossed: Annotated[
         bool, typer.Option("--transfer", help="Who was crafted on against who was asked, one table per attack.")
     ] = False,
+    own_words: _Own = None,
 ) -> None:
     """Print the reports of a folder as a table."""
     if worst and crossed:
@@ -526,6 +553,7 @@ def audit_command(
     doubt: _Doubt = 0,
     device: _Device = None,
     dtype: _Dtype = None,
+    own_words: _Own = None,
 ) -> None:
     """Attack a defense in every way that its construction allows, and say what is left of it.
 
@@ -571,6 +599,7 @@ def calibrate_command(
     batch: _Batch = 128,
     device: _Device = None,
     dtype: _Dtype = None,
+    own_words: _Own = None,
 ) -> None:
     """Find the thresholds of a defense on clean images of this model, and print it with these."""
     for option, value, least in (("--limit", limit, 1), ("--batch", batch, 1), ("--seed", seed, 0)):
@@ -615,6 +644,7 @@ def transfer(
     out: Annotated[Path, typer.Option(help="The folder of the answers.")] = Path("runs/transfer"),
     device: _Device = None,
     dtype: _Dtype = None,
+    own_words: _Own = None,
 ) -> None:
     """Attack every model with what was crafted on every other: a matrix of pairs, the white boxes on its diagonal."""
     _at_least("--limit", limit, 1)
@@ -641,6 +671,7 @@ def transfer(
 @app.command()
 def words(
     name: Annotated[str | None, typer.Argument(help="One word, to be shown with its fields.")] = None,
+    own_words: _Own = None,
 ) -> None:
     """List the words: everything that can be named on the command line and in experiment files."""
     if name is None:

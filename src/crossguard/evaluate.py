@@ -74,7 +74,9 @@ def question(
             )
         pixels, words = attack.spends(budget)
         budget = budget if pixels is not None and words is not None else pixels or words
-    held = {"weights": model, "surrogate weights": surrogate, "attack files": attack, "data": task}
+    held = {
+        "weights": model, "surrogate weights": surrogate, "attack files": attack, "budget files": budget, "data": task,
+    }  # fmt: skip
     # What is there in few questions only, so that the others keep their names.
     told = {name: contents(word) for name, word in held.items()} | {"precision": precision()}
     if at_least("draws", draws, 1) > 1 and attack is not None and is_random(model):

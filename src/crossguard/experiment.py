@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from crossguard import files, signatures, words
+from crossguard import files, own, signatures, words
 from crossguard.errors import CrossguardError
 from crossguard.limits import at_least, shortly
 from crossguard.printing import LogFormatter
@@ -144,16 +144,22 @@ class Experiment:
     draws: int = 1
 
     @staticmethod
-    def load(path: str | Path) -> Experiment:
+    def load(path: str | Path, trust: bool = False) -> Experiment:
         """Reads a TOML file: task, model, attack, budget and surrogate, each a word, a list of words or a
         table of label = word; and seed, limit, batch, device, dtype. Task and model must be there. A table `let` may
-        give names to words, which the words after it may use."""
+        give names to words, which the words after it may use; `words` lists Python files of words of one's own, beside
+        the file.
+
+        Args:
+            trust: run the code of the files that `words` lists. Without, each of them must have been named by hand
+                before (`--words`, CROSSGUARD_WORDS), since an experiment of a stranger could have anything run.
+        """
         path = Path(path)
         try:
             content = read_toml(path, "give a TOML file with the keys task and model")
         except Missing:
             raise CrossguardError(f"there is no experiment file {path}") from None
-        known = ("let", *_KINDS, *_SETTINGS, *_PLACES)
+        known = ("words", "let", *_KINDS, *_SETTINGS, *_PLACES)
         for name in content:
             if name not in known:
                 near = words.nearest(name, known)
@@ -161,6 +167,7 @@ class Experiment:
         for name in ("task", "model"):
             if name not in content:
                 raise CrossguardError(f"{path}: the key {name!r} is missing; give it a list of words")
+        _add_words(path, content.get("words", []), trust)
         _check_names(path, content)
         settings = {
             name: at_least(f"{path}: {name}", content[name], least)
@@ -495,6 +502,24 @@ def _check_names(path: Path, content: Mapping[str, Any]) -> None:
                     signatures.check(text, named)
                 except CrossguardError as error:
                     raise CrossguardError(f"{path}: {kind}: {error}") from error
+
+
+def _add_words(path: Path, value: object, trust: bool) -> None:
+    """The files of words that an experiment names, which must be trusted or have been named by hand as well."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        raise CrossguardError(f"{path}: words must be a list of Python files in quotes, not {shortly(value)}")
+    for one in listed:
+        place = path.parent / Path(one).expanduser()
+        if not trust and place.resolve() not in own.given():
+            raise CrossguardError(
+                f"{path} would run the code of {shortly(str(place))}; if you trust it, say so with --trust, or name "
+                f"the file yourself: --words {place}"
+            )
+        try:
+            own.add(place)
+        except CrossguardError as error:
+            raise CrossguardError(f"{path}: words: {error}") from error
 
 
 def _let(path: Path, value: object) -> dict[str, Any]:

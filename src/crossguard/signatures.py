@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import crossguard
-from crossguard import words
+from crossguard import own, words
 
 _ROOT = Path(__file__).parent
 _PLAIN = ("int", "float", "str", "bool", "tuple", "object", "Any")
@@ -79,20 +79,38 @@ def find(name: str) -> Signature:
             return found.signature
         except _UnclearError:
             pass
+    elif file := own.file_of(name):
+        try:
+            found = _class(file.home, name)
+            if found is not None and found.word and found.plain:
+                return found.signature
+        except _UnclearError:
+            pass
     return of(words.find(name))
 
 
 def names() -> list[str]:
-    """The names of all words, in the order of the stub, then those of installed plugins."""
-    own = [name for name in _exports() if _may_be_word(name)]
-    return [*own, *(name for name in words.names() if name not in crossguard.VOCABULARY)]
+    """The names of all words, in the order of the stub, then those of one's own and of installed plugins."""
+    ours = [name for name in _exports() if _may_be_word(name)]
+    return [*ours, *(name for name in words.names() if name not in crossguard.VOCABULARY and not _is_base(name))]
+
+
+def _is_base(name: str) -> bool:
+    """Whether a class of a file of one's own is there to be inherited from, and no word."""
+    file = own.file_of(name)
+    try:
+        found = _class(file.home, name) if file is not None else None
+    except _UnclearError:
+        return False
+    return found is not None and found.abstract
 
 
 def of(kind: type) -> Signature:
     """The signature of a class of words that is loaded."""
     parameters = []
     for field in words.fields(kind):
-        default = None if field.default is words.REQUIRED else words.show(field.default, short=True)
+        needed = field.default is words.REQUIRED
+        default = None if needed else words.show(words.fitted(kind, field, field.default), short=True)
         parameters.append(Parameter(field.name, words.type_text(field.type), default, field.positional))
     above = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)]
     docs = [(base.__name__, base.__dict__.get("__doc__")) for base in above]
@@ -156,7 +174,7 @@ class _UnclearError(Exception):
 @cache
 def _exports() -> dict[str, tuple[str, str]]:
     """Where each public name lives: module and name, in the order of the stub."""
-    return _Module("__init__.pyi").imports
+    return _Module(_parsed("__init__.pyi")).imports
 
 
 def _may_be_word(name: str) -> bool:
@@ -167,11 +185,11 @@ def _may_be_word(name: str) -> bool:
 class _Module:
     """The classes, the constants and the imports of one source file of the package."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, tree: ast.Module) -> None:
         self.classes: dict[str, ast.ClassDef] = {}
         self.constants: dict[str, ast.expr] = {}
         self.imports: dict[str, tuple[str, str]] = {}
-        body = ast.parse((_ROOT / file).read_bytes()).body
+        body = list(tree.body)
         for node in body:
             match node:
                 case ast.ClassDef(name=name):
@@ -184,7 +202,10 @@ class _Module:
                     self.constants |= {alias.name: ast.Constant(getattr(string, alias.name)) for alias in names}
                 case ast.ImportFrom(module=str(module), names=names, level=level):
                     home = module if level else module.removeprefix("crossguard.")
-                    if level or home != module:
+                    if module == "crossguard" and not level:  # a file of one's own, which takes what is public
+                        names = [alias for alias in names if alias.name in _exports()]
+                        self.imports |= {alias.asname or alias.name: _exports()[alias.name] for alias in names}
+                    elif level or home != module:
                         self.imports |= {alias.asname or alias.name: (home, alias.name) for alias in names}
                 case ast.If(body=inside):  # what type checkers alone import
                     body.extend(inside)
@@ -192,9 +213,18 @@ class _Module:
                     pass
 
 
+def _parsed(file: str) -> ast.Module:
+    try:
+        return ast.parse((_ROOT / file).read_bytes())
+    except FileNotFoundError:  # what a file of one's own imports from elsewhere
+        raise _UnclearError from None
+
+
 @cache
 def _module(name: str) -> _Module:
-    return _Module(f"{name.replace('.', '/')}.py")
+    """A module of the package, or a file of one's own by the name of its module."""
+    tree = own.source(name)
+    return _Module(_parsed(f"{name.replace('.', '/')}.py") if tree is None else tree)
 
 
 @cache
@@ -216,6 +246,11 @@ class _Class:
         bases = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
         self.bases = [base.id for base in bases if isinstance(base, ast.Name)]
         above = [_class(module, base) for base in self.bases]
+        # Whether all that it inherits from can be looked at; a file of one's own may take classes from anywhere.
+        self.plain = len(self.bases) == len(bases) and all(
+            base in ("ABC", "object", "Protocol") or (found is not None and found.plain)
+            for base, found in zip(self.bases, above, strict=True)
+        )
         self.line = [self]  # itself, then what is above it
         for base in above:
             self.line += [one for one in (base.line if base else []) if one not in self.line]
@@ -290,7 +325,7 @@ def _is(node: ast.expr, name: str) -> bool:
     """Whether this is the name, called or indexed or neither."""
     if isinstance(node, ast.Call | ast.Subscript):
         return _is(node.func if isinstance(node, ast.Call) else node.value, name)
-    return isinstance(node, ast.Name) and node.id == name
+    return (isinstance(node, ast.Name) and node.id == name) or (isinstance(node, ast.Attribute) and node.attr == name)
 
 
 def _literal(node: ast.expr) -> object:

@@ -31,7 +31,8 @@ _TASK = ("task", "data")
 _MODEL = ("model", "weights")  # what makes a row
 _SURROGATE = ("surrogate", "surrogate weights")
 _ATTACK = ("attack", "attack files")
-_FILES: dict[str, str] = dict((_TASK, _MODEL, _SURROGATE, _ATTACK))
+_BUDGET = ("budget", "budget files")
+_FILES: dict[str, str] = dict((_TASK, _MODEL, _SURROGATE, _ATTACK, _BUDGET))
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Answers:
                 row["clean"] = clean
                 continue
             row.setdefault("clean", clean)
-            column = _part(report, *_ATTACK, "budget")
+            column = _part(report, *_ATTACK, *_BUDGET)
             columns[column] = f"{self.label(report, 'attack')}, {self.label(report, 'budget')}"
             row[column] = robust
         knowledge = {
@@ -234,7 +235,7 @@ class Answers:
         groups: dict[str, list[Report]] = {}
         for report in self.reports:
             if report.attacked:
-                groups.setdefault(_part(report, *_TASK, "limit", *_ATTACK, "budget", "seed"), []).append(report)
+                groups.setdefault(_part(report, *_TASK, "limit", *_ATTACK, *_BUDGET, "seed"), []).append(report)
         return [self._matrix(reports, part) for reports in groups.values() for part in range(len(reports[0].parts))]
 
     def _matrix(self, reports: list[Report], part: int) -> Table:

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from crossguard import own
 from crossguard.errors import CrossguardError
 from crossguard.limits import LARGEST, shortened, shortly
 
@@ -144,12 +145,19 @@ class Reads:
 
 def contents(word: object) -> str:
     """What the files behind a word hold, in one short text: a word of the same text whose files have changed has
-    another. Looks at every word inside (the base of a wrapper, the language model of an attack, the data of a `Fit`).
+    another, as has a word of one's own whose code has changed. Looks at every word inside (the base of a wrapper, the
+    language model of an attack, the data of a `Fit`).
     """
     found: list[tuple[Reads, str]] = []
     _contents(word, found)
     # In the order of their places: two lists of synonyms that have changed places are other files behind each word.
-    return " ".join(f"{type(part).__name__}:{fingerprint}" for part, fingerprint in found)
+    told = [f"{type(part).__name__}:{fingerprint}" for part, fingerprint in found]
+    return " ".join([*told, *sorted({f"{type(part).__name__}.code:{own.code(type(part))}" for part in _foreign(word)})])
+
+
+def _foreign(word: object) -> Iterator[object]:
+    """The words inside whose code is not of this package."""
+    return (part for part in within(word, object) if dataclasses.is_dataclass(part) and own.code(type(part)))
 
 
 def _contents(word: object, found: list[tuple[Reads, str]]) -> set[str]:
@@ -159,11 +167,11 @@ def _contents(word: object, found: list[tuple[Reads, str]]) -> set[str]:
         parts = [getattr(word, field.name) for field in dataclasses.fields(word)]
     told = set[str]().union(*(_contents(part, found) for part in parts))
     if isinstance(word, Reads):
-        own = word.fingerprint
-        if not set(own.split()) <= told:  # what a word over data says is what the data say: the innermost speaks
-            told.add(own)
-            if (word, own) not in found:
-                found.append((word, own))
+        held = word.fingerprint
+        if not set(held.split()) <= told:  # what a word over data says is what the data say: the innermost speaks
+            told.add(held)
+            if (word, held) not in found:
+                found.append((word, held))
     return told
 
 
@@ -176,15 +184,16 @@ def is_word(kind: object) -> bool:
 
 
 def names() -> tuple[str, ...]:
-    """The names of the vocabulary and of installed plugins, whether words or not. Loads nothing."""
+    """The names of the vocabulary, of words of one's own and of installed plugins, whether words or not. Loads
+    nothing."""
     crossguard = importlib.import_module("crossguard")
-    return tuple(dict.fromkeys([*crossguard.VOCABULARY, *crossguard.plugins()]))
+    return tuple(dict.fromkeys([*crossguard.VOCABULARY, *own.names(), *crossguard.plugins()]))
 
 
 def is_name(name: str) -> bool:
-    """Whether the vocabulary or an installed plugin has this name."""
+    """Whether the vocabulary, a word of one's own or an installed plugin has this name."""
     crossguard = importlib.import_module("crossguard")
-    return name in crossguard.VOCABULARY or name in crossguard.plugins()
+    return name in crossguard.VOCABULARY or name in own.names() or name in crossguard.plugins()
 
 
 def find(name: str) -> type:
@@ -193,14 +202,52 @@ def find(name: str) -> type:
     if not is_name(name):
         raise unknown(name)
     try:
-        found = getattr(crossguard, name)
+        found = _exported(name)
+    except CrossguardError as error:  # a file of one's own that cannot be run
+        raise WordError(str(error)) from error
     except ImportError as error:
         raise WordError(f"{name} cannot be loaded: {_line(error)}") from error
     except AttributeError as error:
         raise WordError(f"{name} cannot be found in the package that should have it: {_line(error)}") from error
     if not is_word(found):
-        raise no_word(name)
+        raise no_word(name) if name in crossguard.VOCABULARY else WordError(f"{name} is no word: {_lacking(found)}")
     return found
+
+
+def _exported(name: str) -> Any:
+    """What a name of the vocabulary, of one's own or of a plugin stands for."""
+    crossguard = importlib.import_module("crossguard")
+    return own.load(name) if name not in crossguard.VOCABULARY and name in own.names() else getattr(crossguard, name)
+
+
+def register(kind: type[T]) -> type[T]:
+    """Makes a class of one's own a word, so that `build` reads it and experiments may name it; as a decorator above
+    `@dataclass(frozen=True)`, or called with the class. A class that is made anew, as in a notebook, takes the place of
+    the former. For files there is `--words mine.py`, which needs no call.
+
+    Raises:
+        WordError: the class is no frozen dataclass of what has a text, or has the name of another word.
+    """
+    if not is_word(kind):
+        name = kind.__name__ if isinstance(kind, type) else shortly(kind)
+        raise WordError(f"{name} is no word: {_lacking(kind)}")
+    own.put(kind)
+    return kind
+
+
+def _lacking(kind: object) -> str:
+    """What keeps this from being a word, and what would do."""
+    if not isinstance(kind, type):
+        return f"it is {shortly(kind)}, and a word is a frozen dataclass"
+    if "__dataclass_fields__" not in vars(kind) or not getattr(kind, "__dataclass_params__").frozen:  # noqa: B009
+        return "put @dataclass(frozen=True) above the class"
+    if inspect.isabstract(kind):
+        return f"it does not say {', '.join(sorted(kind.__abstractmethods__))}, which its base class leaves to it"
+    wrong = next(field for field in fields(kind) if not _writable(field.type))
+    return (
+        f"its field {wrong.name} is of the type {type_text(wrong.type)}, which has no text; take numbers, strings, "
+        "True, False, None, tuples of these and other words"
+    )
 
 
 def type_text(annotation: Any) -> str:
@@ -360,7 +407,7 @@ def arguments(
 
 def unknown(name: str, known: Iterable[str] = ()) -> WordError:
     """What is wrong with a name that is none of the vocabulary, nor of what else is known."""
-    hint = _path(name)
+    hint = _path(name) or own.near_miss(name)
     if not hint:
         hint = nearest(name, (*names(), *known)).removeprefix("; ") or f"a string needs quotes: {shortly(name)}"
     return WordError(f"unknown name {shortly(name)}; {hint}")
@@ -392,7 +439,7 @@ def _make(kind: type, takes: tuple[Field, ...], given: dict[str, Any]) -> Any:
     missing = [field.name for field in takes if field.default is REQUIRED and field.name not in given]
     if missing:
         raise needs(kind.__name__, missing, [_argument_text(field) for field in takes])
-    fitting = {field.name: _fitted(kind, field, given[field.name]) for field in takes if field.name in given}
+    fitting = {field.name: fitted(kind, field, given[field.name]) for field in takes if field.name in given}
     try:
         return kind(**fitting)
     except CrossguardError:
@@ -401,7 +448,12 @@ def _make(kind: type, takes: tuple[Field, ...], given: dict[str, Any]) -> Any:
         raise WordError(f"{kind.__name__} cannot be made: {type(error).__name__}: {_line(error)}") from error
 
 
-def _fitted(kind: type, field: Field, value: Any) -> Any:
+def fitted(kind: type, field: Field, value: Any) -> Any:
+    """The value as the field of a word wants it: a whole number is a float where one is wanted.
+
+    Raises:
+        WordError: it does not fit.
+    """
     try:
         return _fit(value, field.type, True)
     except _Misfit:
@@ -523,7 +575,7 @@ def _hints(kind: type) -> dict[str, Any]:
         except NameError as error:
             if error.name is None or error.name in known or error.name not in names():
                 raise WordError(f"{kind.__name__} cannot be used in a word: {_line(error)}") from error
-            known[error.name] = getattr(importlib.import_module("crossguard"), error.name)
+            known[error.name] = _exported(error.name)
 
 
 def _expected(annotation: Any) -> str:
@@ -571,7 +623,7 @@ def _show(value: object, short: bool, depth: int) -> str:
     _check_own_name(kind)
     parts, takes = [], fields(kind)
     for field in takes:
-        held = _fitted(kind, field, getattr(value, field.name))
+        held = fitted(kind, field, getattr(value, field.name))
         size = len(takes) == 1 and field.type in (int, float)
         if short and not size and field.default is not REQUIRED and held == field.default:
             continue

@@ -529,6 +529,8 @@ class ImageAttack(Attack):
         """The adversarial images, with what the search knows of them."""
         case = self.ready(victim, clean, goal, budget, seeds)
         made = self.search(case.victim, case.clean, case.goal, budget, case.seeds)
+        if isinstance(made, Tensor):  # an attack of somebody's own, which knows nothing else
+            made = Made(made)
         case.victim.check()
         return replace(made, images=made.images.detach())
 
@@ -568,7 +570,8 @@ class ImageAttack(Attack):
 
     @abstractmethod
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
-        """The attack itself. It may be told by `goal.ends` that who has won is done; `Found` keeps the strongest."""
+        """The attack itself; in place of `Made(images)` the images alone will do. It may be told by `goal.ends` that
+        who has won is done; `Found` keeps the strongest."""
 
 
 @dataclass(frozen=True)
