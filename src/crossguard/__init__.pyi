@@ -136,6 +136,7 @@ from .models.ensembles import MTA as MTA
 from .models.ensembles import TTE as TTE
 from .models.fresh import Fresh as Fresh
 from .models.huggingface import HuggingFace as HuggingFace
+from .models.interpolated import Interpolated as Interpolated
 from .models.kinds import Ensemble as Ensemble
 from .models.kinds import Latent as Latent
 from .models.kinds import Purifier as Purifier
@@ -144,6 +145,7 @@ from .models.latent import COLA as COLA
 from .models.latent import CLIPure as CLIPure
 from .models.noise import RN as RN
 from .models.noise import GaussianNoise as GaussianNoise
+from .models.prompted import PromptTuned as PromptTuned
 from .models.purification import BitDepth as BitDepth
 from .models.smoothing import Smoothed as Smoothed
 from .models.transforms import JPEG as JPEG

@@ -17,4 +17,5 @@ PerImage = Float[Tensor, " n"]
 Mask = Bool[Tensor, " n"]
 Seeds = Int[Tensor, " n"]  # one 64-bit key per sample, from which all its noise is drawn
 Context = Float[Tensor, "*images tokens width"]  # learned tokens, for each image or for all
+Deeper = Float[Tensor, "layers tokens width"]  # such tokens before the second layer of a tower, the third and so on
 Spliced = Float[Tensor, "*images texts d"]  # raw embeddings of texts with these

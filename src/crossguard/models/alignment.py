@@ -3,21 +3,21 @@ the statistics of known ones."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossguard.answer import Answer, Said
 from crossguard.errors import CrossguardError
 from crossguard.files import digest, save_tensors
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, together
+from crossguard.models.towers import ImageTower, States, Watched
 from crossguard.models.tuning import descended, entropy_of_mean, surest
 from crossguard.models.views import tpt_views
 from crossguard.models.wrapper import Lent, Wrapper
@@ -25,7 +25,6 @@ from crossguard.seeds import derive, normal
 from crossguard.shapes import Context, Images, PerImage
 from crossguard.words import Reads
 
-States = Float[Tensor, "layers rows places width"]  # what each layer makes of each token of an image
 Moments = Float[Tensor, "layers places width"]
 
 _FILE = "the file that crossguard.token_statistics(model, clean, adversarial, out) has written"
@@ -146,17 +145,6 @@ class TAPT(Wrapper, Reads):
         return self.attacked * attacked + (1.0 - self.attacked) * clean
 
 
-@dataclass
-class _Watched:
-    """What the layers said of the tokens of the images in the last forward."""
-
-    places: int = 0  # of an image, without those that are given
-    states: list[Tensor] = field(default_factory=list)
-
-    def stacked(self, layers: int) -> States:
-        return torch.stack(self.states[:layers])[:, :, : self.places]
-
-
 @dataclass(frozen=True)
 class ImageTokens:
     """Tokens that are given to an image tower behind its own, one list for each image or one for all.
@@ -165,61 +153,24 @@ class ImageTokens:
         start: the tokens before they are learned.
     """
 
-    embeddings: nn.Module
-    blocks: nn.ModuleList
+    tower: ImageTower
     start: Context
     seed: int
 
     @classmethod
     def of(cls, network: DualEncoder, tokens: int, seed: int) -> ImageTokens:
         """Of the network's image tower; raises where it has no tokens."""
-        tower: Any = getattr(getattr(network, "model", None), "vision_model", None)
-        embeddings: Any = getattr(tower, "embeddings", None)
-        blocks = getattr(getattr(tower, "encoder", None), "layers", None)
-        known = isinstance(embeddings, nn.Module) and hasattr(embeddings, "position_embedding")
-        if not known or not isinstance(blocks, nn.ModuleList):
-            raise CrossguardError(
-                "TAPT learns tokens of the image tower, and the tower of this model has none that are known here; put "
-                "it around a CLIP or SigLIP with a vision transformer"
-            )
-        weight, width = next(blocks.parameters()), int(tower.config.hidden_size)
-        start = _STD * normal(torch.tensor([derive("TAPT", seed)]), (tokens, width), weight.device)[0]
-        return cls(embeddings, blocks, start, seed)
+        tower = ImageTower.of(network.stock, "TAPT")
+        weight = next(tower.blocks.parameters())
+        start = _STD * normal(torch.tensor([derive("TAPT", seed)]), (tokens, tower.width), weight.device)[0]
+        return cls(tower, start, seed)
 
     @contextmanager
-    def given(self, tokens: Context, watch: bool = False) -> Iterator[_Watched]:
-        """Inside, the tower of this thread has these tokens too. A forward of more images than lists is one of several
-        views of each, in the order (image, view).
-
-        Args:
-            watch: keep what the layers say.
-        """
-        here, watched = threading.get_ident(), _Watched()
-
-        def append(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-            del module, inputs
-            if threading.get_ident() != here:
-                return None
-            if len(output) % len(tokens):
-                raise CrossguardError(f"{len(output)} images are no views of {len(tokens)}, which have learned tokens")
-            watched.places, watched.states = output.shape[1], []
-            own = tokens.to(output.dtype).repeat_interleave(len(output) // len(tokens), 0)
-            return torch.cat([output, own], 1)
-
-        def listen(module: nn.Module, inputs: Any, output: Any) -> None:
-            del module, inputs
-            if threading.get_ident() == here:
-                watched.states.append(output if isinstance(output, Tensor) else output[0])
-
-        handles = [self.embeddings.register_forward_hook(append)]
-        if watch:
-            handles += [block.register_forward_hook(listen) for block in self.blocks]
-        try:
-            with together():
-                yield watched
-        finally:
-            for handle in handles:
-                handle.remove()
+    def given(self, tokens: Context, watch: bool = False) -> Iterator[Watched]:
+        """Inside, the tower of this thread has these tokens too (`ImageTower.given`), and all images go through it in
+        one forward."""
+        with together(), self.tower.given(tokens, watch=watch) as watched:
+            yield watched
 
 
 @dataclass(frozen=True)
@@ -245,15 +196,12 @@ class _Known:
         except (SafetensorError, OSError) as error:
             raise CrossguardError(f"{path} holds no statistics of tokens; give {_FILE}") from error
         own = {"tokens": str(len(tower.start)), "seed": str(tower.seed)}
+        layers, width = len(tower.tower.blocks), tower.start.shape[1]
         shapes = {one.shape[::2] for one in found if one.ndim == 3}
-        if (
-            made != own
-            or shapes != {(len(tower.blocks), tower.start.shape[1])}
-            or len({one.shape for one in found}) > 1
-        ):
+        if made != own or shapes != {(layers, width)} or len({one.shape for one in found}) > 1:
             raise CrossguardError(
                 f"{path} has statistics of {made or 'another kind'} and shape {tuple(found[0].shape)}, and this model "
-                f"has {own} and {len(tower.blocks)} layers of width {tower.start.shape[1]}; make them for this model"
+                f"has {own} and {layers} layers of width {width}; make them for this model"
             )
         return cls(*found)
 
@@ -285,7 +233,7 @@ def token_statistics(
         for images in batches:
             with torch.no_grad(), tower.given(tower.start[None], watch=True) as watched:
                 model.encode_image(images)
-            states = watched.stacked(len(tower.blocks)).double().cpu()
+            states = watched.stacked(len(tower.tower.blocks)).double().cpu()
             shift = states[:, :1] if shift is None else shift  # so that squares do not swallow small variances
             away = states - shift
             count, total, squares = count + len(images), total + away.sum(1), squares + away.square().sum(1)

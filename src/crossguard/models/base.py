@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from crossguard.errors import CrossguardError
 from crossguard.models.splicing import Splice
 from crossguard.opening import Opened, Opens, opened, opening
 from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings
+from crossguard.words import quoted
 
 _IMAGES_AT_ONCE = 256  # without a gradient: bounds the memory of defenses that look at many views of each image
 _TEXTS_AT_ONCE = 1024  # bounds the memory of encoding thousands of prompts
@@ -45,6 +47,10 @@ class Preprocess:
     mode: str = "bicubic"
 
     def __call__(self, images: Images) -> Resized:
+        return self.normalized(self.fitted(images))
+
+    def fitted(self, images: Images) -> Resized:
+        """The pixels in [0, 1] at the size that the tower reads."""
         height, width = images.shape[-2:]
         if self.resize is None:
             images = self._resized(images, self.height, self.width)
@@ -52,6 +58,10 @@ class Preprocess:
             short = min(height, width)
             images = self._resized(images, int(self.resize * height / short), int(self.resize * width / short))
             images = _center_crop(images, self.height, self.width)
+        return images
+
+    def normalized(self, images: Images) -> Resized:
+        """What the tower reads of pixels of its size."""
         mean, std = (constant(values, images.device, images.dtype) for values in (self.mean, self.std))
         return (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
@@ -82,9 +92,30 @@ class DualEncoder(nn.Module):
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         """Raw text embeddings, differentiable in the parameters."""
 
-    def splice(self, texts: Sequence[str], words: str) -> Splice:
-        """The texts with learned vectors in place of these words, which are put in front of a text without them."""
-        del texts, words
+    @property
+    def stock(self) -> Any:
+        """The model of `transformers` inside, for what reaches into its towers; None where there is none."""
+        return None
+
+    def fitted(self, images: Images) -> Resized:
+        """The pixels in [0, 1] at the size that the image tower reads: the first half of `encode_image`."""
+        del images
+        raise CrossguardError(
+            f"a {type(self).__name__} does not say at which size it sees images, so none of its pixels can be learned; "
+            "give a CLIP or SigLIP model"
+        )
+
+    def encode_fitted(self, pixels: Resized) -> Embeddings:
+        """Raw embeddings of such pixels, which need not be in [0, 1]: the second half of `encode_image`."""
+        return self.encode_image(pixels)
+
+    def splice(self, texts: Sequence[str], words: str, lists: Sequence[int] = ()) -> Splice:
+        """The texts with learned vectors in place of these words, which are put in front of a text without them.
+
+        Args:
+            lists: for each text the number of its list of vectors, where texts have different ones.
+        """
+        del texts, words, lists
         raise CrossguardError(f"a {type(self).__name__} cannot read learned tokens; give a CLIP or SigLIP model")
 
     def cut(self, texts: Sequence[str]) -> int:
@@ -261,6 +292,20 @@ class Checkpoint(VisionLanguageModel, Opens):
 
     def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         return self.network.logits(images, texts)
+
+
+def checkpoint(model: VisionLanguageModel, who: str) -> Checkpoint:
+    """The same model; raises where it has no network of its own.
+
+    Args:
+        who: wants one, for the error.
+    """
+    if not isinstance(model, Checkpoint):
+        raise CrossguardError(
+            f"{who} asks for the network of a checkpoint, and {quoted(model)} has none; give HuggingFace('folder') or "
+            "the like, and put a defense around the result"
+        )
+    return model
 
 
 _together: ContextVar[bool] = ContextVar("crossguard_together", default=False)

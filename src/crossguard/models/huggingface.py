@@ -20,7 +20,7 @@ from crossguard.models.packing import PrefixPacking
 from crossguard.models.splicing import Splice
 from crossguard.models.tokens import Tokens
 from crossguard.pretrained import pretrained
-from crossguard.shapes import Embeddings, Images
+from crossguard.shapes import Embeddings, Images, Resized
 from crossguard.words import Reads
 
 _LARGEST_NUMBER = 1e6  # that pixels are shifted or divided by; those of towers in use are below 1, or 255 at most
@@ -68,8 +68,18 @@ class TransformersEncoder(DualEncoder):
         self.packing = PrefixPacking(model) if PrefixPacking.knows(model) else None
         self.first = next(name for name, _ in model.named_parameters() if name.startswith("vis"))  # of the image tower
 
+    @property
+    def stock(self) -> Any:
+        return self.model
+
     def encode_image(self, images: Images) -> Embeddings:
-        pixels = self.preprocess(images).to(self.model.get_parameter(self.first).dtype)
+        return self.encode_fitted(self.fitted(images))
+
+    def fitted(self, images: Images) -> Resized:
+        return self.preprocess.fitted(images)
+
+    def encode_fitted(self, pixels: Resized) -> Embeddings:
+        pixels = self.preprocess.normalized(pixels).to(self.model.get_parameter(self.first).dtype)
         return _features(self.model.get_image_features(pixel_values=pixels))
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
@@ -89,8 +99,8 @@ class TransformersEncoder(DualEncoder):
         seen = {} if self.padded else {"attention_mask": mask.to(device)}
         return _features(self.model.get_text_features(input_ids=ids.to(device), **seen))
 
-    def splice(self, texts: Sequence[str], words: str) -> Splice:
-        return Splice(self.model, self.tokens, self.packing, texts, words)
+    def splice(self, texts: Sequence[str], words: str, lists: Sequence[int] = ()) -> Splice:
+        return Splice(self.model, self.tokens, self.packing, texts, words, lists)
 
     def cut(self, texts: Sequence[str]) -> int:
         return self.tokens.cut(texts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from crossguard.errors import CrossguardError
 from crossguard.models.packing import PrefixPacking, Tries
 from crossguard.models.tokens import Tokens
-from crossguard.shapes import Context, Spliced
+from crossguard.models.towers import blocks, changing
+from crossguard.shapes import Context, Deeper, Spliced
 
 _BYTES = 2**30  # of what a text tower keeps for its gradient at once; more rows are read in several forwards
 
@@ -31,16 +33,25 @@ class Splice:
     each image (see `PrefixPacking`). Where the states that a gradient needs would take more than 1 GiB, the pairs are
     read in several forwards and, for the gradient, once more each.
 
+    Texts may also have different vectors: then the context is the lists of vectors one after the other.
+
     Args:
         model: of `transformers`; its tower looks each token up once, in a table of its own.
         tokens: what makes its ids of strings.
         packing: of this model, if its tower is causal.
         texts: one embedding each.
         words: what the vectors stand for, such as 'a photo of a'; placeholders such as 'x x x x' do as well.
+        lists: for each text the number of its list of vectors, from 0 on; if empty, all texts have one list.
     """
 
     def __init__(
-        self, model: Any, tokens: Tokens, packing: PrefixPacking | None, texts: Sequence[str], words: str
+        self,
+        model: Any,
+        tokens: Tokens,
+        packing: PrefixPacking | None,
+        texts: Sequence[str],
+        words: str,
+        lists: Sequence[int] = (),
     ) -> None:
         self.model, self.packing = model, packing
         self.table = _table(model)
@@ -49,10 +60,12 @@ class Splice:
             raise CrossguardError(f"the words {words!r} have no tokens to be replaced; give at least one word")
         ids, mask, where = _placed(tokens, list(texts), words, own)
         device = self.table.weight.device
+        which = torch.tensor(lists or [0])
         with torch.no_grad():
-            self.start: Context = self.table(own.to(device)).detach().float()
+            self.start: Context = self.table(own.to(device)).detach().float().repeat(int(which.max()) + 1, 1)
+        self.deeper: Deeper | None = None
         place = torch.arange(ids.shape[1]) - where[:, None]
-        slots = place.where((place >= 0) & (place < len(own)), -1)
+        slots = (place + len(own) * which[:, None]).where((place >= 0) & (place < len(own)), -1)
         seen = {} if tokens.padded else {"attention_mask": mask.to(device)}
         self.plain = _Rows(ids.to(device), slots.to(device), seen)
         self.packed: _Packed | None = None
@@ -64,36 +77,73 @@ class Splice:
         """How many texts there are."""
         return len(self.plain.tokens)
 
+    def begun(self, start: Context, deeper: Deeper | None = None) -> Splice:
+        """The same texts with other vectors to start from.
+
+        Args:
+            deeper: vectors that take the places of the words' tokens before the second layer of the tower, the third
+                and so on, as deep prompts do; the same for all images.
+        """
+        for vectors in (start,) if deeper is None else (start, *deeper):
+            self._check(vectors)
+        found = copy(self)
+        found.start, found.deeper = start, deeper
+        return found
+
     def __call__(self, context: Context) -> Spliced:
         """Raw embeddings of every text with the vectors of every image, differentiable in the vectors.
 
         Args:
             context: one vector for each token of the words.
         """
-        if context.shape[-2:] != self.start.shape:
-            raise CrossguardError(
-                f"learned tokens of shape {tuple(context.shape[-2:])} do not fit; the words they stand for have "
-                f"{self.start.shape[0]} tokens of {self.start.shape[1]} numbers"
-            )
+        self._check(context)
         vectors = context.reshape(-1, *context.shape[-2:])
         packed = self.packed if self.packing is not None and self.packing.usable() else None
         rows = self.plain if packed is None else packed.rows
         total = len(vectors) * len(rows.tokens)
         step = max(1, _BYTES // (rows.tokens.shape[1] * self._cost(rows.tokens.shape[1])))
         again = total > step and torch.is_grad_enabled()
-        again &= context.requires_grad or any(one.requires_grad for one in self.model.text_model.parameters())
+        deeper = self.deeper
+        learned = [context] if deeper is None else [context, deeper]
+        again &= any(one.requires_grad for one in [*learned, *self.model.text_model.parameters()])
         found = list[Tensor]()
         for start in range(0, total, step):
             flat = torch.arange(start, min(start + step, total), device=vectors.device)
             read = self._read if packed is None else self._read_packed
             if again:
-                found.append(checkpoint(read, vectors, flat, use_reentrant=False, preserve_rng_state=False))  # type: ignore[arg-type]
+                found.append(checkpoint(read, vectors, deeper, flat, use_reentrant=False, preserve_rng_state=False))  # type: ignore[arg-type]
             else:
-                found.append(read(vectors, flat))
+                found.append(read(vectors, deeper, flat))
         embeddings = torch.cat(found).view(len(vectors), -1, found[0].shape[1])
         if packed is not None:
             embeddings = embeddings[:, packed.place]
         return embeddings.float().view(*context.shape[:-2], *embeddings.shape[1:])
+
+    def _check(self, vectors: Context) -> None:
+        if vectors.shape[-2:] != self.start.shape:
+            raise CrossguardError(
+                f"learned tokens of shape {tuple(vectors.shape[-2:])} do not fit; the words they stand for have "
+                f"{self.start.shape[0]} tokens of {self.start.shape[1]} numbers"
+            )
+
+    def _deepened(self, deeper: Tensor | None, slots: Tensor) -> AbstractContextManager[None]:
+        """Inside, the tower has these vectors at the marked places before its second layer, its third and so on."""
+        if deeper is None or not len(deeper):
+            return nullcontext()
+        layers = blocks(self.model.text_model)
+        if layers is None or len(deeper) >= len(layers):
+            raise CrossguardError(
+                f"tokens before {len(deeper) + 1} layers cannot be learned in a text tower that has "
+                f"{'none that are known here' if layers is None else len(layers)}; give a smaller depth"
+            )
+        marked = slots[..., None] >= 0
+
+        def change(layer: int, states: Tensor) -> Tensor:
+            if states.shape[:-1] != slots.shape:
+                raise CrossguardError("this text tower reads other tokens than it is given, so none can be learned")
+            return torch.where(marked, deeper[layer].to(states.dtype)[slots.clamp(min=0)], states)
+
+        return changing(layers[1 : len(deeper) + 1], change)
 
     def _cost(self, width: int) -> int:
         """The bytes that the tower keeps of one token for its gradient, rounded up: states, the wide layer twice, and
@@ -104,21 +154,23 @@ class Splice:
         kept = 8 * hidden + 2 * wide + 2 * width * int(config.num_attention_heads)
         return kept * int(config.num_hidden_layers) * self.table.weight.element_size()
 
-    def _read(self, vectors: Tensor, flat: Tensor) -> Tensor:
+    def _read(self, vectors: Tensor, deeper: Tensor | None, flat: Tensor) -> Tensor:
         """The embeddings of the pairs of these numbers, image by image and text by text."""
         rows = self.plain
         image, row = flat // len(rows.tokens), flat % len(rows.tokens)
-        with _replaced(self.table, vectors, image, rows.slots[row]):
+        slots = rows.slots[row]
+        with _replaced(self.table, vectors, image, slots), self._deepened(deeper, slots):
             output = self.model.get_text_features(input_ids=rows.tokens[row], **rows.of(row))
         return output if isinstance(output, Tensor) else output.pooler_output
 
-    def _read_packed(self, vectors: Tensor, flat: Tensor) -> Tensor:
+    def _read_packed(self, vectors: Tensor, deeper: Tensor | None, flat: Tensor) -> Tensor:
         """The embeddings of all distinct texts that end in these rows, image by image."""
         packed = self.packed
         assert packed is not None
         rows, count = packed.rows, len(packed.rows.tokens)
         image, row = flat // count, flat % count
-        with _replaced(self.table, vectors, image, rows.slots[row]):
+        slots = rows.slots[row]
+        with _replaced(self.table, vectors, image, slots), self._deepened(deeper, slots):
             output = self.model.text_model(input_ids=rows.tokens[row], **rows.of(row))
         ends = torch.arange(len(vectors), device=flat.device)[:, None] * count + packed.row
         local = ends.flatten() - flat[0]
