@@ -102,11 +102,11 @@ class PromptedEncoder(DualEncoder):
         return {name: one for name, one in self.named_parameters() if not name.startswith("inner.")}
 
     def towers(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Those of the encoder inside, and the prompt's as `prompt0.pixels`; one that moves both embeddings stands
-        under both towers."""
+        """Those of the encoder inside, and the prompt's as `prompt0.pixels`: under 'text' where texts depend on them,
+        so that whoever remembers what a still tower said of texts does not."""
         found = {tower: dict(named) for tower, named in self.inner.towers().items()}
-        for tower in self.moves():
-            found[tower] |= {f"prompt{self.number}.{name}": one for name, one in self.own().items()}
+        tower = "text" if "text" in self.moves() else "image"
+        found[tower] |= {f"prompt{self.number}.{name}": one for name, one in self.own().items()}
         return found
 
     def cast(self, dtype: torch.dtype) -> DualEncoder:
