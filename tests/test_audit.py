@@ -209,7 +209,7 @@ def test_rungs_follow_from_what_a_defense_says_of_itself() -> None:
     assert names(Toy()) == ["PGD-10", "PGD-100", "straight", "own label", *black]
     assert names(BitDepth(Toy()), 0) == [*blind, "straight", "smooth stand-in", "own label"]
     assert names(TTC(Trusting(Toy()))) == [
-        *blind[:2], "blind", "blind to the outer 1", "straight", "average over noise", "smooth stand-in",
+        *blind[:2], "blind", "blind to the outer 1 of 2", "straight", "average over noise", "smooth stand-in",
         "at the gate tau", "at the gate whole levels", "own label", *black,
     ]  # fmt: skip
 

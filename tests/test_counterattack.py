@@ -318,6 +318,7 @@ def test_where_the_paper_contradicts_itself_there_is_a_switch() -> None:
         other = SCC(Tiny(), temperature=20.0, **switch)  # type: ignore[arg-type]
         assert not torch.equal(seen(other, IMAGES), seen(SCC(Tiny(), temperature=20.0), IMAGES)), switch
     check_wrapper(SCC(Tiny(), unit=True, confident=True, random_start=True, power=True, label_of_views=False))
+    check_wrapper(SCC(GaussianNoise(Toy()), random_start=True))
     assert moved.shape == (12, 3, 32, 32)
     assert list(SCC(Tiny(), random_start=True).answer(PROMPTS).gates) == ["warm-up", "tau"]
     assert list(SCC(Tiny(), warmup=0).answer(PROMPTS).gates) == []

@@ -20,6 +20,7 @@ from crossguard import (
     CSR,
     JPEG,
     PGD,
+    SCC,
     TAPT,
     Answer,
     BitDepth,
@@ -120,6 +121,24 @@ def test_any_pair_of_defenses_composes(outer: type[Any], inner: type[Any]) -> No
     loud = once.then(lambda said: said.reread(lambda logits: logits + torch.tensor([0.0, 1e3, 0.0])))
     heard = told(model.around(loud, Lent(model, bare, PROMPTS)), images)
     assert bool((heard.logits.argmax(1) == 1).all()), "the inner one is no longer asked"
+
+
+NOISY = GaussianNoise(Toy(), 0.05)
+GATED = [*(kind(NOISY) for kind in WRAPPERS if kind.thresholds), SCC(NOISY, random_start=True)]
+
+
+@pytest.mark.parametrize("model", GATED, ids=lambda model: type(model).__name__)
+def test_gates_are_asked_in_the_draw_of_the_answer_around_a_random_base_too(model: Wrapper) -> None:
+    """However often the answer asks the base beside that."""
+    images, answer = middle(4), model.answer(PROMPTS)
+    assert answer.gates
+    with drawing(SEEDS), torch.no_grad():
+        again, said = replay(), answer.hard(images)
+        for name, gate in answer.gates.items():
+            with again():
+                assert torch.equal(gate(images), said.gates[name]), name
+    with drawing(fold(SEEDS, 1)), torch.no_grad():
+        assert not any(torch.equal(gate(images), said.gates[name]) for name, gate in answer.gates.items())
 
 
 @dataclass(frozen=True)

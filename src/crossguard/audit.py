@@ -398,7 +398,7 @@ def _name(attack: ImageAttack, layers: int) -> str:
     """What a rung is called, on a model of so many defenses."""
     match attack:
         case Blind():
-            return "blind" if attack.unknown in (None, layers) else f"blind to the outer {attack.unknown}"
+            return "blind" if attack.unknown in (None, layers) else f"blind to the outer {attack.unknown} of {layers}"
         case Smooth():
             return "smooth stand-in"
         case AtGate():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel, cosine
 from crossguard.models.kinds import OfViews, Views, combined
 from crossguard.models.noise import start, within
-from crossguard.models.wrapper import Lent, Wrapper
+from crossguard.models.wrapper import Lent, Wrapper, layers
+from crossguard.seeds import among
 from crossguard.shapes import Embeddings, Images, Labels, Logits, PerImage, TextEmbeddings
 
 SLOPE = 1.0  # of tanh(slope * gradient / its mean size), which stands in for a sign; ours
@@ -143,9 +145,12 @@ class SCC(Wrapper):
     move; here it starts as TTC does. In step 3 the same start leaves TTC's tau at zero, so all images are moved.
 
     `SCC(spatial=False)` is the semantic module alone, `SCC(semantic=False)` the spatial one: TTC in front of views.
-    Without both it is TTC. In a retrieval the captions of the gallery, as they are when nobody attacks, are the
-    classes, and the answer is the mean of the views' unit embeddings. An image costs 12 forwards and 7 backwards. The
-    smooth stand-in is that of TTC (ours).
+    Without both it is TTC. An image costs 12 forwards and 7 backwards. The smooth stand-in is that of TTC (ours).
+
+    In a retrieval the classes are the captions of the gallery, each by itself, as they are when nobody attacks, and
+    the answer is the mean of the views' unit embeddings. The paper describes classes of a prompt alone, so this is
+    ours. The captions stay the clean ones where an attack rewrites them: the adversary brings queries, and whoever
+    defends has the gallery. With `Retrieval(gallery='adversarial')` that is kind to the defense.
 
     Args:
         eps: in pixels of [0, 1].
@@ -253,7 +258,8 @@ class SCC(Wrapper):
             return self.weight * gain + drift(here, goal)
 
         first = start(self, images, self.eps, "second start") if self.random_start else torch.zeros_like(images)
-        found, said = climb(images, inner, first, loss, self.eps, self.step * self.eps, self.steps, smooth)
+        with self._apart(images) if self.random_start else nullcontext():
+            found, said = climb(images, inner, first, loss, self.eps, self.step * self.eps, self.steps, smooth)
         change = fused(found, self.beta)
         if self.random_start:
             gates["tau"] = self.tau - moved(clean, said.embeddings)
@@ -262,8 +268,13 @@ class SCC(Wrapper):
 
     def gate(self, images: Images, inner: Answer) -> PerImage:
         """How far tau of step 3 is below the threshold, where it starts at random."""
-        first = start(self, images, self.eps, "second start")
-        return self.tau - moved(inner.encode(images), inner.encode(images + first))
+        first, clean = start(self, images, self.eps, "second start"), inner.encode(images)
+        with self._apart(images):
+            return self.tau - moved(clean, inner.encode(images + first))
+
+    def _apart(self, images: Images) -> AbstractContextManager[None]:
+        """Inside, the noise of a random base is that of step 3, whatever it was asked before: the gate asks less."""
+        return among(torch.ones(len(images), dtype=torch.bool), f"SCC {len(layers(self))} step 3")
 
     def label(self, images: Images, inner: Answer, texts: TextEmbeddings) -> tuple[Logits, Labels]:
         """The probabilities of the classes, and the pseudo-label (step 2)."""
