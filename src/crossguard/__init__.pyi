@@ -135,6 +135,8 @@ from .models.ensembles import MAC as MAC
 from .models.ensembles import MTA as MTA
 from .models.ensembles import TTE as TTE
 from .models.fresh import Fresh as Fresh
+from .models.fresh import FreshCNN as FreshCNN
+from .models.fresh import FreshViT as FreshViT
 from .models.huggingface import HuggingFace as HuggingFace
 from .models.interpolated import Interpolated as Interpolated
 from .models.kinds import Ensemble as Ensemble

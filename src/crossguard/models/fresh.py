@@ -1,11 +1,17 @@
-"""A small dual encoder with random weights: the starting point for training from scratch by the ordinary recipes."""
+"""Small dual encoders with random weights: the starting points for training from scratch by the ordinary recipes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from crossguard.checkpoints import located, parts
 from crossguard.errors import CrossguardError
@@ -17,8 +23,91 @@ from crossguard.pretrained import pretrained
 VOCABULARY = Path(__file__).parent.parent / "assets" / "masked_lm"
 
 
+class FromScratch(Checkpoint, ABC):
+    """An image tower of any architecture and a small BERT text tower in a stock `VisionTextDualEncoderModel`.
+
+    Args:
+        tokenizer: folder of a tokenizer; the vocabulary of the generated scenes by default.
+        size: the side of the square images the network works on; others are resized.
+        text_width, text_layers: of the text tower; 32 tokens at most.
+        dimensions: of the shared embedding space.
+        seed: of the random weights.
+    """
+
+    tokenizer: str
+    size: int
+    text_width: int
+    text_layers: int
+    dimensions: int
+    seed: int
+
+    @abstractmethod
+    def image_config(self) -> Any:
+        """The `transformers` configuration of the image tower; its `hidden_size` is the width of what it pools."""
+
+    def prepare(self, tower: nn.Module) -> None:
+        """Does what the image tower needs before its first step, under the seed; nothing by default."""
+        del tower
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if min(self.size, self.text_width, self.text_layers, self.dimensions, *self._sizes()) < 1:
+            raise CrossguardError(f"every size of {name} must be 1 or more")
+        if self.seed < 0:
+            raise CrossguardError(f"{name}(seed={self.seed}) is not possible; give 0 or more")
+        if self.text_width % 32:
+            raise CrossguardError(f"{name}(text_width={self.text_width}) is not possible; give a multiple of 32")
+
+    @abstractmethod
+    def _sizes(self) -> tuple[int, ...]:
+        """The whole numbers of the image tower that must be positive."""
+
+    @property
+    def _folder(self) -> Path:
+        return VOCABULARY if self.tokenizer == "embedded" else Path(located(self.tokenizer))
+
+    def content(self) -> str:
+        return digest(file for file in parts(self._folder) if file.suffix != ".safetensors")  # its words alone are read
+
+    def load(self) -> DualEncoder:
+        import transformers
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        folder = self._folder
+        if not folder.is_dir():
+            raise CrossguardError(f"there is no tokenizer folder {str(folder)!r}")
+        with pretrained(str(folder), weights=False) as source:
+            tokenizer = source.tokenizer()
+        text = transformers.BertConfig(
+            vocab_size=max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1),
+            hidden_size=self.text_width,
+            num_hidden_layers=self.text_layers,
+            num_attention_heads=self.text_width // 32,
+            intermediate_size=2 * self.text_width,
+            max_position_embeddings=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            # The usual 0.02 is for widths of 768; here it makes all texts alike (cosine 0.99999): learning starts late.
+            initializer_range=self.text_width**-0.5,
+        )
+        config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+            self.image_config(), text, projection_dim=self.dimensions
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = transformers.VisionTextDualEncoderModel(config)
+            self.prepare(model.vision_model)
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": self.size},
+            crop_size={"height": self.size, "width": self.size},
+            image_mean=[0.5, 0.5, 0.5],
+            image_std=[0.25, 0.25, 0.25],
+        )
+        return TransformersEncoder(model, tokenizer, processor).eval()
+
+
 @dataclass(frozen=True)
-class Fresh(Checkpoint):
+class Fresh(FromScratch):
     """A ConvNeXt image tower (Liu et al. 2022) and a two-layer BERT text tower in a stock `VisionTextDualEncoderModel`.
 
     Small convolutional towers learn far faster from few images than plain ViTs. Layer scale is off: it starts at 1e-6
@@ -47,46 +136,20 @@ class Fresh(Checkpoint):
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.depths) or not self.widths:
             raise CrossguardError(f"Fresh needs one depth for each width, not {self.widths} and {self.depths}")
-        if (
-            min(
-                self.size,
-                self.patch,
-                *self.widths,
-                *self.depths,
-                self.text_width,
-                self.text_layers,
-                self.dimensions,
-            )
-            < 1
-        ):
-            raise CrossguardError("every size of Fresh must be 1 or more")
+        super().__post_init__()
         smallest = self.patch * 2 ** (len(self.widths) - 1)  # each stage after the first halves the image
         if self.size < smallest:
             raise CrossguardError(
                 f"Fresh(size={self.size}) is not possible; {len(self.widths)} stages on patches of {self.patch} need "
                 f"at least {smallest} pixels"
             )
-        if self.seed < 0:
-            raise CrossguardError(f"Fresh(seed={self.seed}) is not possible; give 0 or more")
-        if self.text_width % 32:
-            raise CrossguardError(f"Fresh(text_width={self.text_width}) is not possible; give a multiple of 32")
 
-    @property
-    def _folder(self) -> Path:
-        return VOCABULARY if self.tokenizer == "embedded" else Path(located(self.tokenizer))
+    def _sizes(self) -> tuple[int, ...]:
+        return (self.patch, *self.widths, *self.depths)
 
-    def content(self) -> str:
-        return digest(file for file in parts(self._folder) if file.suffix != ".safetensors")  # its words alone are read
-
-    def load(self) -> DualEncoder:
+    def image_config(self) -> Any:
         import transformers
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        folder = self._folder
-        if not folder.is_dir():
-            raise CrossguardError(f"there is no tokenizer folder {str(folder)!r}")
-        with pretrained(str(folder), weights=False) as source:
-            tokenizer = source.tokenizer()
         image = transformers.ConvNextConfig(
             patch_size=self.patch,
             hidden_sizes=list(self.widths),
@@ -96,28 +159,124 @@ class Fresh(Checkpoint):
             layer_scale_init_value=0.0,
         )
         image.hidden_size = self.widths[-1]  # VisionTextDualEncoder asks its image tower for it
-        text = transformers.BertConfig(
-            vocab_size=max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1),
-            hidden_size=self.text_width,
-            num_hidden_layers=self.text_layers,
-            num_attention_heads=self.text_width // 32,
-            intermediate_size=2 * self.text_width,
-            max_position_embeddings=32,
+        return image
+
+
+@dataclass(frozen=True)
+class FreshViT(FromScratch):
+    """A vision transformer (Dosovitskiy et al. 2021) beside the text tower of `Fresh`: attention over all patches, and
+    no convolution but the one that cuts the image into them.
+
+    Args:
+        tokenizer: folder of a tokenizer; the vocabulary of the generated scenes by default.
+        size: the side of the square images the network works on; others are resized.
+        patch: the side of a patch, a divisor of `size`.
+        width, depth: of the transformer; it has a head for every 32 numbers of its width.
+        text_width, text_layers: of the text tower; 32 tokens at most.
+        dimensions: of the shared embedding space.
+        seed: of the random weights.
+    """
+
+    tokenizer: str = "embedded"
+    size: int = 32
+    patch: int = 4
+    width: int = 96
+    depth: int = 4
+    text_width: int = 96
+    text_layers: int = 2
+    dimensions: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size % self.patch:
+            raise CrossguardError(
+                f"FreshViT(size={self.size}, patch={self.patch}) is not possible; give a patch that divides the size"
+            )
+        if self.width % 32:
+            raise CrossguardError(f"FreshViT(width={self.width}) is not possible; give a multiple of 32")
+
+    def _sizes(self) -> tuple[int, ...]:
+        return (self.patch, self.width, self.depth)
+
+    def image_config(self) -> Any:
+        import transformers
+
+        return transformers.ViTConfig(
+            image_size=self.size,
+            patch_size=self.patch,
+            hidden_size=self.width,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.width // 32,
+            intermediate_size=2 * self.width,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-            # The usual 0.02 is for widths of 768; here it makes all texts alike (cosine 0.99999): learning starts late.
-            initializer_range=self.text_width**-0.5,
+            initializer_range=self.width**-0.5,  # as for the texts: the usual 0.02 is for widths of 768
         )
-        config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-            image, text, projection_dim=self.dimensions
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            model = transformers.VisionTextDualEncoderModel(config)
-        processor = CLIPImageProcessorPil(
-            size={"shortest_edge": self.size},
-            crop_size={"height": self.size, "width": self.size},
-            image_mean=[0.5, 0.5, 0.5],
-            image_std=[0.25, 0.25, 0.25],
-        )
-        return TransformersEncoder(model, tokenizer, processor).eval()
+
+
+@dataclass(frozen=True)
+class FreshCNN(FromScratch):
+    """MobileNet (Howard et al. 2017) beside the text tower of `Fresh`: a plain chain of 27 convolutions of 3 x 3 and
+    1 x 1 with batch norm, without residual connections, layer norm or attention.
+
+    Networks are trained in evaluation mode here, where batch norm uses the statistics that it has. So these are measured
+    once, on 256 images of smooth noise, and stay: from there on batch norm is a learned scale and shift of each channel.
+
+    Args:
+        tokenizer: folder of a tokenizer; the vocabulary of the generated scenes by default.
+        size: the side of the square images the network works on, 32 or more; others are resized. The tower halves them
+            five times.
+        width: its channels as a share of the published network's (from 32 to 1,024).
+        text_width, text_layers: of the text tower; 32 tokens at most.
+        dimensions: of the shared embedding space.
+        seed: of the random weights.
+    """
+
+    tokenizer: str = "embedded"
+    size: int = 64
+    width: float = 0.35
+    text_width: int = 96
+    text_layers: int = 2
+    dimensions: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 32:
+            raise CrossguardError(f"FreshCNN(size={self.size}) is not possible; it needs at least 32 pixels")
+        if not 0.05 <= self.width <= 4:
+            raise CrossguardError(f"FreshCNN(width={self.width}) is not possible; give a share from 0.05 to 4")
+
+    def _sizes(self) -> tuple[int, ...]:
+        return ()
+
+    def image_config(self) -> Any:
+        import transformers
+
+        image = transformers.MobileNetV1Config(image_size=self.size, depth_multiplier=self.width)
+        image.hidden_size = max(int(1024 * self.width), image.min_depth)
+        return image
+
+    def prepare(self, tower: nn.Module) -> None:
+        norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
+        for module in tower.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        noise = torch.rand(256, 3, 8, 8)
+        images = F.interpolate(noise, (self.size, self.size), mode="bicubic", align_corners=False).clamp(0.0, 1.0)
+        with _measuring(norms), torch.no_grad():
+            tower((images - 0.5) / 0.25)
+
+
+@contextmanager
+def _measuring(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+    """Inside, each batch norm takes over the statistics of the batch that it sees."""
+    before = [(norm, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    try:
+        yield
+    finally:
+        for norm, momentum in before:
+            norm.eval().momentum = momentum
