@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
 from crossguard.models.base import VisionLanguageModel, frozen, together
 from crossguard.models.embedded import WEIGHTS, Tiny
-from crossguard.models.fresh import Fresh
+from crossguard.models.fresh import Fresh, FreshCNN, FreshViT
 from crossguard.models.huggingface import _PROBES, HuggingFace, TransformersEncoder, _check_reading
 from crossguard.models.purification import BitDepth
 from crossguard.testing import check_model
@@ -302,6 +305,52 @@ def test_fresh_models_are_what_their_word_says(folders: dict[str, Path]) -> None
             Fresh(**wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(CrossguardError, match="no tokenizer folder 'nowhere'"):
         Fresh(tokenizer="nowhere").load()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [FreshViT(width=32, depth=2, text_width=32), FreshCNN(size=32, width=0.1, text_width=32)],
+    ids=lambda model: type(model).__name__,
+)
+def test_fresh_models_of_other_architectures(model: FreshViT | FreshCNN, tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    network = model.load()
+    assert torch.equal(state, torch.random.get_rng_state()) and not network.training
+    images = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    answer = network.encode_image(images)
+    assert torch.equal(answer, model.load().encode_image(images))
+    assert not torch.equal(answer, replace(model, seed=1).load().encode_image(images))
+    assert answer.shape == (3, 64) and network.encode_text(["a red circle"]).shape == (1, 64)
+    # One image alone answers as in a batch: batch norm, where there is one, has its own statistics.
+    torch.testing.assert_close(network.encode_image(images[1:2]), answer[1:2], rtol=1e-3, atol=1e-3)
+    network.save(tmp_path / "saved")
+    torch.testing.assert_close(HuggingFace(str(tmp_path / "saved")).load().encode_image(images), answer)
+    assert {name for name, held in network.towers().items() if held} == {"image", "text", "head"}
+
+
+def test_the_features_of_a_fresh_cnn_neither_vanish_nor_agree() -> None:
+    """27 layers keep the scale of what goes through them, and images differ from the first step on."""
+    network = FreshCNN(size=32).load()
+    images = torch.rand(16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    embeddings = network.encode_image(F.interpolate(images, (32, 32), mode="bicubic").clamp(0, 1)).detach()
+    assert 0.5 < float(embeddings.norm(dim=1).mean()) < 50
+    assert abs(float(F.normalize(embeddings, dim=1).mean(0).square().sum())) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: FreshViT(patch=5), "give a patch that divides the size"),
+        (lambda: FreshViT(width=40), "give a multiple of 32"),
+        (lambda: FreshViT(depth=0), "every size of FreshViT must be 1 or more"),
+        (lambda: FreshCNN(size=16), "at least 32 pixels"),
+        (lambda: FreshCNN(width=0.0), "a share from 0.05 to 4"),
+        (lambda: FreshCNN(seed=-1), "FreshCNN(seed=-1) is not possible"),
+    ],
+)
+def test_impossible_fresh_models(wrong: Callable[[], object], words: str) -> None:
+    with pytest.raises(CrossguardError, match=re.escape(words)):
+        wrong()
 
 
 # --- What is no model ---

@@ -66,12 +66,17 @@ from .datasets.captions import Captions as Captions
 from .datasets.combined import Concat as Concat
 from .datasets.combined import Prompted as Prompted
 from .datasets.combined import Subset as Subset
+from .datasets.digits import Digits as Digits
+from .datasets.domains import Domains as Domains
+from .datasets.domains import Unlabelled as Unlabelled
 from .datasets.embedded import Scenes as Scenes
 from .datasets.folders import Images as Images
 from .datasets.kept import Kept as Kept
 from .datasets.known import CIFAR10 as CIFAR10
 from .datasets.known import CIFAR100 as CIFAR100
 from .datasets.known import DTD as DTD
+from .datasets.known import MNIST as MNIST
+from .datasets.known import PACS as PACS
 from .datasets.known import STL10 as STL10
 from .datasets.known import SUN397 as SUN397
 from .datasets.known import Caltech101 as Caltech101

@@ -226,9 +226,18 @@ class Dataset(Reads, ABC):
         8 bits would change it."""
         return self.image(index)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether `labels` may be asked for."""
+        return True
+
     @abstractmethod
     def labels(self) -> Labels:
-        """The labels of all samples, as int64; -1 for a sample that has captions only."""
+        """The labels of all samples, as int64; -1 for a sample that has captions only.
+
+        Raises:
+            CrossguardError: The data are not `labelled`.
+        """
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample; none by default."""
@@ -248,7 +257,7 @@ class Dataset(Reads, ABC):
 
         Every class has its share of them, rounded up or down, and which samples of a class these are follows from the
         hashes of their ids: the same samples whatever the order of the data. A smaller limit chooses some of those
-        that a larger one does.
+        that a larger one does. Where the data are not `labelled`, all of it counts as one class.
         """
         if limit is not None:
             limit = at_least("a limit of samples", limit, 1)
@@ -262,7 +271,7 @@ class Dataset(Reads, ABC):
         ids = (self.id(index).encode("utf-8", "surrogatepass") for index in range(len(self)))
         digests = b"".join(hashlib.sha256(one).digest()[:16] for one in ids)
         rank, start = np.frombuffer(digests, dtype=">u8").reshape(-1, 2).T.astype(np.uint64)
-        labels = self.labels().numpy()
+        labels = self.labels().numpy() if self.labelled else np.zeros(len(self), dtype=np.int64)
         order = np.lexsort((rank, labels))  # class by class, and by hash inside each
         _, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
         place = np.arange(len(order)) - first.repeat(sizes)

@@ -57,6 +57,10 @@ class Concat(Dataset):
         return sum(part.skipped for part in self.parts)
 
     @property
+    def labelled(self) -> bool:
+        return all(part.labelled for part in self.parts)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(note for part in self.parts for note in part.notes))
 
@@ -167,6 +171,10 @@ class Over(Dataset):
     @property
     def skipped(self) -> int:
         return self.data.skipped
+
+    @property
+    def labelled(self) -> bool:
+        return self.data.labelled
 
     @property
     def notes(self) -> tuple[str, ...]:

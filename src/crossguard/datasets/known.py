@@ -18,7 +18,7 @@ from torch import Tensor
 from crossguard import reading
 from crossguard.data import Dataset
 from crossguard.datasets.folders import Images
-from crossguard.datasets.names import SPLITS, class_list, known_names, unspoken
+from crossguard.datasets.names import NUMBERS, SPLITS, class_list, known_names, unspoken
 from crossguard.datasets.parquet import Parquet, split_column
 from crossguard.datasets.shards import Shards
 from crossguard.errors import CrossguardError
@@ -265,6 +265,21 @@ class CIFAR100(Known):
 
 
 @dataclass(frozen=True)
+class MNIST(Known):
+    """10 handwritten digits of 28 pixels, 10,000 to test (LeCun et al. 1998).
+
+    openai/CLIP's prompt, `a photo of the number: "{}".`, holds bare figures; here the classes are called `zero` to
+    `nine`, which every text encoder has words for.
+    """
+
+    templates: tuple[str, ...] = ("a photo of the number {}",)
+
+    @staticmethod
+    def published() -> Published:
+        return Published("mnist", "wds_mnist", NUMBERS)
+
+
+@dataclass(frozen=True)
 class STL10(Known):
     """10 classes of 96-pixel photographs, 8,000 to test (Coates et al. 2011)."""
 
@@ -427,6 +442,43 @@ class StanfordCars(Known):
     @staticmethod
     def published() -> Published:
         return Published("cars", "wds_cars")
+
+
+@dataclass(frozen=True)
+class PACS(Known):
+    """7 classes of objects in four domains: photographs, art paintings, cartoons and sketches (Li et al. 2017). The
+    classes are the same in all domains, so each can be the source or the target of `Domains`.
+
+    A copy is a folder with one folder for each domain, or Parquet files with a column `domain`.
+
+    Args:
+        domain: `photo`, `art_painting`, `cartoon` or `sketch`.
+    """
+
+    domain: str = "photo"
+
+    def __post_init__(self) -> None:
+        if self.domain not in DOMAINS:
+            raise CrossguardError(f"unknown domain {self.domain!r} of PACS; choose one of {', '.join(DOMAINS)}")
+
+    @staticmethod
+    def published() -> Published:
+        return Published("pacs")
+
+    def _within(self, place: Path) -> Copy:
+        for folder in (place, place / self.published().name):
+            if (folder / self.domain).is_dir():
+                return Images(str(folder / self.domain), **self._options())
+        copy = super()._within(place)
+        if not isinstance(copy, Parquet):
+            raise CrossguardError(
+                f"{str(place)!r} does not tell the domains of PACS apart; give a folder that holds "
+                f"{', '.join(DOMAINS)}, or Parquet files with a column 'domain'"
+            )
+        return replace(copy, domain=self.domain)
+
+
+DOMAINS = ("photo", "art_painting", "cartoon", "sketch")  # of PACS
 
 
 def _of_caltech(name: str) -> str:

@@ -13,6 +13,7 @@ from crossguard.errors import CrossguardError
 
 SPLITS = frozenset({"train", "training", "trainval", "test", "testing", "val", "valid", "validation", "dev"})
 
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # what digits are called
 
 CODES = {
     "WordNet ids": r"n\d{8}",

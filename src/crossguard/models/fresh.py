@@ -45,9 +45,13 @@ class FromScratch(Checkpoint, ABC):
     def image_config(self) -> Any:
         """The `transformers` configuration of the image tower; its `hidden_size` is the width of what it pools."""
 
-    def prepare(self, tower: nn.Module) -> None:
-        """Does what the image tower needs before its first step, under the seed; nothing by default."""
-        del tower
+    def prepare(self, model: Any) -> None:
+        """Does what the image tower needs before its first step, under the seed; nothing by default.
+
+        Args:
+            model: the `VisionTextDualEncoderModel`.
+        """
+        del model
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -96,7 +100,7 @@ class FromScratch(Checkpoint, ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = transformers.VisionTextDualEncoderModel(config)
-            self.prepare(model.vision_model)
+            self.prepare(model)
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": self.size},
             crop_size={"height": self.size, "width": self.size},
@@ -220,8 +224,9 @@ class FreshCNN(FromScratch):
     """MobileNet (Howard et al. 2017) beside the text tower of `Fresh`: a plain chain of 27 convolutions of 3 x 3 and
     1 x 1 with batch norm, without residual connections, layer norm or attention.
 
-    Networks are trained in evaluation mode here, where batch norm uses the statistics that it has. So these are measured
-    once, on 256 images of smooth noise, and stay: from there on batch norm is a learned scale and shift of each channel.
+    Networks are trained in evaluation mode here, where batch norm uses the statistics that it has. So these are
+    measured once, on 256 images of smooth noise, and stay: from there on batch norm is a learned scale and shift of
+    each channel. The projection starts without what the features of all these images have in common.
 
     Args:
         tokenizer: folder of a tokenizer; the vocabulary of the generated scenes by default.
@@ -258,15 +263,22 @@ class FreshCNN(FromScratch):
         image.hidden_size = max(int(1024 * self.width), image.min_depth)
         return image
 
-    def prepare(self, tower: nn.Module) -> None:
+    def prepare(self, model: Any) -> None:
+        tower, projection = model.vision_model, model.visual_projection
         norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
         for module in tower.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         noise = torch.rand(256, 3, 8, 8)
         images = F.interpolate(noise, (self.size, self.size), mode="bicubic", align_corners=False).clamp(0.0, 1.0)
-        with _measuring(norms), torch.no_grad():
-            tower((images - 0.5) / 0.25)
+        images = (images - 0.5) / 0.25
+        with torch.no_grad():
+            with _measuring(norms):
+                tower(images)
+            # What is pooled is positive, so all images have much in common. Did the projection see that, they would be
+            # so alike that texts learn to be alike sooner than images learn to differ.
+            common = F.normalize(tower(images).pooler_output.mean(0), dim=0)
+            projection.weight -= torch.outer(projection.weight @ common, common)
 
 
 @contextmanager
