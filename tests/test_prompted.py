@@ -50,7 +50,7 @@ Make = Callable[[DualEncoder], PromptedEncoder]
 # Every kind, as it begins: zero, or what the words themselves have.
 KINDS: dict[str, Make] = {
     "frame": lambda network: FramedEncoder(network, 3, True),
-    "addition": lambda network: FramedEncoder(network, None, False, 0.1),
+    "addition": lambda network: FramedEncoder(network, None, False, True, 0.1),
     "tokens": lambda network: TokenEncoder(network, 2, 1),
     "deep tokens": lambda network: TokenEncoder(network, 3, 2),
     "context": lambda network: ContextEncoder(network, Place(WORDS, None), 1),
@@ -253,6 +253,11 @@ def test_a_frame_is_added_at_the_size_of_the_tower(bases: dict[str, Checkpoint])
         expected = inner.encode_image((resized + frame).clamp(0, 1))
         assert torch.equal(network.encode_image(large), expected)
         assert not torch.allclose(expected, inner.encode_image(large), atol=1e-3)
+        whole = stirred(made(bases["clip"], "addition"))
+        pixels = inner.preprocess(large) + whole.own()["pixels"]
+        torch.testing.assert_close(
+            whole.encode_image(large), inner.model.get_image_features(pixels).pooler_output, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_each_class_has_the_context_of_the_longest_name_in_the_text(bases: dict[str, Checkpoint]) -> None:

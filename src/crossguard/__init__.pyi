@@ -97,6 +97,7 @@ from .defenses.finetuning import FTStandard as FTStandard
 from .defenses.finetuning import MMCoA as MMCoA
 from .defenses.finetuning import TeCoA as TeCoA
 from .defenses.fit import Fit as Fit
+from .defenses.lora import LoRA as LoRA
 from .defenses.optimizers import SGD as SGD
 from .defenses.optimizers import Adam as Adam
 from .defenses.optimizers import AdamW as AdamW
@@ -104,6 +105,11 @@ from .defenses.optimizers import Optimizer as Optimizer
 from .defenses.parts import Towers as Towers
 from .defenses.parts import Trainable as Trainable
 from .defenses.plan import Augment as Augment
+from .defenses.prompts import Combined as Combined
+from .defenses.prompts import Context as Context
+from .defenses.prompts import Coupled as Coupled
+from .defenses.prompts import Deep as Deep
+from .defenses.prompts import Frame as Frame
 from .defenses.recipe import Recipe as Recipe
 from .diagnose import diagnose as diagnose
 from .errors import CrossguardError as CrossguardError

@@ -24,6 +24,7 @@ from crossguard.errors import CrossguardError
 from crossguard.files import digest, save_tensors, write
 from crossguard.limits import SETTINGS, shortly
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, checkpoint
+from crossguard.models.huggingface import TransformersEncoder
 from crossguard.models.splicing import Splice
 from crossguard.models.towers import ImageTower, blocks
 from crossguard.reading import misfit, read_json
@@ -144,6 +145,7 @@ class _Framing(TypedDict):
     width: int
     pad: int | None
     clip: bool
+    normalized: bool
 
 
 class FramedEncoder(PromptedEncoder):
@@ -152,14 +154,24 @@ class FramedEncoder(PromptedEncoder):
     Args:
         pad: how wide the frame is, in such pixels; all pixels are learned, if None.
         clip: whether what comes out is clipped to [0, 1].
-        start: standard deviation of the learned pixels before they are learned, in pixels of [0, 1].
-        seed: of them.
+        normalized: the unit of what is learned is that of normalized pixels, as in the released code of TeCoA, instead
+            of pixels of [0, 1].
+        start: standard deviation of what is learned before it is learned, in its unit.
+        seed: of it.
     """
 
     kind = "frame"
-    mask: Tensor
+    factor: Tensor  # of what is learned: its unit in pixels, and 0 inside of the frame
 
-    def __init__(self, inner: DualEncoder, pad: int | None, clip: bool, start: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        inner: DualEncoder,
+        pad: int | None,
+        clip: bool,
+        normalized: bool = False,
+        start: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__(inner)
         with torch.no_grad():
             height, width = inner.fitted(torch.zeros(1, 3, 64, 64, device=inner.scale.device)).shape[-2:]
@@ -168,18 +180,19 @@ class FramedEncoder(PromptedEncoder):
                 f"a frame of {pad} pixels leaves nothing of an image of {height} x {width}; give 1 to "
                 f"{(min(height, width) - 1) // 2}, or None for all pixels"
             )
-        self.pad, self.clip = pad, clip
-        self.settings = {"height": height, "width": width, "pad": pad, "clip": clip}
+        self.clip = clip
+        self.settings = {"height": height, "width": width, "pad": pad, "clip": clip, "normalized": normalized}
         self.pixels = nn.Parameter(start * _noise(self, seed, (3, height, width)))
-        mask = torch.ones(height, width, device=inner.scale.device)
+        unit = torch.tensor(_unit(inner) if normalized else (1.0, 1.0, 1.0), device=inner.scale.device)
+        factor = unit[:, None, None].repeat(1, height, width)
         if pad is not None:
-            mask[pad:-pad, pad:-pad] = 0.0
-        self.register_buffer("mask", mask, persistent=False)
+            factor[:, pad:-pad, pad:-pad] = 0.0
+        self.register_buffer("factor", factor, persistent=False)
 
     @classmethod
     def remade(cls, inner: DualEncoder, settings: dict[str, Any]) -> PromptedEncoder:
         _check(settings, _Framing)
-        found = cls(inner, settings["pad"], settings["clip"])
+        found = cls(inner, settings["pad"], settings["clip"], settings["normalized"])
         if found.settings != settings:
             raise CrossguardError(
                 f"it was learned for images of {settings['height']} x {settings['width']} pixels, and this base reads "
@@ -191,7 +204,7 @@ class FramedEncoder(PromptedEncoder):
         return ("image",)
 
     def fitted(self, images: Images) -> Resized:
-        images = self.inner.fitted(images) + (self.pixels * self.mask)
+        images = self.inner.fitted(images) + self.pixels * self.factor
         return images.clamp(0.0, 1.0) if self.clip else images
 
 
@@ -208,19 +221,21 @@ class TokenEncoder(PromptedEncoder):
     they are new ones (visual prompt tuning, Jia et al. 2022).
 
     Args:
-        depth: 1 for tokens before the first layer alone (shallow).
-        seed: of the tokens before they are learned.
+        depth: 1 for tokens before the first layer alone (shallow); all layers, if None.
+        start: their standard deviation before they are learned.
+        seed: of it.
     """
 
     kind = "image tokens"
 
-    def __init__(self, inner: DualEncoder, tokens: int, depth: int, seed: int = 0) -> None:
+    def __init__(self, inner: DualEncoder, tokens: int, depth: int | None, start: float = _STD, seed: int = 0) -> None:
         super().__init__(inner)
         tower = ImageTower.of(inner.stock, "this prompt")
+        depth = len(tower.blocks) if depth is None else depth
         _check_tokens(tokens)
         _check_depth(depth, len(tower.blocks), "image")
         self.settings = {"tokens": tokens, "depth": depth}
-        self.vectors = nn.Parameter(_STD * _noise(self, seed, (depth, tokens, tower.width)))
+        self.vectors = nn.Parameter(start * _noise(self, seed, (depth, tokens, tower.width)))
         _check_seeing(self)
 
     @classmethod
@@ -525,6 +540,17 @@ def _check(settings: dict[str, Any], kind: Any) -> None:
     wrong = misfit(settings, kind)
     if wrong:
         raise CrossguardError(f"their {_RECORD} is broken: {wrong}")
+
+
+def _unit(network: DualEncoder) -> tuple[float, float, float]:
+    """How many pixels of [0, 1] a unit of normalized pixels is, by channel."""
+    while isinstance(network, PromptedEncoder):
+        network = network.inner
+    if not isinstance(network, TransformersEncoder):
+        raise CrossguardError(
+            f"a {type(network).__name__} does not say how it normalizes pixels; learn them in their own unit"
+        )
+    return network.preprocess.std
 
 
 def _check_tokens(tokens: int) -> None:
