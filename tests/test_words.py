@@ -273,7 +273,7 @@ def test_a_path_without_quotes_is_told_so(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "runs" / "clip-2").mkdir(parents=True)
     for text in ("runs", "runs/clip-2", "HuggingFace(runs/clip-2)", "Images(runs)", "./runs", f"{tmp_path}/runs"):
         path = text.partition("(")[2].rstrip(")") or text
-        assert f"a path needs quotes, as in HuggingFace('{path}')" in outcome(text)
+        assert f"'{path}' is a folder: quote it, as in HuggingFace('{path}')" in outcome(text)
     assert "did you mean 'Ranks'" in outcome("rans")
 
 
@@ -285,8 +285,8 @@ def test_what_does_not_fit_is_shown_whatever_it_is():
         budget: Words = Words()
 
     for word, said in (
-        (Foreign("a", ["a {}"]), r"Foreign: templates must be a tuple of str, and \['a {}'\] was given"),  # pyright: ignore[reportArgumentType]
-        (Foreign(Path("a/b")), r"Foreign: path must be a string in quotes, and PosixPath\('a/b'\) was given"),  # pyright: ignore[reportArgumentType]
+        (Foreign("a", ["a {}", 3]), r"Foreign: templates must be a tuple of str, and \['a {}', 3\] was given"),  # pyright: ignore[reportArgumentType]
+        (Foreign(b"a/b"), r"Foreign: path must be a string in quotes, and b'a/b' was given"),  # pyright: ignore[reportArgumentType]
         (Foreign("a", budget=Words), "budget must be a Words, and the class Words without its brackets was given"),  # pyright: ignore[reportArgumentType]
         (Foreign("a", budget=object()), "budget must be a Words, and <object object at"),  # pyright: ignore[reportArgumentType]
     ):

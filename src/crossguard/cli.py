@@ -30,7 +30,7 @@ from typer.core import TyperGroup
 
 from crossguard import __version__, files, own
 from crossguard.errors import CrossguardError
-from crossguard.experiment import Cell, Experiment, Unanswered, Watch, read
+from crossguard.experiment import Cell, Experiment, Unanswered, Watch
 from crossguard.limits import at_least, shortly, whole
 from crossguard.printing import brief, one_line, plain, plain_lines, say
 from crossguard.processes import leads, several, speaks
@@ -154,10 +154,19 @@ def _add_words(files: list[Path] | None) -> list[Path] | None:
     return files
 
 
-_Task = Annotated[str, typer.Option(help="What is asked: ZeroShot(Scenes('object')).")]
-_Model = Annotated[str, typer.Option(help="Who answers: Tiny(), HuggingFace('path or id').")]
+_Task = Annotated[str | None, typer.Option(help="What is asked: ZeroShot(Scenes('object')).")]
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        help="In place of --task, data to be classified, or to be retrieved where they have captions only: a folder of "
+        "class folders, a Parquet file, shards, a file of captions, or a word such as CIFAR10('data')."
+    ),
+]
+_Model = Annotated[str, typer.Option(help="Who answers: a folder or hub id of a checkpoint, or a word such as Tiny().")]
+_Eps = Annotated[str | None, typer.Option(help="In place of --budget, how far it may go: 4/255.")]
+_Norm = Annotated[str | None, typer.Option(help="What --eps is measured in: linf (the default), l2 or l1.")]
 _Attack = Annotated[str, typer.Option(help="How the adversary searches: PGD(steps=100).")]
-_Budget = Annotated[str, typer.Option(help="How far it may go: Linf(8/255).")]
+_Budget = Annotated[str | None, typer.Option(help="How far it may go: Linf(8/255).")]
 _Surrogate = Annotated[str, typer.Option(help="The model that it attacks; the answering one, if None.")]
 _Limit = Annotated[int | None, typer.Option(help="How many samples; all, if not given.")]
 _Seed = Annotated[int, typer.Option(help="Seed of all noise.")]
@@ -227,10 +236,13 @@ def _options(
 
 @app.command("eval")
 def evaluate_command(
-    task: _Task,
     model: _Model,
+    task: _Task = None,
+    data: _Data = None,
     attack: _Attack = "None",
-    budget: _Budget = "None",
+    budget: _Budget = None,
+    eps: _Eps = None,
+    norm: _Norm = None,
     surrogate: _Surrogate = "None",
     limit: _Limit = None,
     seed: _Seed = 0,
@@ -246,7 +258,7 @@ def evaluate_command(
     own_words: _Own = None,
 ) -> None:
     """Answer one question: how often is the model right, clean and under attack?"""
-    words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
+    words = _asked(model, task, data, attack, budget, eps, norm) | {"surrogate": surrogate}
     reports = [] if out is None else [out]
     with _placed(device, dtype):
         _ask(words, limit, seed, batch, reports, doubt, keep, keep_as, skip_broken, overwrite)
@@ -254,11 +266,14 @@ def evaluate_command(
 
 @app.command("attack")
 def attack_command(
-    task: _Task,
     model: _Model,
     attack: _Attack,
-    budget: _Budget,
     keep: _Keep,
+    task: _Task = None,
+    data: _Data = None,
+    budget: _Budget = None,
+    eps: _Eps = None,
+    norm: _Norm = None,
     surrogate: _Surrogate = "None",
     limit: _Limit = None,
     seed: _Seed = 0,
@@ -277,7 +292,7 @@ def attack_command(
     _at_least("--show", first, 0)
     if attack.strip() == "None":
         raise CrossguardError("--attack None makes nothing; name an attack, or ask without one by 'crossguard eval'")
-    words = {"task": task, "model": model, "attack": attack, "budget": budget, "surrogate": surrogate}
+    words = _asked(model, task, data, attack, budget, eps, norm) | {"surrogate": surrogate}
     _check_names({f"--{kind}": text for kind, text in words.items()})
     from crossguard.datasets.kept import REPORT
 
@@ -401,8 +416,8 @@ def _partial(placed: bool, asked: Mapping[str, str]) -> Iterator[Path | None]:
 @app.command()
 def train(
     recipe: Annotated[str, typer.Option(help="How to train: MMCoA(), TeCoA(epochs=3).")],
-    model: Annotated[str, typer.Option(help="What to start from: Tiny().")],
-    data: Annotated[str, typer.Option(help="What to learn from: Scenes('object', 'train').")],
+    model: Annotated[str, typer.Option(help="What to start from: a checkpoint, or a word such as Tiny().")],
+    data: Annotated[str, typer.Option(help="What to learn from: a path, or a word such as Scenes('object', 'train').")],
     out: Annotated[Path, typer.Option(help="The folder of the checkpoint; a run that was stopped goes on there.")],
     skip_broken: _SkipBroken = False,
     device: _Device = None,
@@ -412,9 +427,9 @@ def train(
     from crossguard.words import show
 
     _check_names({"--recipe": recipe, "--model": model, "--data": data})
-    chosen_recipe = _read("--recipe", "Recipe", recipe)
+    chosen_recipe = _read("--recipe", "recipe", recipe)
     chosen_model = _read("--model", "model", model)
-    chosen_data = _read("--data", "Dataset", data)
+    chosen_data = _read("--data", "data", data)
     if skip_broken:
         chosen_data = _skipping("--data", chosen_data)
     with _placed(device, None):
@@ -531,10 +546,13 @@ def table(
 
 @app.command("audit")
 def audit_command(
-    task: _Task,
     model: _Model,
-    budget: Annotated[str, typer.Option(help="How far the adversary may go: Linf(4/255).")],
     out: Annotated[Path, typer.Option(help="The folder of the reports, the ladder and its picture.")],
+    task: _Task = None,
+    data: _Data = None,
+    budget: _Budget = None,
+    eps: _Eps = None,
+    norm: _Norm = None,
     attack: Annotated[str, typer.Option(help="What is carried out on each rung.")] = "APGD()",
     against: Annotated[
         list[str] | None,
@@ -567,13 +585,13 @@ def audit_command(
     ):  # fmt: skip
         _at_least(option, value, least)
     named = {"--against": _labelled("--against", against or []), "--transfer": _labelled("--transfer", transfer or [])}
-    _check_names({"--task": task, "--model": model, "--attack": attack, "--budget": budget})
+    texts = _asked(model, task, data, attack, budget, eps, norm)
+    _check_names({f"--{kind}": text for kind, text in texts.items()})
     others = {
         option: {label: _read(option, "model", word) for label, word in words.items()}
         for option, words in named.items()
     }
-    asked = {kind: _read(f"--{kind}", kind, text) for kind, text in (("task", task), ("model", model))}
-    asked |= {kind: _read(f"--{kind}", kind, text) for kind, text in (("attack", attack), ("budget", budget))}
+    asked = {kind: _read(f"--{kind}", kind, text) for kind, text in texts.items()}
     with _placed(device, dtype), _Bar() as bar:
         made = audit(
             **asked, out=out, against=others["--against"], transfer=others["--transfer"], samples=samples,
@@ -589,8 +607,9 @@ def audit_command(
 
 @app.command("calibrate")
 def calibrate_command(
-    task: _Task,
     model: _Model,
+    task: _Task = None,
+    data: _Data = None,
     share: Annotated[
         float, typer.Option("--open", help="The share of clean images that each gate is to open for.")
     ] = 0.05,
@@ -604,8 +623,9 @@ def calibrate_command(
     """Find the thresholds of a defense on clean images of this model, and print it with these."""
     for option, value, least in (("--limit", limit, 1), ("--batch", batch, 1), ("--seed", seed, 0)):
         _at_least(option, value, least)
-    _check_names({"--task": task, "--model": model})
-    asked = {kind: _read(f"--{kind}", kind, text) for kind, text in (("task", task), ("model", model))}
+    texts = {"task": _task(task, data), "model": model}
+    _check_names({f"--{kind}": text for kind, text in texts.items()})
+    asked = {kind: _read(f"--{kind}", kind, text) for kind, text in texts.items()}
     from crossguard.calibrate import calibrate
     from crossguard.words import show
 
@@ -632,12 +652,15 @@ def _labelled(option: str, texts: Sequence[str]) -> dict[str, str]:
 
 @app.command()
 def transfer(
-    task: _Task,
     model: Annotated[
         list[str], typer.Option(help="A model to craft on and to ask; give two or more, as WORD or as LABEL=WORD.")
     ],
     attack: _Attack,
-    budget: _Budget,
+    task: _Task = None,
+    data: _Data = None,
+    budget: _Budget = None,
+    eps: _Eps = None,
+    norm: _Norm = None,
     limit: _Limit = None,
     seed: _Seed = 0,
     batch: _Batch = 128,
@@ -651,7 +674,8 @@ def transfer(
     _at_least("--batch", batch, 1)
     _at_least("--seed", seed, 0)
     labelled = _labelled("--model", model)
-    _check_names({"--task": task, "--attack": attack, "--budget": budget})
+    texts = {"task": _task(task, data), "attack": attack, "budget": _budget(budget, eps, norm)}
+    _check_names({f"--{kind}": text for kind, text in texts.items()})
     models = {label: _read("--model", "model", word) for label, word in labelled.items()}
     if len(models) < 2:
         raise CrossguardError("--model: a transfer needs two models or more; repeat the option")
@@ -659,10 +683,10 @@ def transfer(
     if crafted is None:
         raise CrossguardError("--attack: a transfer needs an attack to craft with, such as 'PGD()'")
     grid = {
-        "task": {task: _read("--task", "task", task)},
+        "task": {texts["task"]: _read("--task", "task", texts["task"])},
         "model": models,
         "attack": {attack: crafted},
-        "budget": {budget: _read("--budget", "budget", budget)},
+        "budget": {texts["budget"]: _read("--budget", "budget", texts["budget"])},
         "surrogate": models,
     }
     _run(Experiment(grid, seed, limit, batch, device, dtype, "transfer"), out, crossed=True)
@@ -848,20 +872,71 @@ def _print_word(name: str) -> None:
 # Checking
 
 
+def _asked(
+    model: str, task: str | None, data: str | None, attack: str, budget: str | None, eps: str | None, norm: str | None
+) -> dict[str, str]:
+    """The parts of a question as words, from what was given for them."""
+    return {"task": _task(task, data), "model": model, "attack": attack, "budget": _budget(budget, eps, norm)}
+
+
+def _task(task: str | None, data: str | None) -> str:
+    """What is asked: data alone stand for the task that fits them."""
+    if task is not None and data is not None:
+        raise CrossguardError("--task and --data say both what is asked; give one of them")
+    if task is None and data is None:
+        raise CrossguardError("nothing is asked; give --data, such as a folder of class folders, or a --task")
+    return str(data) if task is None else task
+
+
+def _budget(budget: str | None, eps: str | None, norm: str | None) -> str:
+    """The budget: `--eps 4/255 --norm linf` stand for `Linf(4/255)`."""
+    from crossguard.words import build
+
+    if eps is None:
+        if norm is not None:
+            raise CrossguardError("--norm says what --eps is measured in; give --eps, such as 4/255")
+        return "None" if budget is None else budget
+    if budget is not None:
+        raise CrossguardError("--budget and --eps say both how far the adversary may go; give one of them")
+    norms = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+    if (norm or "linf").lower() not in norms:
+        raise CrossguardError(f"--norm {shortly(norm)} is not known; give one of {', '.join(norms)}")
+    try:
+        size = build(eps)
+    except CrossguardError:
+        size = None
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        raise CrossguardError(f"--eps must be a number such as 4/255, not {shortly(eps)}")
+    return f"{norms[(norm or 'linf').lower()]}({eps})"
+
+
+def _kind(option: str) -> str:
+    """What an option wants: that of `--against` and `--transfer` are models."""
+    kind = option.removeprefix("--")
+    return "model" if kind in ("against", "transfer") else kind
+
+
 def _check_names(texts: Mapping[str, str]) -> None:
     """Refuses a misspelt name in the word of any option before the words of the others load what they name."""
     from crossguard import signatures
+    from crossguard.words import expanded
 
     for option, text in texts.items():
         try:
-            signatures.check(text)
+            signatures.check(expanded(_kind(option), text))
         except CrossguardError as error:
             raise CrossguardError(f"{option}: {error}") from error
 
 
 def _read(option: str, kind: str, text: str) -> Any:
+    """The object that was given; what a short form stands for is said."""
+    from crossguard.words import expanded, read, show
+
     try:
-        return read(kind, text)
+        value = read(kind, text)
+        if leads() and expanded(kind, text) != text:
+            say(f"{option} {text} is {show(value, short=True)}")
+        return value
     except CrossguardError as error:
         raise CrossguardError(f"{option}: {error}") from error
 

@@ -29,7 +29,7 @@ from crossguard.printing import LogFormatter
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import Missing, read_toml
 from crossguard.report import Report, ReportError, key
-from crossguard.words import within
+from crossguard.words import expanded, read, within
 
 if TYPE_CHECKING:
     from crossguard.models.base import Checkpoint, VisionLanguageModel
@@ -37,36 +37,9 @@ if TYPE_CHECKING:
 INDEX = "experiment.json"  # beside the answers: which label stands for which word
 POLL = 1.0  # seconds between looks at a cell that another process is working on
 
-_KINDS = {
-    "task": "Task",
-    "model": "VisionLanguageModel",
-    "attack": "Attack",
-    "budget": "Budget",
-    "surrogate": "VisionLanguageModel",
-}
-_OPTIONAL = ("attack", "budget", "surrogate")  # may be None: a clean evaluation, no budget, a white box
+_KINDS = ("task", "model", "attack", "budget", "surrogate")
 _PLACES = ("device", "dtype")
 _SETTINGS = {"seed": 0, "limit": 1, "batch": 1}  # whole numbers and the least that they may be
-
-
-def read(kind: str, text: str, known: Mapping[str, Any] | None = None) -> Any:
-    """The object that a text names, which must be a task, model, attack, budget or surrogate, as `kind` says.
-
-    Raises:
-        CrossguardError: the text is not a word, or names something of another kind.
-    """
-    import crossguard
-
-    value = words.build(text, known)
-    if value is None and kind in _OPTIONAL:
-        return None
-    wanted = getattr(crossguard, _KINDS.get(kind, kind))
-    if not isinstance(value, wanted):
-        article = "an" if kind[0] in "aeiou" else "a"
-        raise CrossguardError(
-            f"{words.show(value, short=True)} is not {article} {kind.lower()}; see the list of 'crossguard words'"
-        )
-    return value
 
 
 @dataclass(frozen=True)
@@ -499,7 +472,7 @@ def _check_names(path: Path, content: Mapping[str, Any]) -> None:
         for text in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(text, str):
                 try:
-                    signatures.check(text, named)
+                    signatures.check(text if kind == "let" else expanded(kind, text, named), named)
                 except CrossguardError as error:
                     raise CrossguardError(f"{path}: {kind}: {error}") from error
 

@@ -14,16 +14,17 @@ import importlib
 import inspect
 import math
 import operator
+import os
+import re
 import types
 import typing
 import warnings
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from crossguard import own
+from crossguard import own, short
 from crossguard.errors import CrossguardError
 from crossguard.limits import LARGEST, shortened, shortly
 
@@ -62,6 +63,90 @@ def build(text: str, known: Mapping[str, Any] | None = None) -> Any:
         known: objects by a name of their own, which the text may use in addition (the `let` of an experiment file).
     """
     return _Reader(text, known or {}).read(parse(text), 0)
+
+
+KINDS = {
+    "task": "Task",
+    "model": "VisionLanguageModel",
+    "attack": "Attack",
+    "budget": "Budget",
+    "surrogate": "VisionLanguageModel",
+    "data": "Dataset",
+    "recipe": "Recipe",
+}
+OPTIONAL = ("attack", "budget", "surrogate")  # may be None: a clean evaluation, no budget, a white box
+
+
+def read(kind: str, text: str, known: Mapping[str, Any] | None = None) -> Any:
+    """The object that a text names, which must be a task, model, attack, budget, surrogate, data or recipe, as `kind`
+    says. A path or a hub id is the model or the data that it leads to, and data are the task that fits them.
+
+    Raises:
+        CrossguardError: the text is not a word, or names something of another kind.
+    """
+    return _of_kind(kind, build(expanded(kind, text, known or ()), known))
+
+
+def given(kind: str, value: Any) -> Any:
+    """What somebody gave in Python as a task, model and so on (see `read`): a word, the text of one, a path or a class
+    without its brackets. Lists in it become tuples, and paths become texts, as words hold them.
+
+    Raises:
+        CrossguardError: it is nothing of this kind, or a part of it does not fit.
+    """
+    if isinstance(value, str | os.PathLike):
+        return read(kind, os.fspath(value))
+    if isinstance(value, type) and is_word(value):
+        value = _make(value, fields(value), {})
+    return _of_kind(kind, _whole(value))
+
+
+def _of_kind(kind: str, value: Any) -> Any:
+    """The same value, or the task of data; raises where it is of another kind."""
+    crossguard = importlib.import_module("crossguard")
+    if kind == "task" and isinstance(value, crossguard.Dataset):
+        return crossguard.ZeroShot(value) if value.names else crossguard.Retrieval(value)
+    if value is None and kind in OPTIONAL:
+        return None
+    if not isinstance(value, getattr(crossguard, KINDS[kind])):
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise CrossguardError(f"{quoted(value)} is not {article} {kind}; see the list of 'crossguard words'")
+    return value
+
+
+def expanded(kind: str, text: str, known: Iterable[str] = ()) -> str:
+    """The word that a short form stands for, such as a path; the text itself, where it is a word already or nothing
+    that is there."""
+    named = re.match(r"\s*([^\W\d]\w*)\s*(\(|$)", text)
+    if named and (named[2] or named[1] == "None" or named[1] in known or is_name(named[1])):
+        return text
+    return _at_path(KINDS[kind], text) or text
+
+
+def _at_path(wanted: str, text: str) -> str:
+    """The word of a model or of data that a text leads to; empty where it leads nowhere, or another word is wanted."""
+    if wanted == "VisionLanguageModel":
+        return short.model(text)
+    return short.data(text) if wanted in ("Dataset", "Task") else ""
+
+
+def _whole(word: Any) -> Any:
+    """The word with tuples for lists and texts for paths, itself where it has none; what is no word stays as it is."""
+    if isinstance(word, tuple | list):
+        return tuple(_whole(item) for item in word)
+    kind = type(word)
+    if not is_word(kind):
+        return word
+    held = {field: getattr(word, field.name) for field in fields(kind)}
+    parts = {field.name: fitted(kind, field, _whole(part)) for field, part in held.items()}
+    changes = {field.name: parts[field.name] for field, part in held.items() if not _same(parts[field.name], part)}
+    return dataclasses.replace(word, **changes) if changes else word
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (type(one) is type(other) and one == other)
 
 
 def _extent(word: object, most: int) -> tuple[int, int]:
@@ -287,7 +372,7 @@ def parse(text: str) -> ast.expr:
         reason = error.msg if "digits" not in error.msg else "a number in it is too large"
         if "codec can't decode" in error.msg:
             reason = r"a backslash in a string begins a special character; write r'C:\data' or 'C:/data'"
-        raise WordError(f"{shortly(text)} is not a word: {_path(text) or reason}") from None
+        raise WordError(f"{shortly(text)} is not a word: {short.quoted(text) or reason}") from None
     except UnicodeError:
         raise WordError(f"{shortly(text)} is not a word: it holds characters that are not valid text") from None
     except ValueError as error:
@@ -315,7 +400,7 @@ class _Reader:
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
                 number = self.number(operand, depth)
                 return self.literal(-number if isinstance(sign, ast.USub) else number)
-            case ast.BinOp() if near := _path(self.source(node)):
+            case ast.BinOp() if near := short.quoted(self.source(node)):
                 raise WordError(f"{shortly(self.source(node))} is not a word: {near}")
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return self.calculate(type(op), self.number(left, depth), self.number(right, depth))
@@ -325,6 +410,8 @@ class _Reader:
                 return self.call(name, [], [], depth)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.call(name, args, keywords, depth)
+        if near := short.quoted(self.source(node)):
+            raise WordError(f"{shortly(self.source(node))} is not a word: {near}")
         raise WordError(
             f"{shortly(self.source(node))} cannot be used in a word; a word is made of names, numbers, "
             f"strings in quotes, tuples, '+ - * /' of numbers and calls such as 'PGD(steps=10)'"
@@ -407,7 +494,7 @@ def arguments(
 
 def unknown(name: str, known: Iterable[str] = ()) -> WordError:
     """What is wrong with a name that is none of the vocabulary, nor of what else is known."""
-    hint = _path(name) or own.near_miss(name)
+    hint = short.quoted(name) or own.near_miss(name)
     if not hint:
         hint = nearest(name, (*names(), *known)).removeprefix("; ") or f"a string needs quotes: {shortly(name)}"
     return WordError(f"unknown name {shortly(name)}; {hint}")
@@ -416,15 +503,6 @@ def unknown(name: str, known: Iterable[str] = ()) -> WordError:
 def no_word(name: str) -> WordError:
     """What is wrong with a name of the vocabulary that is no word, but a function or an abstract class."""
     return WordError(f"{name!r} cannot be used in a word; 'crossguard words' lists the names that can")
-
-
-def _path(text: str) -> str:
-    """The advice to put a text in quotes, where it is a file or a folder; nothing, where it is none."""
-    try:
-        there = Path(text.strip()).exists()
-    except (OSError, ValueError):
-        return ""
-    return f"a path needs quotes, as in HuggingFace('{text.strip()}')" if there else ""
 
 
 _OPERATORS: dict[type, Callable[[float, float], float]] = {
@@ -458,7 +536,18 @@ def fitted(kind: type, field: Field, value: Any) -> Any:
         return _fit(value, field.type, True)
     except _Misfit:
         pass
+    if isinstance(value, str) and (full := _led_to(field.type, value)):
+        return fitted(kind, field, build(full))
     raise WordError(f"{kind.__name__}: {field.name} must be {_expected(field.type)}, and {quoted(value)} was given")
+
+
+def _led_to(annotation: Any, text: str) -> str:
+    """The word of the model or data that a text leads to, where this type wants one; else empty."""
+    if _is_union(annotation):
+        return next((full for arm in typing.get_args(annotation) if (full := _led_to(arm, text))), "")
+    names = [one.__name__ for one in annotation.__mro__] if isinstance(annotation, type) else []
+    wanted = next((name for name in names if name in ("VisionLanguageModel", "Dataset")), "")
+    return _at_path(wanted, text)
 
 
 def quoted(value: object) -> str:
@@ -498,6 +587,8 @@ def _fit(value: Any, annotation: Any, convert: bool) -> Any:
         return _when(isinstance(value, float), value)
     if annotation is int:
         return _when(isinstance(value, int) and not isinstance(value, bool), value)
+    if annotation is str and convert and isinstance(value, os.PathLike):
+        return _fit(os.fspath(value), str, False)
     if annotation in (bool, str):
         return _when(isinstance(value, annotation), value)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -505,7 +596,7 @@ def _fit(value: Any, annotation: Any, convert: bool) -> Any:
         return _when(any(value == one and type(value) is type(one) for one in arguments), value)
     if origin is typing.Annotated:
         return _fit(value, arguments[0], convert)
-    if origin is tuple and isinstance(value, tuple):
+    if origin is tuple and isinstance(value, tuple | (list if convert else tuple)):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_fit(item, arguments[0], convert) for item in value)
         items = () if arguments == ((),) else arguments
