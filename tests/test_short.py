@@ -247,3 +247,11 @@ def test_what_is_given_in_python_may_be_text_a_path_a_class_or_have_lists_in_it(
     number: Any = 3
     assert "Mine: path must be a string in quotes, and 3 was given" in refusal(lambda: given("data", Mine(number)))
     assert "the class Tiny without its brackets" not in refusal(lambda: given("attack", Tiny))
+
+
+def test_evaluate_takes_words_as_text():
+    text = crossguard.evaluate("Scenes('object')", "Tiny", crossguard.PGD, "Linf(1/255)", limit=2)
+    word = crossguard.evaluate(ZeroShot(Scenes("object")), Tiny(), crossguard.PGD(), Linf(1 / 255), limit=2)
+    assert dict(text.question) == dict(word.question)
+    assert text.outcomes.columns["clean_margin"].tolist() == word.outcomes.columns["clean_margin"].tolist()
+    assert "'Tny'; did you mean 'Tiny'" in refusal(lambda: crossguard.evaluate("Scenes()", "Tny"))

@@ -17,6 +17,7 @@ from crossguard.attacks.base import GRAY, WHITE, Attack
 from crossguard.attacks.crafted import Crafted
 from crossguard.attacks.knowledge import Blind
 from crossguard.budgets import Budget, Linf, PixelBudget, sized
+from crossguard.data import Dataset
 from crossguard.datasets.keeping import OUTCOMES, Rows, keeping
 from crossguard.datasets.kept import FORMATS, Kept
 from crossguard.device import check_gradients, describe, precision
@@ -29,10 +30,10 @@ from crossguard.models.wrapper import is_random, layers
 from crossguard.opening import evaluating
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import misfit
-from crossguard.report import Outcomes, Ranks, Rate, Report, Texts, check_place, key, versions
+from crossguard.report import WORDS, Outcomes, Ranks, Rate, Report, Texts, check_place, key, versions
 from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
-from crossguard.words import contents, mapped, quoted, show, within
+from crossguard.words import contents, given, mapped, quoted, show, within
 
 _DRAWS = 100  # sets the noise of the draws that judge apart from each other and from that of the attack
 _FORMAT = 5  # of the lines in a file of outcomes so far; those of another are not read
@@ -101,11 +102,11 @@ def craft_key(asked: Mapping[str, str]) -> str:
 
 @evaluating()
 def evaluate(
-    task: Task,
-    model: VisionLanguageModel,
-    attack: Attack | None = None,
-    budget: Budget | None = None,
-    surrogate: VisionLanguageModel | None = None,
+    task: Task | Dataset | str | Path,
+    model: VisionLanguageModel | str | Path,
+    attack: Attack | type[Attack] | str | None = None,
+    budget: Budget | str | None = None,
+    surrogate: VisionLanguageModel | str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
     batch: int = 128,
@@ -124,7 +125,10 @@ def evaluate(
 
     Under `torchrun` the samples are shared among the processes, each once, and every process gets the same report.
 
+    Words may be given as text, as on the command line: `evaluate("data/pics", "path/to/clip", "PGD()", "Linf(4/255)")`.
+
     Args:
+        task: data stand for `ZeroShot(data)`, or for `Retrieval(data)` where they have captions only.
         attack: None asks the clean question alone.
         surrogate: craft on this model instead, which alone says what the adversary knows: nothing given is a white
             box, the undefended base of a wrapper a gray box, any other model a transfer attack.
@@ -147,6 +151,36 @@ def evaluate(
         draws: by how many draws of a random model each image under attack is judged. The outcomes are those of the
             first; `Report.drawn` are what most of them say, as attacks themselves judge (`ImageVictim.judge`).
     """
+    words = dict(zip(WORDS, (task, model, attack, budget, surrogate), strict=True))
+    return _evaluate(
+        **{kind: given(kind, word) for kind, word in words.items()},
+        limit=limit, seed=seed, batch=batch, progress=progress, partial=partial, keep=keep, keep_as=keep_as,
+        processes=processes, doubt=doubt, crafts=crafts, out=out, overwrite=overwrite, draws=draws,
+    )  # fmt: skip
+
+
+def _evaluate(
+    task: Task,
+    model: VisionLanguageModel,
+    attack: Attack | None,
+    budget: Budget | None,
+    surrogate: VisionLanguageModel | None,
+    *,
+    limit: int | None,
+    seed: int,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+    partial: str | Path | None,
+    keep: str | Path | None,
+    keep_as: str,
+    processes: bool,
+    doubt: int,
+    crafts: str | Path | None,
+    out: str | Path | None,
+    overwrite: bool,
+    draws: int,
+) -> Report:
+    """As `evaluate`, of words."""
     check_gradients()
     asked = question(task, model, attack, budget, surrogate, limit, seed, draws)
     draws = int(asked.get("draws", 1))
