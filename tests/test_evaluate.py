@@ -35,6 +35,7 @@ from crossguard import (
     ZeroShot,
     build,
     evaluate,
+    own,
 )
 from crossguard.attacks.base import ImageAttack, Made, TextAttack
 from crossguard.attacks.candidates import CandidateSource
@@ -278,12 +279,13 @@ def test_other_weights_in_the_same_folder_are_another_question(tmp_path: Path) -
         Fresh(seed=seed, widths=(8,), depths=(1,), text_width=32, text_layers=1).load().save(tmp_path / str(seed))
     word = HuggingFace(str(tmp_path / "0"))
     first = question(TASK, BitDepth(word), None, None)
-    assert len(first["weights"]) == len("HuggingFace:") + 12 and "weights" not in question(TASK, Mean(), None, None)
+    assert len(first["weights"]) == len("HuggingFace:") + 12
+    assert question(TASK, Mean(), None, None)["weights"] == f"Mean.code:{own.code(Mean)}", "it has none, but code"
     (tmp_path / "1" / "model.safetensors").replace(tmp_path / "0" / "model.safetensors")
     assert question(TASK, BitDepth(word), None, None)["weights"] != first["weights"]
     both = question(TASK, Mean(), PGD(), Linf(0.1), word)
     assert craft_key(both) == craft_key(question(TASK, BitDepth(Mean()), PGD(), Linf(0.1), word))
-    assert "weights" not in both and both["surrogate weights"] != first["weights"]
+    assert "HuggingFace" not in both["weights"] and both["surrogate weights"] != first["weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,14 +312,14 @@ def test_what_the_files_behind_attack_and_data_hold_is_part_of_the_question(monk
         return question(ZeroShot(Subset(Files("color"), 9)), Mean(), Independent(PGD(), Lists()), both, Mean(2.0))
 
     both = Both(Linf(8 / 255), Words(1))
-    assert not {"attack files", "data"} & set(asked())
+    code = {kind: f"{kind.__name__}.code:{own.code(kind)}" for kind in (Lists, Files)}
+    assert (asked()["attack files"], asked()["data"]) == (code[Lists], code[Files])
     for kind, name in ((Lists, "attack files"), (Files, "data")):
-        before = asked()
         monkeypatch.setattr(kind, "held", "0123")
         first = asked()
         monkeypatch.setattr(kind, "held", "4567")
         assert {part for part in asked() if asked()[part] != first[part]} == {name}
-        assert first[name] == f"{kind.__name__}:0123" and name not in before
+        assert first[name] == f"{kind.__name__}:0123 {code[kind]}"
         assert craft_key(first) != craft_key(asked()), "what was crafted with other files is not shared"
 
 
