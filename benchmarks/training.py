@@ -43,7 +43,7 @@ def main() -> None:
         texts = [prompts[label] for label in present.tolist()]
         images = network.encode_image(batch.images)
         both = network.encode_text(texts + attacked(texts)).view(2, len(texts), -1)
-        return sum((0.5 * in_batch(network.logits(images, part), own) for part in both), torch.zeros(()))
+        return sum((0.5 * in_batch(network.logits(images, part), own).mean() for part in both), torch.zeros(()))
 
     def duplicated() -> torch.Tensor:
         texts = [prompts[label] for label in labels.tolist()]

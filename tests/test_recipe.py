@@ -28,11 +28,12 @@ from crossguard.budgets import Both, Linf, Words
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
 from crossguard.defenses.fit import Fit
 from crossguard.defenses.optimizers import SGD, Adam, AdamW
-from crossguard.defenses.plan import Augment
+from crossguard.defenses.parts import Towers
+from crossguard.defenses.plan import Adversary, Augment
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
 from crossguard.defenses.step import Inputs, Learner
-from crossguard.defenses.terms import InBatch, OverClasses, Views, in_batch
+from crossguard.defenses.terms import BATCH, CLASSES, DRIFTED, InBatch, Need, OverClasses, Seen, in_batch
 from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
 from crossguard.models.fresh import Fresh
@@ -99,7 +100,7 @@ def test_unique_texts_with_counts_are_the_duplicated_batch(case: str) -> None:
     if case == "coinciding":
         rows[1] = rows[0]  # two clean texts became the same adversarial one
     texts = rows.clone().requires_grad_(True)
-    found = in_batch(7.0 * images @ texts.T, own)
+    found = in_batch(7.0 * images @ texts.T, own).mean()
     found_gradients = torch.autograd.grad(found, (images, texts))
     naive = 7.0 * images @ texts[own].T  # one column per image, and the identity as target
     target = torch.arange(len(own))
@@ -109,33 +110,52 @@ def test_unique_texts_with_counts_are_the_duplicated_batch(case: str) -> None:
         assert torch.allclose(left, right, atol=1e-10)
 
 
-def views() -> Views:
+def seen() -> Seen:
     generator = torch.Generator().manual_seed(0)
-    images = {name: torch.randn(6, 4, generator=generator) for name in ("clean", "adversarial")}
-    texts = {name: torch.randn(3, 4, generator=generator) for name in ("clean", "adversarial")}
-    return Views(images, texts, torch.tensor([0, 1, 2, 0, 0, 1]), lambda image, text: 5.0 * image @ text.T)
+    found: dict[Need, Tensor] = {}
+    for view in ("clean", "adversarial"):
+        found[Need("image", view)] = torch.randn(6, 4, generator=generator)
+        found |= {Need("text", view, over=over): torch.randn(3, 4, generator=generator) for over in (CLASSES, BATCH)}
+    places = {CLASSES: torch.tensor([0, 1, 2, 0, 0, 1]), BATCH: torch.tensor([2, 1, 0, 2, 2, 1])}
+    return Seen(found, {"student": lambda image, text: 5.0 * image @ text.T}, places)
 
 
 def test_terms_look_at_the_views_they_name() -> None:
-    seen = views()
+    step = seen()
     for image in ("clean", "adversarial"):
         for text in ("clean", "adversarial"):
-            logits = seen.logits(seen.images[image], seen.texts[text])
-            assert torch.allclose(OverClasses(image, text)(seen), F.cross_entropy(logits, seen.own))
-            assert torch.allclose(InBatch(image, text)(seen), in_batch(logits, seen.own))
-    assert "cannot see a view 'dirty'" in refused(lambda: InBatch("dirty"))
+            for over, place in step.places.items():
+                logits = 5.0 * step.found[Need("image", image)] @ step.found[Need("text", text, over=over)].T
+                assert torch.allclose(OverClasses(image, text, over).value(step), F.cross_entropy(logits, place))
+            assert torch.allclose(InBatch(image, text).value(step), in_batch(logits, step.own).mean())
+    summed = OverClasses(reduce="sum").value(step)
+    assert torch.allclose(summed, 6 * OverClasses().value(step)) and float(summed) > 1.0
+    assert "cannot see images in a view 'dirty'" in refused(lambda: FTStandard().stage(InBatch("dirty")))
+    texts = Adversary(Signed(), Words(1), DRIFTED)
+    said = refused(lambda: FTStandard().stage(InBatch("clean", "adversarial"), adversaries=(texts,)))
+    assert "InBatch cannot see texts over 'batch' in a view 'adversarial'" in said
+    assert "labels of images that have none" in refused(lambda: OverClasses().each(replace(step, places={})))
+    assert "which its needs() do not name" in refused(lambda: step.patches())
 
 
 def test_recipes_are_the_terms_of_their_papers() -> None:
-    assert MMCoA().terms() == (InBatch("adversarial", "clean", 0.5), InBatch("clean", "adversarial", 0.5))
-    assert MMCoA(alpha=0.2, beta=0.7, one_way=True).terms() == (
-        OverClasses("adversarial", "clean", 0.2),
-        OverClasses("clean", "adversarial", 0.7),
+    (mmcoa,), (other,), (tecoa,) = MMCoA().stages(), MMCoA(alpha=0.2, beta=0.7, one_way=True).stages(), TeCoA().stages()
+    assert mmcoa.terms == (
+        InBatch("adversarial", "clean", weight=0.5),
+        InBatch("clean", "adversarial", weight=0.5),
     )
-    assert TeCoA().terms() == (OverClasses("adversarial", "clean"),) and TeCoA().towers == ("image",)
-    assert FTStandard().terms() == (OverClasses("clean", "clean"),) and FTStandard().adversary() == (None,) * 3
-    assert FTStandard(in_batch=True).terms() == (InBatch("clean", "clean"),)
-    assert Contrastive().captions and Contrastive().terms() == (InBatch("clean", "clean", 0.5),)
+    assert other.terms == (
+        OverClasses("adversarial", "clean", weight=0.2),
+        OverClasses("clean", "adversarial", weight=0.7),
+    )
+    for stage in (mmcoa, other, tecoa):
+        assert stage.adversaries[0].climbs == OverClasses("adversarial", "clean")
+    assert [one.climbs.needs()[0].over for one in (mmcoa.adversaries[1], other.adversaries[1])] == [BATCH, CLASSES]
+    assert tecoa.terms == (OverClasses("adversarial", "clean"),) and TeCoA().trains == Towers(("image",))
+    (clean,), (pairs,) = FTStandard().stages(), FTStandard(in_batch=True).stages()
+    assert clean.terms == (OverClasses("clean", "clean"),) and clean.adversaries == ()
+    assert pairs.terms == (InBatch("clean", "clean"),)
+    assert Contrastive().captions and Contrastive().stages()[0].terms == (InBatch("clean", "clean", weight=0.5),)
 
 
 # --- What is trained ---
@@ -144,19 +164,19 @@ def test_recipes_are_the_terms_of_their_papers() -> None:
 def test_towers_and_last_layers_train_and_the_rest_stays(base: Fresh, tmp_path: Path) -> None:
     before = weights(base)
     image, text, head = "vis", "text", "logit_"
-    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-        ({"towers": ("image",)}, (image,)),
-        ({"towers": ("text",)}, (text,)),
-        ({"towers": ("head",)}, (head,)),
-        ({}, (image, text, head)),
-        ({"towers": ("image", "text"), "last": 1}, ("visual_projection.", "text_projection.")),
-        ({"towers": ("text",), "last": 2}, ("text_projection.", "text_model.pooler.dense.")),
+    cases: list[tuple[Towers, tuple[str, ...]]] = [
+        (Towers(("image",)), (image,)),
+        (Towers(("text",)), (text,)),
+        (Towers(("head",)), (head,)),
+        (Towers(), (image, text, head)),
+        (Towers(("image", "text"), last=1), ("visual_projection.", "text_projection.")),
+        (Towers(("text",), last=2), ("text_projection.", "text_model.pooler.dense.")),
     ]
-    for number, (options, parts) in enumerate(cases):
-        recipe = FTStandard(steps=2, batch=8, optimizer=SGD(lr=0.5), **options)
+    for number, (part, parts) in enumerate(cases):
+        recipe = FTStandard(steps=2, batch=8, optimizer=SGD(lr=0.5), trains=part)
         after = weights(recipe.fit(base, Blots(), tmp_path / str(number)))
         expected = {name for name, tensor in before.items() if name.startswith(parts) and tensor.is_floating_point()}
-        assert expected and changed(before, after) == expected, options
+        assert expected and changed(before, after) == expected, part
 
 
 def test_tecoa_trains_the_image_tower_only(base: Fresh, tmp_path: Path) -> None:
@@ -166,8 +186,8 @@ def test_tecoa_trains_the_image_tower_only(base: Fresh, tmp_path: Path) -> None:
 
 def test_captions_need_captions_and_are_in_the_batch(base: Fresh, tmp_path: Path) -> None:
     run = started(Contrastive(steps=2, batch=8), base, tmp_path)
-    first, second = run.feed.batch(0), run.feed.batch(1)
-    for index, own in zip(run.feed.chosen(0), first.own.tolist(), strict=True):
+    first, second = (run.feed.batch(step).texts[BATCH] for step in range(2))
+    for index, own in zip(run.feed.chosen(0), first.place.tolist(), strict=True):
         assert first.texts[own] in Blots().captions(index)
     assert first.texts != second.texts and len(set(first.texts)) == len(first.texts)
 
@@ -177,10 +197,10 @@ def test_captions_need_captions_and_are_in_the_batch(base: Fresh, tmp_path: Path
 
 def loss_of(network: TransformersEncoder, recipe: MMCoA, inputs: Inputs) -> Tensor:
     """MMCoA's loss with the batch written out: every image with its own copy of its text."""
-    own = inputs.batch.own.tolist()
+    own = inputs.batch.texts[BATCH].place.tolist()
     total = torch.zeros(())
     for weight, image, text in ((recipe.alpha, "adversarial", "clean"), (recipe.beta, "clean", "adversarial")):
-        texts = network.encode_text([inputs.texts[text][i] for i in own])
+        texts = network.encode_text([inputs.texts[text, BATCH][i] for i in own])
         encoded = network.encode_image(inputs.images[image])
         logits = network.scale * F.normalize(encoded, dim=1) @ F.normalize(texts, dim=1).T
         target = torch.arange(len(own))
@@ -201,8 +221,9 @@ def test_a_step_of_mmcoa_is_the_loss_at_its_adversarial_inputs(base: Fresh, tmp_
     assert not gradients(run.learner.network)
     clean, bad = inputs.images["clean"], inputs.images["adversarial"]
     assert torch.equal(clean, floats(torch.stack([Blots().image(index) for index in run.feed.chosen(0)])))
-    assert inputs.texts["clean"] == [PROMPTS[c] for c in sorted(set(Blots().labels()[run.feed.chosen(0)].tolist()))]
-    assert all(new != old for old, new in zip(*inputs.texts.values(), strict=True))
+    texts = [inputs.texts[view, BATCH] for view in ("clean", "adversarial")]
+    assert texts[0] == [PROMPTS[c] for c in sorted(set(Blots().labels()[run.feed.chosen(0)].tolist()))]
+    assert all(new != old for old, new in zip(*texts, strict=True))
     size = (bad - clean).abs().flatten(1).amax(1)
     assert float(size.min()) > 0.03 and float(size.max()) <= 16 / 255 + 1e-6
     values = run.learner.take(0)
@@ -210,8 +231,9 @@ def test_a_step_of_mmcoa_is_the_loss_at_its_adversarial_inputs(base: Fresh, tmp_
     assert values["loss"] == pytest.approx(float(loss.detach()), abs=1e-5) and values["texts changed"] == 1.0
     loss.backward()
     if leaks:
-        assert len(inputs.path) == STRONG.steps
-        for images in inputs.path:
+        ((_, path),) = inputs.paths
+        assert len(path) == STRONG.steps
+        for images in path:
             logits = before.logits(before.encode_image(images), before.encode_text(PROMPTS))
             F.cross_entropy(logits, Blots().labels()[run.feed.chosen(0)]).backward()
     assert close(gradients(run.learner.network), gradients(before))
@@ -226,16 +248,17 @@ def test_a_step_of_tecoa_is_cross_entropy_over_all_classes(base: Fresh, tmp_path
     inputs = run.learner.views(0)
     batch, bad = inputs.batch, inputs.images["adversarial"]
     values = run.learner.take(0)
-    assert "texts changed" not in values and batch.texts == PROMPTS
-    assert torch.equal(batch.label, Blots().labels()[run.feed.chosen(0)])
+    label = batch.texts[CLASSES].place
+    assert "texts changed" not in values and batch.texts[CLASSES].texts == PROMPTS and label is not None
+    assert torch.equal(label, Blots().labels()[run.feed.chosen(0)])
     texts = before.encode_text(PROMPTS).detach()
     expected = STRONG(
         lambda images: before.logits(before.encode_image(images), texts),
-        batch.images, Untargeted(batch.label), Linf(16 / 255), batch.seeds,
+        batch.images, Untargeted(label), Linf(16 / 255), batch.seeds,
     )  # fmt: skip
     assert torch.equal(bad, expected)
-    loss = F.cross_entropy(before.logits(before.encode_image(bad), before.encode_text(PROMPTS)), batch.label)
-    clean = F.cross_entropy(before.logits(before.encode_image(batch.images), before.encode_text(PROMPTS)), batch.label)
+    loss = F.cross_entropy(before.logits(before.encode_image(bad), before.encode_text(PROMPTS)), label)
+    clean = F.cross_entropy(before.logits(before.encode_image(batch.images), before.encode_text(PROMPTS)), label)
     assert values["loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
     assert float(loss.detach()) > float(clean.detach()) + 1e-3
     loss.backward()
@@ -654,7 +677,7 @@ def one_of_two(tokenizer: str, out: Path, threads: int) -> None:
     assert ONE_STEP["mmcoa"].fit(base, Blots(), out / "mmcoa") == HuggingFace(str(out / "mmcoa"))
     said: dict[str, Any] = {}
     learner = Run(replace(MMCOA, text_attack=Signed()), base, Blots(), out, {}, group).learner
-    said["texts"] = learner.views(0).texts
+    said["texts"] = {view: texts for (view, over), texts in learner.views(0).texts.items() if over == BATCH}
     try:
         FTStandard(steps=1, batch=8).fit(base, Torn(), out / "torn")
     except CrossguardError as error:
@@ -994,7 +1017,8 @@ def test_frozen_texts_are_in_full_precision_beside_half_precision_images(base: F
         with torch.autocast("cpu", torch.bfloat16):
             images, rough = network.encode_image(inputs.images["adversarial"]).float(), network.encode_text(PROMPTS)
         exact, other = (
-            float(F.cross_entropy(network.logits(images, seen.float()), inputs.batch.label)) for seen in (texts, rough)
+            float(F.cross_entropy(network.logits(images, seen.float()), inputs.batch.texts[CLASSES].place))
+            for seen in (texts, rough)
         )
     assert abs(exact - other) > 1e-5, "the mistake would show"
     assert run.learner.take(0)["loss"] == pytest.approx(exact, abs=1e-6)
@@ -1012,10 +1036,12 @@ def test_mistakes_are_one_sentence(base: Fresh, tmp_path: Path) -> None:
     assert "1 training images; at least 2" in refused(lambda: fit(base, Blots(count=1), tmp_path / "x"))
     assert not (tmp_path / "x").exists(), "a refused training leaves nothing"
     for wrong in (
-        {"steps": 0}, {"epochs": 0.0}, {"epochs": 1e300}, {"seed": -1}, {"batch": 1}, {"towers": ()}, {"last": 0},
-        {"towers": ("legs",)}, {"shots": 0}, {"save_every": -1},
+        {"steps": 0}, {"epochs": 0.0}, {"epochs": 1e300}, {"seed": -1}, {"batch": 1},
+        {"shots": 0}, {"save_every": -1}, {"warmup": -1},
     ):  # fmt: skip
         refused(lambda wrong=wrong: FTStandard(**wrong))
+    for part in ({"towers": ()}, {"last": 0}, {"towers": ("legs",)}):
+        assert refused(lambda part=part: Towers(**part)).startswith("Towers(")
     assert "allows no change of pixels" in refused(lambda: TeCoA(budget=Words(1)))
     assert "allows no change of texts" in refused(lambda: MMCoA(budget=Linf(1 / 255)))
 

@@ -104,6 +104,7 @@ from .defenses.optimizers import AdamW as AdamW
 from .defenses.optimizers import Optimizer as Optimizer
 from .defenses.parts import Towers as Towers
 from .defenses.parts import Trainable as Trainable
+from .defenses.plan import EMA as EMA
 from .defenses.plan import Augment as Augment
 from .defenses.prompts import Combined as Combined
 from .defenses.prompts import Context as Context

@@ -10,6 +10,7 @@ Images = Float[Tensor, "n 3 h w"]  # pixels in [0, 1], float32
 Resized = Float[Tensor, "n 3 _ _"]  # the same images at another size
 Embeddings = Float[Tensor, "n d"]  # raw, not on the sphere
 TextEmbeddings = Float[Tensor, "classes d"]  # of texts that meet images, raw as well
+Tokens = Float[Tensor, "n patches d"]  # of the patches of images, in the space of embeddings
 Logits = Float[Tensor, "n classes"]
 Labels = Int[Tensor, " n"]
 Owners = Int[Tensor, " classes"]  # of such texts: for each the number of its image, or its own place

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossguard.data import Dataset, in_floats
 from crossguard.defenses.plan import Plan
-from crossguard.defenses.terms import OverClasses
+from crossguard.defenses.terms import BATCH, CLASSES
 from crossguard.errors import CrossguardError
 from crossguard.processes import Processes
 from crossguard.seeds import derive, keys
@@ -23,43 +23,68 @@ _LOOKED_AT = 1000  # captions that are looked at before the first step
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Distinct texts of a step, the same on every process.
+
+    Args:
+        texts: the strings.
+        rivals: for each the words that would make it the text of another class.
+        whole: for each image of the whole batch the row of its text; None where the images have no labels.
+        place: the same for the images of this process.
+    """
+
+    texts: list[str]
+    rivals: list[AbstractSet[str]]
+    whole: Labels | None
+    place: Labels | None
+
+
+@dataclass(frozen=True)
 class Batch:
-    """The share of one step's batch that this process has. `texts` are distinct and the same on every process.
+    """The share of one step's batch that this process has.
 
     Args:
         images: pixels in [0, 1].
-        own: for each image of this process, its row in `texts`.
-        all_own: the same for the images of all processes, in their order.
-        texts: the distinct texts of the step.
-        rivals: for each text the words that would make it the text of another class.
-        classes: the texts that the image attack tells the right one from.
-        label: for each image of this process, its row in `classes`.
         seeds: the noise of each image.
+        indices: where each image is in the data.
+        texts: one for each class (over 'classes'), and those of the batch (over 'batch'); nothing, where no loss sees
+            texts.
     """
 
     images: Images
-    own: Labels
-    all_own: Tensor
-    texts: list[str]
-    rivals: list[AbstractSet[str]]
-    classes: list[str]
-    label: Labels
     seeds: Seeds
+    indices: list[int]
+    texts: Mapping[str, Texts] = field(default_factory=dict)
 
 
 class Feed:
     """The batches of a training, each a function of (seed, step) alone. While a step is taken, threads read the
     images of the next one.
 
+    Args:
+        overs: which texts the losses see, of 'classes' and 'batch'; none, where they see none.
+        labelled: whether a loss asks for labels.
+
     Raises:
         CrossguardError: the data cannot be trained on by this recipe; it says what would do.
     """
 
-    def __init__(self, recipe: Plan, data: Dataset, group: Processes, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Plan,
+        data: Dataset,
+        group: Processes,
+        device: torch.device,
+        overs: AbstractSet[str] = frozenset(),
+        labelled: bool = False,
+    ) -> None:
         self.recipe, self.data, self.group, self.device = recipe, data, group, device
-        self.labels = data.labels()
-        _check_labels(recipe, data, self.labels)
-        self._ranked = None if recipe.shots is None else _ranked(recipe, data, self.labels)
+        self.overs, self.total = overs, 1
+        self.labels: Labels | None = None
+        if labelled or recipe.shots is not None:
+            self.labels = data.labels()
+            _check_labels(recipe, data, self.labels)
+        self._ranked = None if recipe.shots is None or self.labels is None else _ranked(recipe, data, self.labels)
         self._orders: dict[int, list[int]] = {}
         self._pictures: Generator[Tensor, None, None] | None = None
         self._next = -1  # the step whose images come next out of there
@@ -70,10 +95,12 @@ class Feed:
         if self.size % group.world:
             raise CrossguardError(f"a batch of {self.size} cannot be shared by {group.world} processes")
         self.per_epoch = count // self.size
-        self.total = recipe.steps or max(1, round(recipe.epochs * self.per_epoch))
-        self.prompts = None if recipe.captions else data.prompts()
+        self.prompts = None if recipe.captions or not overs else data.prompts()
         self._rivals = [] if self.prompts is None else self.prompts.rivals()
-        self._over_classes = any(isinstance(term, OverClasses) for term in recipe.terms())
+
+    def length(self, epochs: float, steps: int | None) -> int:
+        """So many steps are that many epochs, unless their number is given."""
+        return steps or max(1, round(epochs * self.per_epoch))
 
     def close(self) -> None:
         """Ends the reading ahead."""
@@ -83,6 +110,8 @@ class Feed:
 
     def strings(self) -> list[str]:
         """The texts that the training will read: all class prompts, or the captions of some random samples."""
+        if not self.overs:
+            return []
         if self.prompts is not None:
             return list(dict.fromkeys(self.prompts.flat))
         some = self._order(0)[:_LOOKED_AT]
@@ -102,13 +131,10 @@ class Feed:
         chosen = self.chosen(step)
         mine = self._share(chosen)
         images = in_floats(self._read(step, len(mine)).to(self.device))
-        texts, own, rivals, classes, label = self._texts(step, chosen)
         seeds = keys((self.data.id(index) for index in mine), self.recipe.seed, step)
         if self.recipe.augment is not None:
             images = self.recipe.augment(images, seeds)
-        first = self.group.rank * len(mine)
-        here = slice(first, first + len(mine))
-        return Batch(images, own[here].to(self.device), own, texts, rivals, classes, label[here].to(self.device), seeds)
+        return Batch(images, seeds, mine, self._texts(step, chosen))
 
     def _share(self, chosen: list[int]) -> list[int]:
         """This process's part of a batch; the parts follow each other, as the gathered embeddings do."""
@@ -148,27 +174,35 @@ class Feed:
             )
         return torch.stack(pictures)
 
-    def _texts(
-        self, step: int, chosen: Sequence[int]
-    ) -> tuple[list[str], Labels, list[AbstractSet[str]], list[str], Labels]:
-        """The distinct texts of the step, which of them each sample owns, their rivals, and what the image attack
-        tells the right one from, with each sample's place there."""
+    def _texts(self, step: int, chosen: Sequence[int]) -> dict[str, Texts]:
+        """The distinct texts of the step, by what they are over."""
+        if not self.overs:
+            return {}
         if self.prompts is None:
             captions = [self._caption(step, index) for index in chosen]
             texts = list(dict.fromkeys(captions))
             place = {text: row for row, text in enumerate(texts)}
-            own = torch.tensor([place[caption] for caption in captions])
-            return texts, own, [frozenset[str]()] * len(texts), texts, own
+            whole = torch.tensor([place[caption] for caption in captions])
+            return dict.fromkeys(self.overs, self._placed(texts, [frozenset[str]()] * len(texts), whole))
         templates = len(self.prompts.texts[0])
         template = derive(self.recipe.seed, step, "template") % templates
         classes = [texts[template] for texts in self.prompts.texts]
         rivals = self._rivals[template::templates]
-        label = self.labels[list(chosen)]
-        if self._over_classes:
-            return classes, label, rivals, classes, label
-        present, own = torch.unique(label, return_inverse=True)
-        kept = present.tolist()
-        return [classes[c] for c in kept], own, [rivals[c] for c in kept], classes, label
+        label = None if self.labels is None else self.labels[list(chosen)]
+        found = {CLASSES: self._placed(classes, rivals, label)}
+        if BATCH in self.overs and label is not None:
+            present, own = torch.unique(label, return_inverse=True)
+            kept = present.tolist()
+            found[BATCH] = self._placed([classes[c] for c in kept], [rivals[c] for c in kept], own)
+        return {over: found[over] for over in self.overs}
+
+    def _placed(self, texts: list[str], rivals: list[AbstractSet[str]], whole: Labels | None) -> Texts:
+        """The texts with the places of all images in them, and of those of this process."""
+        if whole is None:
+            return Texts(texts, rivals, None, None)
+        share = len(whole) // self.group.world
+        place = whole[share * self.group.rank : share * (self.group.rank + 1)]
+        return Texts(texts, rivals, whole.to(self.device), place.to(self.device))
 
     def _caption(self, step: int, index: int) -> str:
         options = self.data.captions(index)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crossguard.attacks.base import ImageAttack, TextAttack
 from crossguard.attacks.gradient import PGD
 from crossguard.attacks.text import Substitute
 from crossguard.budgets import Both, Budget, Linf, Words
 from crossguard.defenses.optimizers import SGD, Adam, AdamW, Optimizer
+from crossguard.defenses.parts import Towers, Trainable
+from crossguard.defenses.plan import Adversary, Stage
 from crossguard.defenses.recipe import Recipe
-from crossguard.defenses.terms import ADVERSARIAL, CLEAN, InBatch, OverClasses, Term
+from crossguard.defenses.terms import ADVERSARIAL, BATCH, CLASSES, CLEAN, DRIFTED, InBatch, OverClasses
 
 _INNER_PGD = PGD(steps=10, step=1.0, best=False, stop=False)
 
@@ -25,8 +27,8 @@ class Contrastive(Recipe):
     captions: bool = True
     clamp_scale: bool = True
 
-    def terms(self) -> tuple[Term, ...]:
-        return (InBatch(CLEAN, CLEAN, 0.5),)
+    def stages(self) -> tuple[Stage, ...]:
+        return (self.stage(InBatch(CLEAN, CLEAN, weight=0.5)),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class FTStandard(Recipe):
 
     in_batch: bool = False
 
-    def terms(self) -> tuple[Term, ...]:
-        return (InBatch(CLEAN, CLEAN) if self.in_batch else OverClasses(CLEAN, CLEAN),)
+    def stages(self) -> tuple[Stage, ...]:
+        return (self.stage(InBatch(CLEAN, CLEAN) if self.in_batch else OverClasses(CLEAN, CLEAN)),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +58,16 @@ class TeCoA(Recipe):
     """
 
     optimizer: Optimizer = SGD()
-    towers: tuple[str, ...] = ("image",)
+    trains: Trainable = Towers(("image",))
     warmup: int = 1000
     cosine: bool = True
     clamp_scale: bool = True
     image_attack: ImageAttack = PGD(steps=2, step=1.0, best=False, stop=False)
     budget: Budget = Linf(1 / 255)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.image_attack.spends(self.budget)
-
-    def adversary(self) -> tuple[ImageAttack, None, Budget]:
-        return self.image_attack, None, self.budget
-
-    def terms(self) -> tuple[Term, ...]:
-        return (OverClasses(ADVERSARIAL, CLEAN),)
+    def stages(self) -> tuple[Stage, ...]:
+        loss = OverClasses(ADVERSARIAL, CLEAN)
+        return (self.stage(loss, adversaries=(Adversary(self.image_attack, self.budget, loss),)),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +85,8 @@ class MMCoA(Recipe):
     `text_attack=Substitute(source=MaskedLM(path))`.
 
     Args:
-        alpha: weight of the adversarial images.
-        beta: weight of the adversarial texts.
+        alpha: weight of the adversarial images; with 0 no image is attacked.
+        beta: weight of the adversarial texts; with 0 no text is attacked.
         one_way: the class-level loss of TeCoA instead of the symmetric in-batch one, which the paper's wording also
             allows.
         accumulate_attack_gradients: add the parameter gradients of every attack step to the update, as the released
@@ -106,18 +102,13 @@ class MMCoA(Recipe):
     one_way: bool = False
     accumulate_attack_gradients: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.image_attack.spends(self.budget)
-        self.text_attack.spends(self.budget)
-
-    def adversary(self) -> tuple[ImageAttack, TextAttack, Budget]:
-        return self.image_attack, self.text_attack, self.budget
-
-    @property
-    def leaks(self) -> bool:
-        return self.accumulate_attack_gradients
-
-    def terms(self) -> tuple[Term, ...]:
-        term = OverClasses if self.one_way else InBatch
-        return (term(ADVERSARIAL, CLEAN, self.alpha), term(CLEAN, ADVERSARIAL, self.beta))
+    def stages(self) -> tuple[Stage, ...]:
+        term, leaks = OverClasses if self.one_way else InBatch, self.accumulate_attack_gradients
+        images = Adversary(self.image_attack, self.budget, OverClasses(ADVERSARIAL, CLEAN), leaks=leaks)
+        texts = Adversary(self.text_attack, self.budget, replace(DRIFTED, over=CLASSES if self.one_way else BATCH))
+        pairs = (
+            (term(ADVERSARIAL, CLEAN, weight=self.alpha), images),
+            (term(CLEAN, ADVERSARIAL, weight=self.beta), texts),
+        )
+        asked = [pair for pair in pairs if pair[0].weight]
+        return (self.stage(*(loss for loss, _ in asked), adversaries=tuple(one for _, one in asked)),)

@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
@@ -31,12 +31,13 @@ from crossguard.data import Dataset
 from crossguard.defenses.feed import Feed
 from crossguard.defenses.plan import Plan
 from crossguard.defenses.step import Learner
+from crossguard.defenses.terms import TEXT
 from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
 from crossguard.files import LOCK, LogFile, WriteError, hashed, owned, reason, save_tensors, tidy, write
 from crossguard.limits import whole
 from crossguard.models.base import Checkpoint
-from crossguard.models.huggingface import HuggingFace
+from crossguard.opening import opening
 from crossguard.printing import LogFormatter, say
 from crossguard.processes import Processes
 from crossguard.reading import parse_json, read_json
@@ -61,9 +62,10 @@ def train(recipe: Plan, model: Checkpoint, data: Dataset, folder: Path, group: P
         question, finished = group.tell((question, finished))
         if not finished:
             with group.together():
+                held.enter_context(opening())  # the teachers, which are words
                 run = Run(recipe, model, data, folder, question, group)
             run.train()
-    return HuggingFace(str(folder))
+    return recipe.trains.word(model, folder)
 
 
 def asked(recipe: Plan, model: Checkpoint, data: Dataset) -> dict[str, str]:
@@ -86,24 +88,27 @@ class Run:
     ) -> None:
         self.recipe, self.model, self.data, self.folder = recipe, model, data, folder
         self.question, self.group = question, group
-        device = chosen().device
-        self.feed = Feed(recipe, data, group, device)
-        self.learner = Learner(recipe, model.load().to(device), self.feed, group)
+        self.feeds = _feeds(recipe, data, group, chosen().device)
+        self.learner = Learner(recipe, model, self.feeds, group)
         self.notes = self._doubts() if group.first else []
         self.seconds, self.loss = 0.0, 0.0
         self.place = _identity(folder)
 
     @property
+    def feed(self) -> Feed:
+        """What the recipe is fitted on."""
+        return self.feeds[""]
+
+    @property
     def total(self) -> int:
         """Steps in all."""
-        return self.feed.total
+        return self.learner.total
 
     def train(self) -> None:
         group, main = self.group, self.group.first
         with group.together():
             start = self._restore()
             log = _logger(self.folder) if main else logging.getLogger("crossguard.silent")
-        self.learner.join()
         log.info(
             "%d steps, %s: %s",
             self.total,
@@ -113,11 +118,13 @@ class Run:
         for note in self.notes:
             self._note(log, note)
         with (
-            closing(self.feed),
+            ExitStack() as feeds,
             _held_back() as signals,
             _progress(main, self.total, start) as shown,
             _board(self.folder, main, start) as board,
         ):
+            for feed in self.feeds.values():
+                feeds.enter_context(closing(feed))
             taken = self._steps(start, signals, log, shown, board)
             if taken == self.total:
                 with group.together():
@@ -182,7 +189,7 @@ class Run:
         Raises:
             CrossguardError: nothing can be learned.
         """
-        recipe, network = self.recipe, self.learner.network
+        network = self.learner.network
         strings, prompts = self.feed.strings(), self.feed.prompts
         kind, some = ("captions", strings[:_ALIKE]) if prompts is None else ("class prompts", self.feed.classes)
         if len(set(some)) > 1:
@@ -194,31 +201,30 @@ class Run:
                     f"{some[-1]!r}: it does not read them; give a base whose tokenizer knows their words"
                 )
         notes = []
-        if recipe.warmup >= self.total:
-            reached = recipe.optimizer.lr * self.total / recipe.warmup
-            notes.append(
-                f"the warm-up of {recipe.warmup} steps is no shorter than the training of {self.total}: the learning "
-                f"rate rises to {reached:g} of {recipe.optimizer.lr:g} at the last step and never stays or falls; "
-                f"give a shorter one, such as warmup={max(1, self.total // 10)}, or more steps"
-            )
+        for number, stage in enumerate(self.learner.stages):
+            length = self.learner.ends[number] - (self.learner.ends[number - 1] if number else 0)
+            if stage.warmup >= length:
+                of = f"stage {number + 1} of " if len(self.learner.stages) > 1 else ""
+                reached = stage.optimizer.lr * length / stage.warmup
+                notes.append(
+                    f"the warm-up of {stage.warmup} steps is no shorter than {of}the training of {length}: the "
+                    f"learning rate rises to {reached:g} of {stage.optimizer.lr:g} at the last step and never stays or "
+                    f"falls; give a shorter one, such as warmup={max(1, length // 10)}, or more steps"
+                )
         if cut := network.cut(strings):
             notes.append(
                 f"{cut} of {len(strings)} {kind} ({cut / len(strings):.0%}) are longer than "
                 f"{show(self.model, short=True)} reads, and their ends are not seen; give shorter ones, or a base "
                 "whose tokenizer knows their words, such as Fresh(tokenizer=...)"
             )
-        attack = recipe.adversary()[1]
-        return notes if attack is None else [*notes, *doubts(attack, strings)]
+        attacks = {one.attack: None for stage in self.learner.stages for one in stage.adversaries}
+        return [*notes, *(doubt for attack in attacks for doubt in doubts(attack, strings))]
 
     # State on disk
 
     def save(self, step: int) -> None:
         """Writes what the run needs to go on after that many steps."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.learner.network.state_dict().items()}
-        for number, state in self.learner.optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{number}.{name}"] = value
+        tensors = self.learner.state()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         shared = set[int]()
         for name, tensor in tensors.items():  # safetensors writes no memory twice
@@ -250,19 +256,8 @@ class Run:
             raise _damaged(path, error) from error
         if question != self.question:
             raise CrossguardError(_other_run(self.folder))
-        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         try:
-            self.learner.network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CrossguardError(f"{path} is not of this model; delete it to start the training again") from error
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                number, _, part = name.removeprefix("optimizer.").partition(".")
-                state.setdefault(-1 if (place := whole(number)) is None else place, {})[part] = tensor
-        groups = self.learner.optimizer.state_dict()["param_groups"]
-        try:
-            self.learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.learner.restore(step, tensors)
         except (RuntimeError, ValueError, KeyError) as error:
             raise _damaged(path, error) from error
         self.seconds, self.loss = seconds, loss
@@ -280,7 +275,7 @@ class Run:
             except WriteError as error:  # the model is a third of the state, and there may be room for it
                 full = error
         try:
-            network.save(self.folder)
+            self.recipe.trains.save(network, self.folder)
         except WriteError as error:
             raise full or error from error
         write(self.folder / "README.md", _card(self))
@@ -300,6 +295,34 @@ class Run:
         write(self.folder / _RECORD, json.dumps(record, indent=1))
         _clean(self.folder)
         log.info("finished after %.1f seconds", self.seconds)
+
+
+def _feeds(recipe: Plan, data: Dataset, group: Processes, device: torch.device) -> dict[str, Feed]:
+    """What the batches come from. Only the first one has texts and labels; all are about the same classes.
+
+    Raises:
+        CrossguardError: their classes are others.
+    """
+    stages, found = recipe.stages(), dict(recipe.feeds(data))
+    overs = {need.over for stage in stages for need in stage.everything if need.tower == TEXT}
+    labelled = any(stage.labelled for stage in stages)
+    for name, other in found.items():
+        check_class_lists(found[""].names, other.names, f"the data {name!r}")
+    main = Feed(recipe, found.pop(""), group, device, overs, labelled)
+    return {"": main} | {name: Feed(recipe, other, group, device) for name, other in found.items()}
+
+
+def check_class_lists(mine: Sequence[str], theirs: Sequence[str], whose: str) -> None:
+    """Raises where two that must tell the same classes apart have others; who has none can be asked about any."""
+    if not mine or not theirs or tuple(mine) == tuple(theirs):
+        return
+    if len(mine) != len(theirs):
+        raise CrossguardError(f"the training is about {len(mine)} classes, and {whose} about {len(theirs)}")
+    place = next(place for place, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other)
+    raise CrossguardError(
+        f"class {place} of the training is {mine[place]!r}, and that of {whose} is {theirs[place]!r}; give the same "
+        "classes in the same order"
+    )
 
 
 def _finished(folder: Path, question: dict[str, str]) -> bool:

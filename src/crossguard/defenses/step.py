@@ -1,177 +1,397 @@
-"""One step of a training: the inner adversary makes views of the batch, both towers embed them, the loss descends."""
+"""One step of a training: adversaries make views of the batch, all who are asked embed them, the loss descends."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossguard.attacks.base import ImageVictim
-from crossguard.defenses.feed import Batch, Feed
-from crossguard.defenses.plan import Plan
-from crossguard.defenses.terms import ADVERSARIAL, CLEAN, Views
+from crossguard.attacks.base import ImageAttack, ImageVictim, TextAttack
+from crossguard.defenses.feed import Batch, Feed, Texts
+from crossguard.defenses.plan import VANILLA, Adversary, Plan, Stage
+from crossguard.defenses.terms import CLEAN, IMAGE, PATCHES, SELF, START, STUDENT, TEXT, Head, Need, Seen, Spot
 from crossguard.errors import CrossguardError
-from crossguard.goals import Untargeted
-from crossguard.models.base import DualEncoder, frozen
+from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, frozen
 from crossguard.processes import Processes
-from crossguard.shapes import Embeddings, Images, TextEmbeddings
+from crossguard.seeds import derive, drawing, fold
+from crossguard.shapes import Images, TextEmbeddings
+
+_REMEMBERED = 64  # lists of texts whose embeddings are kept, where nobody changes them
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step embeds: the images of this process and the texts of all, each clean and, where a term asks for it,
-    adversarial.
+    """What a step embeds: the images of this process and the texts of all, each clean and as adversaries made them.
 
     Args:
-        batch: the clean batch.
+        batches: the clean batch of each feed.
         images: by the name of the view.
-        texts: by the name of the view, one for each of `batch.texts`.
-        path: the images along the way of the attack, where its gradients leak.
+        texts: by the name of the view and by what they are over.
+        paths: the images along the way of each attack whose gradients leak.
+        known: what teachers have already said to these images.
     """
 
-    batch: Batch
+    batches: dict[str, Batch]
     images: dict[str, Images]
-    texts: dict[str, list[str]]
-    path: list[Images] = field(default_factory=list)
+    texts: dict[tuple[str, str], list[str]]
+    paths: list[tuple[Adversary, list[Images]]] = field(default_factory=list)
+    known: dict[Need, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> Batch:
+        """The batch of the feed that the recipe is fitted on."""
+        return self.batches[""]
 
 
 class Learner:
-    """A network while it trains, and what moves it. Under several processes each has its part of the images and all
-    have the same texts; loss and gradient are those of one process with the whole batch."""
+    """A network while it trains, what moves it, and who teaches it. Under several processes each has its part of the
+    images and all have the same texts; loss and gradient are those of one process with the whole batch."""
 
-    def __init__(self, recipe: Plan, network: DualEncoder, feed: Feed, group: Processes) -> None:
-        self.recipe, self.network, self.feed, self.group = recipe, network, feed, group
-        self.trained = _select(network, recipe)
-        self.optimizer = recipe.optimizer.over(self.trained)
-        self.student: nn.Module = network
-        trains_texts = any(parameter.requires_grad for parameter in network.towers()["text"].values())
-        self._frozen_texts: dict[tuple[str, ...], TextEmbeddings] | None = None if trains_texts else {}
+    def __init__(self, recipe: Plan, model: Checkpoint, feeds: Mapping[str, Feed], group: Processes) -> None:
+        self.recipe, self.feeds, self.group = recipe, feeds, group
+        self.stages = recipe.stages()
+        main = feeds[""]
+        lengths = [main.length(stage.epochs, stage.steps) for stage in self.stages]
+        self.ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
+        for feed in feeds.values():
+            feed.total = self.total
+        network = model.load().to(main.device).requires_grad_(False).eval()
+        self.network = recipe.trains.attach(network, main.prompts, recipe.seed).to(main.device).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(recipe.seed, "modules"))
+            self.modules = nn.ModuleDict(recipe.modules(_width(self.network))).to(main.device)
+        self.whole = nn.ModuleDict({"network": self.network, "beside": self.modules})
+        self.trained = {name: one for name, one in self.whole.named_parameters() if one.requires_grad}
+        if not self.trained:
+            raise CrossguardError(f"nothing is left to train with trains={recipe.trains}")
+        self.teachers: dict[str, DualEncoder | VisionLanguageModel] = dict(recipe.teachers())
+        if any(need.who == START for stage in self.stages for need in stage.everything):
+            self.teachers[START] = model.load().to(main.device).requires_grad_(False).eval()
+        self._trains_texts = any(one.requires_grad for one in self.network.towers()["text"].values())
+        self._remembered: dict[tuple[str, tuple[str, ...]], TextEmbeddings] = {}
+        self.vanilla = self._copy() if any(stage.pull or stage.starts == VANILLA for stage in self.stages) else None
+        self.handed = self.vanilla
+        self.average: dict[str, Tensor] | None = None
+        self.begin(0)
 
-    def join(self) -> None:
-        """From here on the processes average their gradients; all of them must call it."""
-        if self.group.world == 1:
-            return
-        device = self.feed.device
-        self.student = nn.parallel.DistributedDataParallel(
-            self.network, device_ids=[device] if device.type == "cuda" else None
-        )
+    @property
+    def total(self) -> int:
+        """Steps in all."""
+        return self.ends[-1]
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The stage of a step, and its number in there; behind the last step, that of the last stage."""
+        number = next((number for number, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
+        return number, step - (self.ends[number - 1] if number else 0)
+
+    def begin(self, number: int) -> None:
+        """The beginning of a stage: its weights, an optimizer that knows nothing yet, a new average."""
+        stage = self.stages[number]
+        if number:
+            found = self.vanilla if stage.starts == VANILLA else self.handed
+            assert found is not None
+            self.put(found)
+        self.prepare(number)
+
+    def prepare(self, number: int) -> None:
+        """What a stage moves the weights with."""
+        stage = self.stages[number]
+        self.optimizer = stage.optimizer.over(self._ordered())
+        self.average = None if stage.average is None else self._copy()
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: a linear warm-up, then constant or a half cosine down to zero."""
-        recipe, rate = self.recipe, self.recipe.optimizer.lr
-        if step < recipe.warmup:
-            return rate * (step + 1) / recipe.warmup
-        if recipe.cosine:
-            done = (step - recipe.warmup) / max(1, self.feed.total - recipe.warmup)
+        number, place = self.place(step)
+        stage, rate = self.stages[number], self.stages[number].optimizer.lr
+        if place < stage.warmup:
+            return rate * (place + 1) / stage.warmup
+        if stage.cosine:
+            length = self.ends[number] - (self.ends[number - 1] if number else 0)
+            done = (place - stage.warmup) / max(1, length - stage.warmup)
             return rate * 0.5 * (1.0 + math.cos(math.pi * done))
         return rate
 
     def views(self, step: int) -> Inputs:
-        """The batch of a step and what the inner adversary makes of it. Leaves nothing in any gradient.
+        """The batches of a step and what the adversaries make of them. Leaves nothing in any gradient.
 
         Each process attacks its images and its share of the texts; the attacked texts are the same on every process.
         """
-        terms = self.recipe.terms()
+        stage = self.stages[self.place(step)[0]]
         with self.group.together():
-            batch = self.feed.batch(step)
-            images, texts, path = {CLEAN: batch.images}, {CLEAN: batch.texts}, list[Images]()
-            if any(term.image == ADVERSARIAL for term in terms):
-                try:
-                    images[ADVERSARIAL], path = self._attacked_images(batch)
-                except CrossguardError as error:
-                    if not self._alive(batch):
-                        raise self._diverged(step) from error
-                    raise
-            attacks_texts = any(term.text == ADVERSARIAL for term in terms)
-            share = self._attacked_texts(batch) if attacks_texts else []
-        if attacks_texts:
-            texts[ADVERSARIAL] = self._whole(batch.texts, self.group.gather(share))
-        return Inputs(batch, images, texts, path)
+            batches = {name: feed.batch(step) for name, feed in self.feeds.items()}
+        images = {f"{name}:{CLEAN}" if name else CLEAN: batch.images for name, batch in batches.items()}
+        texts = {(CLEAN, over): found.texts for over, found in batches[""].texts.items()}
+        inputs = Inputs(batches, images, texts)
+        for one in stage.adversaries:
+            if isinstance(one.attack, ImageAttack):
+                with self.group.together():
+                    try:
+                        inputs.images[one.makes] = self._attacked_images(one, inputs)
+                    except CrossguardError as error:
+                        if not self._alive(inputs.batch):
+                            raise self._diverged(step) from error
+                        raise
+                continue
+            over = one.spots[0].over
+            with self.group.together():
+                share = self._attacked_texts(one, inputs, over)
+            inputs.texts[one.makes, over] = self._whole(inputs.texts[one.of, over], self.group.gather(share))
+        return inputs
 
     def take(self, step: int) -> dict[str, float]:
-        """Takes a step and says how it went: loss, accuracy on the batch, learning rate, and the share of the texts
-        that the attack changed, where it attacks texts."""
-        recipe, terms = self.recipe, self.recipe.terms()
+        """Takes a step and says how it went: loss, accuracy on the batch where a term tells texts apart, learning rate,
+        and the share of the texts that an attack changed, where one attacks texts."""
+        recipe = self.recipe
+        number, place = self.place(step)
+        stage = self.stages[number]
+        if number and place == 0:
+            self.begin(number)
+        if stage.pull and place and place % self.feeds[""].per_epoch == 0:
+            self._pull(stage.pull)
         inputs = self.views(step)
-        batch = inputs.batch
         self.optimizer.zero_grad(set_to_none=True)
         self._accumulate(inputs)
-        # One forward of everything: distributed training synchronizes once, and each tower sees one large batch.
-        image_views = sorted({term.image for term in terms})
-        text_views = sorted({term.text for term in terms})
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.bf16):
-            encoded_images, encoded_texts = self._forward(
-                torch.cat([inputs.images[view] for view in image_views]),
-                [text for view in text_views for text in inputs.texts[view]],
-            )
-        encoded_images = encoded_images.float().view(len(image_views), len(batch.images), -1)
-        encoded_texts = encoded_texts.float().view(len(text_views), len(batch.texts), -1)
-        views = Views(
-            {view: self._gathered(part) for view, part in zip(image_views, encoded_images, strict=True)},
-            dict(zip(text_views, encoded_texts, strict=True)),
-            batch.all_own.to(encoded_images.device),
-            self.network.logits,
-        )
-        values = [term(views) for term in terms]
-        total = torch.stack([term.weight * value for term, value in zip(terms, values, strict=True)]).sum()
-        seen = terms[0]
-        with torch.no_grad():
-            answers = views.logits(views.images[seen.image], views.texts[seen.text]).argmax(1)
-            right = (answers == views.own).float().mean()
-        loss, accuracy = torch.stack([total.detach(), right]).tolist()  # the device is waited for once
-        if not math.isfinite(loss):
+        seen = self._seen(stage.needs, inputs, learns=True)
+        values = [term.value(seen) for term in stage.terms]
+        total = torch.stack([term.weight * value for term, value in zip(stage.terms, values, strict=True)]).sum()
+        accuracy = _accuracy(stage, seen)
+        told = torch.stack([total.detach(), *accuracy.values()]).tolist()  # the device is waited for once
+        if not math.isfinite(told[0]):
             raise self._diverged(step)
         total.backward()
+        self._share_gradients()
         rate = self.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if recipe.clip is not None:
-            nn.utils.clip_grad_norm_(self.trained, recipe.clip)
+            nn.utils.clip_grad_norm_(self._ordered(), recipe.clip)
         self.optimizer.step()
         if recipe.clamp_scale:
             _clamp_scale(self.network)
-        said = {
-            "loss": loss,
-            "robust batch accuracy" if seen.image == ADVERSARIAL else "batch accuracy": accuracy,
-            "learning rate": rate,
-        }
-        if ADVERSARIAL in inputs.texts:
-            pairs = zip(inputs.texts[CLEAN], inputs.texts[ADVERSARIAL], strict=True)
-            said["texts changed"] = sum(new != old for old, new in pairs) / len(batch.texts)
-        return said
+        self._after(number, place)
+        said = dict(zip(["loss", *accuracy], told, strict=True)) | {"learning rate": rate}
+        changed = [
+            new != old
+            for one in stage.adversaries if isinstance(one.attack, TextAttack)
+            for view, over in inputs.texts if view == one.makes
+            for new, old in zip(inputs.texts[view, over], inputs.texts[one.of, over], strict=True)
+        ]  # fmt: skip
+        return said | ({"texts changed": sum(changed) / len(changed)} if changed else {})
 
-    def _attacked_images(self, batch: Batch) -> tuple[Images, list[Images]]:
-        """The inner adversary on images: class-level cross-entropy against the clean texts, as in TeCoA and MMCoA."""
-        attack, _, budget = self.recipe.adversary()
-        assert attack is not None and budget is not None
-        pixels, _ = attack.spends(budget)
-        assert pixels is not None
-        path: list[Images] = []
-        with frozen(self.network):
-            with torch.no_grad():
-                texts = self._embedded(batch.classes)
+    # What is kept of a running training
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a later process needs to go on, beside the number of steps."""
+        tensors: dict[str, Tensor] = {f"weights.{name}": one for name, one in self.trained.items()}
+        for kind, kept in (("average", self.average), ("handed", self.handed)):
+            if kept is not None and kept is not self.vanilla:
+                tensors.update({f"{kind}.{name}": tensor for name, tensor in kept.items()})
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors.update(
+                {f"optimizer.{number}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+            )
+        return tensors
+
+    def restore(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from the state after so many steps.
+
+        Raises:
+            RuntimeError, ValueError, KeyError: it is not the state of this training.
+        """
+        kinds: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "handed": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            kinds[kind][rest] = tensor
+        for kind in ("weights", "average", "handed"):
+            shapes = {name: tensor.shape for name, tensor in kinds[kind].items()}
+            if (kind == "weights" or shapes) and shapes != {name: one.shape for name, one in self.trained.items()}:
+                raise ValueError(f"its {kind} are of another model")
+        number, place = self.place(step)
+        self.put(kinds["weights"])
+        self.handed = kinds["handed"] or self.vanilla
+        if not place:
+            return
+        self.prepare(number)
+        if self.average is not None:
+            self.average = {name: kinds["average"][name] for name in self.average}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in kinds["optimizer"].items():
+            row, _, part = name.partition(".")
+            state.setdefault(int(row), {})[part] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Gives what is trained these weights."""
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(weights[name])
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: one.detach().clone() for name, one in self.trained.items()}
+
+    def _ordered(self) -> list[nn.Parameter]:
+        """What is trained, tower by tower, then what is in no tower."""
+        towers = [one for named in self.network.towers().values() for one in named.values() if one.requires_grad]
+        listed = {id(one) for one in towers}
+        return towers + [one for one in self.trained.values() if id(one) not in listed]
+
+    def _pull(self, part: float) -> None:
+        """This part of the way to what the stage before handed on."""
+        assert self.handed is not None
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.lerp_(self.handed[name], part)
+
+    def _after(self, number: int, place: int) -> None:
+        """What happens behind a step: the average takes it in, and the last one of a stage hands on."""
+        stage, length = self.stages[number], self.ends[number] - (self.ends[number - 1] if number else 0)
+        last = place + 1 == length
+        full = (place + 1) % self.feeds[""].per_epoch == 0
+        if stage.average is not None and self.average is not None and (stage.average.per == "step" or full or last):
+            for name, one in self.trained.items():
+                self.average[name].lerp_(one.detach(), 1.0 - stage.average.decay)
+        if last and number + 1 < len(self.stages):
+            self.handed = self._copy() if self.average is None else self.average
+        elif last and self.average is not None:
+            self.put(self.average)
+
+    # Who sees what
+
+    def _seen(self, needs: Iterable[Need], inputs: Inputs, learns: bool = False, student: str = STUDENT) -> Seen:
+        """What there is to see of these inputs: of the whole batch with the student's gradients where it `learns`, and
+        otherwise of the images of this process, without any."""
+        needs = tuple(needs)
+        context = nullcontext() if learns else torch.no_grad()
+        with context, self._autocast(learns):
+            found = self._embedded(tuple(need for need in needs if need.who == STUDENT), inputs)
+        with torch.no_grad():
+            for who in sorted({need.who for need in needs} - {STUDENT, SELF}):
+                new = tuple(need for need in needs if need.who == who and need not in inputs.known)
+                inputs.known.update(self._embedded(new, inputs))
+            found |= {need: inputs.known[need] for need in needs if need in inputs.known}
+            mine = [need for need in needs if need.who == SELF]
+            same = {need: Need(need.tower, need.view, STUDENT, need.over) for need in mine}
+            found |= {need: found[same[need]].detach() for need in mine if same[need] in found}
+            with self._autocast(learns):
+                found |= self._embedded(tuple(need for need in mine if need not in found), inputs)
+        if learns:
+            found = {need: one if need.tower == TEXT else self._gathered(one) for need, one in found.items()}
+        texts = inputs.batch.texts.items()
+        places = {over: one.whole if learns else one.place for over, one in texts}
+        known = {over: place for over, place in places.items() if place is not None}
+        return Seen(found, self._heads, known, dict(self.modules.items()), student)
+
+    def _embedded(self, needs: Sequence[Need], inputs: Inputs) -> dict[Need, Tensor]:
+        """What one of those who encode makes of the views. All views of one size go through a tower in one forward."""
+        found: dict[Need, Tensor] = {}
+        if not needs:
+            return found
+        who, batches = needs[0].who, inputs.batches
+        views = sorted({need.view for need in needs if need.tower != TEXT})
+        patches = {need.view for need in needs if need.tower == PATCHES}
+        for size in dict.fromkeys(inputs.images[view].shape[-2:] for view in views):
+            together = [view for view in views if inputs.images[view].shape[-2:] == size]
+            counts = [len(inputs.images[view]) for view in together]
+            images = torch.cat([inputs.images[view] for view in together])
+            seeds = torch.cat(
+                [fold(batches[Need(IMAGE, view).feed].seeds, derive("teacher", view)) for view in together]
+            )
+            with drawing(seeds):
+                parts = self._images(who, images, bool(patches & set(together)))
+            for tower, part in parts.items():
+                for view, one in zip(together, part.split(counts), strict=True):
+                    found[Need(tower, view, who)] = one
+        keys = sorted({(need.view, need.over) for need in needs if need.tower == TEXT})
+        if who in (STUDENT, SELF) and self._trains_texts:
+            if keys:
+                texts = self.network.encode_text([text for key in keys for text in inputs.texts[key]]).float()
+                parts = texts.split([len(inputs.texts[key]) for key in keys])
+                found |= {Need(TEXT, *_of(key, who)): part for key, part in zip(keys, parts, strict=True)}
+        else:
+            found |= {Need(TEXT, *_of(key, who)): self._still(who, inputs.texts[key]) for key in keys}
+        return found
+
+    def _images(self, who: str, images: Images, patches: bool) -> dict[str, Tensor]:
+        """The embeddings of images, and their patch tokens if they are asked for."""
+        encoder = self._encoder(who)
+        if not patches:
+            return {IMAGE: encoder.encode_image(images).float()}
+        if not isinstance(encoder, DualEncoder):
+            raise CrossguardError(
+                f"the teacher {who!r} has no patch tokens to show; give 'start', or a loss without them"
+            )
+        embeddings, tokens = encoder.patches(images)
+        return {IMAGE: embeddings.float(), PATCHES: tokens.float()}
+
+    def _still(self, who: str, texts: list[str]) -> TextEmbeddings:
+        """The texts in float32, of a tower that stays as it is: asked once and remembered."""
+        key = (who, tuple(texts))
+        if key not in self._remembered:
+            if len(self._remembered) > _REMEMBERED:
+                self._remembered.clear()
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                self._remembered[key] = self._encoder(who).encode_text(texts).float()
+        return self._remembered[key]
+
+    def _encoder(self, who: str) -> DualEncoder | VisionLanguageModel:
+        return self.network if who in (STUDENT, SELF) else self.teachers[who]
+
+    @property
+    def _heads(self) -> dict[str, Head]:
+        return {who: self._encoder(who).logits for who in (STUDENT, SELF, *self.teachers)}
+
+    @property
+    def _device(self) -> torch.device:
+        return self.feeds[""].device
+
+    def _autocast(self, learns: bool) -> AbstractContextManager[object]:
+        """Half precision, where the recipe learns in it; attacks and teachers stay in float32."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=learns and self.recipe.bf16)
+
+    # Adversaries
+
+    def _attacked_images(self, one: Adversary, inputs: Inputs) -> Images:
+        pixels, _ = one.attack.spends(one.budget)
+        assert pixels is not None and isinstance(one.attack, ImageAttack)
+        batch, spot, path = inputs.batches[Need(IMAGE, one.makes).feed], Spot(one.spots), list[Images]()
+        with frozen(self.whole):
+            rest = self._seen((need for need in one.needs if need not in one.spots), inputs, student=one.on)
 
             def answer(images: Images) -> Tensor:
-                if self.recipe.leaks and torch.is_grad_enabled():
+                if one.leaks and torch.is_grad_enabled():
                     path.append(images.detach())
-                return self.network.logits(self.network.encode_image(images), texts)
+                found: dict[Need, Tensor] = {}
+                for who in dict.fromkeys(need.who for need in one.spots):
+                    parts = self._images(who, images, any(need.tower == PATCHES for need in one.spots))
+                    found |= {Need(tower, one.makes, who): part for tower, part in parts.items()}
+                return one.climbs.outputs(rest.replaced(found), spot)
 
-            goal = Untargeted(batch.label)
-            adversarial = attack(ImageVictim(answer), batch.images, goal, pixels, batch.seeds)
-        return adversarial, path
+            goal = one.climbs.goal(rest, spot)
+            made = one.attack(ImageVictim(answer), inputs.images[one.of], goal, pixels, batch.seeds)
+        if one.leaks:
+            inputs.paths.append((one, path))
+        return made
 
-    def _attacked_texts(self, batch: Batch) -> list[str]:
+    def _attacked_texts(self, one: Adversary, inputs: Inputs, over: str) -> list[str]:
         """This process's share of the distinct texts, attacked."""
-        _, attack, budget = self.recipe.adversary()
-        assert attack is not None and budget is not None
-        with frozen(self.network), torch.no_grad():
-            return attack.rewrite(
-                self.network.encode_text, self.group.share(batch.texts), budget, self.group.share(batch.rivals)
-            )
+        assert isinstance(one.attack, TextAttack)
+        found: Texts = inputs.batch.texts[over]
+        share = {key: self.group.share(texts) for key, texts in inputs.texts.items() if key[1] == over}
+        mine = Inputs(inputs.batches, {}, share)
+        spot = Spot(one.spots)
+        with frozen(self.whole), torch.no_grad():
+            rest = self._seen((need for need in one.needs if need not in one.spots), mine, student=one.on)
+
+            def encode(texts: Sequence[str]) -> TextEmbeddings:
+                encoded = {need: self._encoder(need.who).encode_text(texts).float() for need in spot.needs}
+                return one.climbs.outputs(rest.replaced(encoded), spot)
+
+            goal = one.climbs.goal(rest, spot)
+            return one.attack.rewrite(encode, share[one.of, over], one.budget, self.group.share(found.rivals), goal)
 
     def _whole(self, texts: Sequence[str], parts: Sequence[Sequence[str]]) -> list[str]:
         """The texts of all processes in their order: each had every `world`-th of them."""
@@ -183,28 +403,16 @@ class Learner:
     def _accumulate(self, inputs: Inputs) -> None:
         """The released MMCoA code clears gradients before its attack and not after it, so every attack step's mean
         class-level cross-entropy adds its parameter gradient at full weight. Same sum, one step at a time."""
-        for images in inputs.path:
-            encoded, texts = self.student(images, inputs.batch.classes)
-            F.cross_entropy(self.network.logits(encoded, texts), inputs.batch.label).backward()
+        for one, path in inputs.paths:
+            for images in path:
+                along = Inputs(inputs.batches, inputs.images | {one.makes: images}, inputs.texts)
+                found = self._embedded(one.needs, along)
+                places = {over: texts.place for over, texts in inputs.batch.texts.items() if texts.place is not None}
+                one.climbs.value(Seen(found, self._heads, places)).backward()
 
-    def _forward(self, images: Images, texts: list[str]) -> tuple[Embeddings, TextEmbeddings]:
-        if self._frozen_texts is None:
-            return self.student(images, texts)
-        return self.student(images, None)[0], self._embedded(texts)
+    # Several processes
 
-    def _embedded(self, texts: list[str]) -> TextEmbeddings:
-        """The texts in float32: asked once and remembered, where the text tower stays as it is."""
-        if self._frozen_texts is None:
-            return self.network.encode_text(texts).float()
-        known = tuple(texts)
-        if known not in self._frozen_texts:
-            if len(self._frozen_texts) > 64:
-                self._frozen_texts.clear()
-            with torch.no_grad(), torch.autocast(self.feed.device.type, enabled=False):
-                self._frozen_texts[known] = self.network.encode_text(texts).float()
-        return self._frozen_texts[known]
-
-    def _gathered(self, embeddings: Embeddings) -> Tensor:
+    def _gathered(self, embeddings: Tensor) -> Tensor:
         """The embeddings of all processes, in their order: so the loss is that of the whole batch, on every process.
 
         Each sends the gradient to its own images only. That is multiplied by the number of processes, because the
@@ -221,36 +429,57 @@ class Learner:
         parts[self.group.rank] = own
         return torch.cat(parts)
 
+    def _share_gradients(self) -> None:
+        """The gradients become the mean over the processes, all in one message."""
+        world = self.group.world
+        gradients = [one.grad for one in self._ordered() if one.grad is not None]
+        if world == 1 or not gradients:
+            return
+        message = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(message)
+        parts = message.div_(world).split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    # Divergence
+
     def _alive(self, batch: Batch) -> bool:
         """Whether the network still answers the clean batch with finite numbers."""
         with torch.no_grad():
-            logits = self.network.logits(
-                self.network.encode_image(batch.images), self.network.encode_text(batch.classes)
-            )
-        return bool(torch.isfinite(logits).all())
+            found = [self.network.encode_image(batch.images)]
+            found += [self.network.encode_text(one.texts) for one in batch.texts.values()]
+        return all(bool(torch.isfinite(one).all()) for one in found) and bool(torch.isfinite(self.network.scale))
 
     def _diverged(self, step: int) -> CrossguardError:
         return CrossguardError(
-            f"the loss of step {step + 1} is not finite; lower the learning rate (now {self.recipe.optimizer.lr:g}) "
-            "or set clip=1, and train into another folder"
+            f"the loss of step {step + 1} is not finite; lower the learning rate (now "
+            f"{self.stages[self.place(step)[0]].optimizer.lr:g}) or set clip=1, and train into another folder"
         )
 
 
-def _select(network: DualEncoder, recipe: Plan) -> list[nn.Parameter]:
-    """Freezes all but what the recipe trains and returns the rest."""
-    network.requires_grad_(False).eval()
-    chosen: list[nn.Parameter] = []
-    for tower, named in network.towers().items():
-        if tower not in recipe.towers:
-            continue
-        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in named))
-        kept = set(layers if recipe.last is None or tower == "head" else layers[-recipe.last :])
-        chosen += [parameter for name, parameter in named.items() if name.rpartition(".")[0] in kept]
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    if not chosen:
-        raise CrossguardError(f"nothing is left to train with towers={recipe.towers} and last={recipe.last}")
-    return chosen
+def _of(key: tuple[str, str], who: str) -> tuple[str, str, str]:
+    """A list of texts as the rest of a need."""
+    view, over = key
+    return view, who, over
+
+
+def _width(network: DualEncoder) -> int:
+    """The number of dimensions of an embedding."""
+    with torch.no_grad():
+        return network.encode_text(["a"]).shape[1]
+
+
+def _accuracy(stage: Stage, seen: Seen) -> dict[str, Tensor]:
+    """The share of the batch that is answered rightly, by the first term that tells texts apart."""
+    with torch.no_grad():
+        for term in stage.terms:
+            found = term.answers(seen)
+            if found is not None:
+                logits, right = found
+                clean = all(need.view == CLEAN for need in term.needs() if need.tower == IMAGE and need.who == STUDENT)
+                name = "batch accuracy" if clean else "robust batch accuracy"
+                return {name: (logits.argmax(1) == right).float().mean()}
+    return {}
 
 
 def _clamp_scale(network: DualEncoder) -> None:

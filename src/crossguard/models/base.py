@@ -21,7 +21,7 @@ from crossguard.device import Choice, chosen
 from crossguard.errors import CrossguardError
 from crossguard.models.splicing import Splice
 from crossguard.opening import Opened, Opens, opened, opening
-from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings
+from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings, Tokens
 from crossguard.words import quoted
 
 _IMAGES_AT_ONCE = 256  # without a gradient: bounds the memory of defenses that look at many views of each image
@@ -109,6 +109,13 @@ class DualEncoder(nn.Module):
         """Raw embeddings of such pixels, which need not be in [0, 1]: the second half of `encode_image`."""
         return self.encode_image(pixels)
 
+    def patches(self, images: Images) -> tuple[Embeddings, Tokens]:
+        """Raw image embeddings and, from the same forward, the patch tokens in their space, row by row of the image."""
+        del images
+        raise CrossguardError(
+            f"a {type(self).__name__} has no patch tokens in the space of its embeddings; give a CLIP"
+        )
+
     def splice(self, texts: Sequence[str], words: str, lists: Sequence[int] = ()) -> Splice:
         """The texts with learned vectors in place of these words, which are put in front of a text without them.
 
@@ -153,10 +160,6 @@ class DualEncoder(nn.Module):
     def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
         """Scaled cosines of every image with every text, plus the bias, in float32 also where autocast is on."""
         return cosine(images, texts) * self.scale.float() + self.bias.float()
-
-    def forward(self, images: Images, texts: Sequence[str] | None) -> tuple[Embeddings, TextEmbeddings | None]:
-        """Both towers in one call, as distributed training wants it; without texts, the image tower alone."""
-        return self.encode_image(images), None if texts is None else self.encode_text(texts)
 
 
 class VisionLanguageModel(ABC):
