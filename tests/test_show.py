@@ -99,11 +99,13 @@ def test_attack_keeps_images_and_report_and_shows_the_first(name: str, made: Mad
     assert all(sample["index"] == int(sample["id"].split("/")[-1]) for sample in Look(folder).kept.samples)
 
 
-@pytest.mark.parametrize("missing", ["--attack", "--budget", "--keep"])
-def test_attack_needs_attack_budget_and_folder(missing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "said"), [("--attack", "--attack"), ("--budget", "PGD() needs a budget"), ("--keep", "--keep")]
+)
+def test_attack_needs_attack_budget_and_folder(missing: str, said: str, tmp_path: Path) -> None:
     given = {"--attack": "PGD()", "--budget": "Linf(8/255)", "--keep": str(tmp_path / "kept")}
     rest = [text for option, value in given.items() if option != missing for text in (option, value)]
-    assert missing in error("attack", "--task", TASKS["classes"], "--model", "Tiny()", *rest)
+    assert said in error("attack", "--task", TASKS["classes"], "--model", "Tiny()", *rest)
 
 
 def test_attack_without_an_attack_is_a_mistake(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from torch import Tensor
+
 from crossguard.attacks.base import GRAY, WHITE, Attack
 from crossguard.attacks.crafted import Crafted
 from crossguard.attacks.knowledge import Blind
@@ -25,10 +27,12 @@ from crossguard.diagnose import averages, diagnose
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, append, check_writable, reason, write
 from crossguard.limits import at_least
+from crossguard.look import SHOWN, Held
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import is_random, layers
 from crossguard.opening import evaluating
-from crossguard.processes import ALONE, Processes, joined
+from crossguard.printing import progress_bar
+from crossguard.processes import ALONE, Processes, joined, leads
 from crossguard.reading import misfit
 from crossguard.report import WORDS, Outcomes, Ranks, Rate, Report, Texts, check_place, key, versions
 from crossguard.seeds import fold, keys
@@ -110,7 +114,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     batch: int = 128,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
     partial: str | Path | None = None,
     keep: str | Path | None = None,
     keep_as: str = "safetensors",
@@ -135,7 +139,8 @@ def evaluate(
         limit: that many samples, evenly divided among the classes and the same ones whatever the order of the data
             (`Dataset.chosen`).
         seed: of all noise; each sample draws its own, so `batch` changes nothing but speed and memory.
-        progress: is told (samples done, samples in all) at the start and after each batch.
+        progress: is told (samples done, samples in all) at the start and after each batch. Without one, a bar shows it
+            on a terminal and in a notebook; False shows nothing.
         partial: a file for the outcomes so far; an evaluation that was killed goes on after its last whole batch and
             ends in the same report. In `keep`, else beside `out`, if not given; removed at the end, when the report is
             saved.
@@ -152,11 +157,13 @@ def evaluate(
             first; `Report.drawn` are what most of them say, as attacks themselves judge (`ImageVictim.judge`).
     """
     words = dict(zip(WORDS, (task, model, attack, budget, surrogate), strict=True))
-    return _evaluate(
-        **{kind: given(kind, word) for kind, word in words.items()},
-        limit=limit, seed=seed, batch=batch, progress=progress, partial=partial, keep=keep, keep_as=keep_as,
-        processes=processes, doubt=doubt, crafts=crafts, out=out, overwrite=overwrite, draws=draws,
-    )  # fmt: skip
+    chosen = {kind: given(kind, word) for kind, word in words.items()}
+    with progress_bar("evaluating") if progress in (None, True) and leads() else nullcontext(progress) as told:
+        return _evaluate(
+            **chosen, limit=limit, seed=seed, batch=batch, progress=told if callable(told) else None, partial=partial,
+            keep=keep, keep_as=keep_as, processes=processes, doubt=doubt, crafts=crafts, out=out, overwrite=overwrite,
+            draws=draws,
+        )  # fmt: skip
 
 
 def _evaluate(
@@ -229,6 +236,7 @@ def _evaluate(
             progress(len(record.rows), len(indices))  # before the texts are attacked, which may take long
         trial = task.prepare(model, carried, budget, surrogate, indices, seed, group)
         done = len(record.rows)
+        held: list[tuple[int, str, Tensor]] = []  # the first samples, to be looked at
         begun = group.world > 1  # then all must know when
         if kept is not None and begun:
             with group.together():
@@ -259,6 +267,9 @@ def _evaluate(
                     if trial.pixels is not None:
                         columns["rounded"] = _rows(trial.again(samples, answers, rounded, seeds))
                         columns["rounded_size"] = trial.pixels.size(rounded.cpu() - samples.images).tolist()
+                if attack is not None:
+                    few = zip(here, columns["id"], answers.images, strict=True)
+                    held += [(index, name, image.cpu()) for index, name, image in few][: SHOWN - len(held)]
                 rows = [row | place for row, place in zip(_rows(columns), places, strict=True)]
                 record.add(rows, time.monotonic() - began)
                 done += len(samples) * group.world
@@ -285,6 +296,9 @@ def _evaluate(
                 asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began, loading=loading,
                 texts=_texts(trial, attack, budget), drawn=drawn, gates=_gates(found),
             )  # fmt: skip
+            if held:
+                rows = [known[name] | {"index": index} for index, name, _ in held]
+                report = replace(report, pictures=Held(rows, [image for _, _, image in held], trial.prompts))
             if doubt and attack is not None:
                 doubts = diagnose(report, task, model, attack, budget, surrogate, doubt, seed)
                 report = replace(report, notes=(*notes, *doubts))

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -358,6 +358,7 @@ class _Work:
             limit=experiment.limit, seed=experiment.seed, batch=experiment.batch, progress=self.watch.progress,
             processes=False, crafts=crafts, out=self.out / f"{cell.key}.json", overwrite=True, draws=experiment.draws,
         )  # fmt: skip
+        report = replace(report, pictures=None)  # of many reports they would fill the memory
         log.info("%s: %s, %.1f s", cell.label, report.headline, report.seconds)
         for note in report.notes:
             log.warning("%s: %s", cell.label, note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,17 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
+from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
 from crossguard import files
 from crossguard.budgets import Budget, Linf, PixelBudget
-from crossguard.data import Dataset
-from crossguard.datasets.keeping import rounded
+from crossguard.data import Dataset, Prompts
+from crossguard.datasets.keeping import keeping, rounded
 from crossguard.datasets.kept import AGAIN, INDEX, REPORT, Kept
 from crossguard.errors import CrossguardError
 from crossguard.pages import figure, render
-from crossguard.printing import plain
+from crossguard.printing import in_notebook, plain
+from crossguard.processes import ALONE
 from crossguard.reading import misfit
 from crossguard.report import Ranks, Report, ReportError, shortened
 from crossguard.words import build
@@ -400,18 +403,66 @@ def check(out: Path) -> None:
         raise CrossguardError(f"--out {out} has an unknown ending; give one of {', '.join(FORMATS)}")
 
 
+SHOWN = 8  # samples whose images an evaluation holds in memory
+
+
+@dataclass(frozen=True)
+class Held:
+    """The first samples of an evaluation as they are in memory, for `Report.show`.
+
+    Args:
+        rows: what is known of each; with its place in the data.
+        images: of each, under attack.
+        prompts: the class prompts before and after the attack, where there are classes.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    images: Sequence[Tensor]
+    prompts: tuple[Prompts, Prompts] | None
+
+    def __call__(self, report: Report, count: int, changed: bool) -> None:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            keeping(Path(folder) / "kept", report.question, "safetensors", True, ALONE) as kept,
+        ):
+            kept.begin()
+            rows = [
+                {**row, **place}
+                for row, image in zip(self.rows, self.images, strict=True)
+                for place in kept.add([row["index"]], image[None])
+            ]
+            kept.finish(rows, self.prompts)
+            report.save(kept.folder / REPORT)
+            look = Look(kept.folder)
+            samples = look.pick(count, changed)
+            if in_notebook():
+                from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+
+                display(HTML(page(look, samples, *look.shots(samples), frame="piece.html")))
+                return
+        console = Console(markup=False, highlight=False)
+        for number, sample in enumerate(samples, 1):
+            for line in lines(number, sample, console.is_terminal and not console.no_color):
+                console.print(line, soft_wrap=True)
+
+
 # A page
 
 
-def page(look: Look, samples: Sequence[Sample], shots: Sequence[Shot], doubt: str) -> str:
-    """One HTML file that needs no other."""
+def page(look: Look, samples: Sequence[Sample], shots: Sequence[Shot], doubt: str, frame: str = "page.html") -> str:
+    """One HTML file that needs no other.
+
+    Args:
+        frame: 'piece.html' is for a notebook, which is a page already.
+    """
     shown = [
         (sample, [figure(title, rounded(image)) for title, image in shot.panels if image is not None])
         for sample, shot in zip(samples, shots, strict=True)
     ]
     return render(
-        "look.html", title="Before and under attack", header=look.header, summary=look.summary, shown=shown, doubt=doubt
-    )
+        "look.html", frame=frame, title="Before and under attack", header=look.header, summary=look.summary,
+        shown=shown, doubt=doubt,
+    )  # fmt: skip
 
 
 # A picture. Everything is measured in pixels.

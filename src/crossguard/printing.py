@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LONGEST = 288  # signs of an error message: with `crossguard: ` before it, 300
@@ -47,6 +49,30 @@ def brief(text: str, most: int = LONGEST) -> str:
     gap = f" [... {len(line):,} signs, all of them with --debug ...] "
     end = (most - len(gap)) // 3
     return line[: most - len(gap) - end] + gap + line[len(line) - end :]
+
+
+def in_notebook() -> bool:
+    """Whether what is shown goes to a notebook, which can show pictures."""
+    shell = sys.modules.get("IPython")
+    running = shell.get_ipython() if shell is not None else None
+    return running is not None and hasattr(running, "kernel")
+
+
+@contextmanager
+def progress_bar(doing: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error, which is told how many are done of how many; None where nobody would see it move."""
+    if not (sys.stderr.isatty() or in_notebook()):
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=doing, leave=False, file=sys.stderr) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield tell
 
 
 def say(note: str) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -19,7 +19,7 @@ import numpy as np
 
 from crossguard import files, reading
 from crossguard.errors import CrossguardError
-from crossguard.limits import shortly
+from crossguard.limits import at_least, shortly
 from crossguard.printing import one_line, plain
 from crossguard.words import build, show
 
@@ -61,6 +61,10 @@ class Rate:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+    def __format__(self, spec: str) -> str:
+        """With its interval, or its value alone as a format says: `f"{report.robust:.3f}"`."""
+        return format(self.value, spec) if spec else str(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -465,6 +469,7 @@ class Report:
         drawn: the outcomes, where each image under attack is judged by several draws of a random model
             (`evaluate(draws=...)`): what most of them say.
         gates: for each gate of a defense (`Answer.gates`) on how many images it acted, clean and under attack.
+        pictures: shows the first samples (`show`), as long as the report has not been to a file.
     """
 
     question: Mapping[str, str]
@@ -478,6 +483,7 @@ class Report:
     texts: Texts | None = None
     drawn: Outcomes | Ranks | None = None
     gates: Mapping[str, tuple[Rate, Rate]] = field(default_factory=dict)
+    pictures: Callable[[Report, int, bool], None] | None = None
 
     def __post_init__(self) -> None:
         wrong = [key for key, value in self.question.items() if not isinstance(value, str)]
@@ -563,6 +569,42 @@ class Report:
             f"{name}{': ' * bool(name)}clean {clean}" + (f", robust {robust}" if self.attacked else "")
             for name, clean, robust in self.judged.parts
         )
+
+    def show(self, count: int = 3, changed: bool = False) -> None:
+        """Shows the first samples clean and under attack: with their images in a notebook, in lines of text elsewhere.
+
+        The images of the first few samples stay in memory; `evaluate(keep=FOLDER)` keeps all, for `crossguard show`.
+
+        Args:
+            changed: those first that the attack turned from right to wrong.
+        """
+        if self.pictures is None:
+            why = "nobody attacked" if not self.attacked else "its images are no longer in memory"
+            raise CrossguardError(
+                f"this report has nothing to show, since {why}; evaluate(..., keep=FOLDER) keeps the images, and "
+                "'crossguard show FOLDER' shows them"
+            )
+        self.pictures(self, at_least("count", count, 1), changed)
+
+    def frame(self) -> Any:
+        """The outcomes as a DataFrame of pandas, a row for each sample or query; with the names of its classes, where
+        it has any.
+
+        Raises:
+            CrossguardError: pandas is not installed.
+        """
+        try:
+            import pandas  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise CrossguardError(
+                "a frame needs pandas ('pip install pandas'); report.outcomes.columns has the same as arrays"
+            ) from error
+        columns: dict[str, Any] = {name: list(column) for name, column in self.outcomes.columns.items()}
+        if self.texts is not None and isinstance(self.outcomes, Outcomes):
+            names = self.texts.names
+            for column in ("label", "clean", "adversarial"):
+                columns[f"{column}_name"] = [names[one] for one in columns[column]]
+        return pandas.DataFrame(columns)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Writes the report as JSON, as a whole or not at all.

@@ -559,10 +559,8 @@ class ImageAttack(Attack):
         if not isinstance(victim, ImageVictim):
             victim = ImageVictim(victim)
         _check_mode(victim.answer)
-        if isinstance(goal, Tensor):
-            goal = Untargeted(goal)
         if not isinstance(goal, Goal):
-            raise CrossguardError(f"{goal!r} is no goal; give labels, or a goal such as Untargeted(labels)")
+            goal = Untargeted(_labels(goal, clean.device))
         _check_counts(goal, len(clean), "images")
         clean = clean.clone() if clean.is_inference() else clean.detach()
         seeds = inherited(len(clean), type(self).__name__, self.draws) if seeds is None else seeds
@@ -673,6 +671,22 @@ def check_images(clean: object) -> None:
                 f"{wanted}, and these pixels go from {low:.6g} to {high:.6g}; divide images of 0 to 255 by 255, and "
                 "leave normalization to the victim"
             )
+
+
+def _labels(given: object, device: torch.device) -> Labels:
+    """Labels as goals want them; refuses what is none."""
+    wanted = "labels are a torch tensor of whole numbers, one for each image"
+    if not isinstance(given, Tensor):
+        how = "" if isinstance(given, int | str | None) else ": torch.as_tensor(labels)"
+        raise CrossguardError(
+            f"{wanted}{how}, not a {type(given).__name__}; else give a goal such as Targeted(classes)"
+        )
+    if given.ndim != 1:
+        how = "; of scores or one-hot rows they are scores.argmax(1)" if given.ndim == 2 else ""
+        raise CrossguardError(f"{wanted}, not of shape {tuple(given.shape)}{how}")
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
+        raise CrossguardError(f"{wanted}, not {str(given.dtype).removeprefix('torch.')}; give labels.long()")
+    return given.to(device, torch.int64)
 
 
 def _check_mode(answer: Callable[[Images], Tensor]) -> None:
