@@ -40,6 +40,33 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+def test_the_same_texts_are_read_once_in_an_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, read = list[int](), TransformersEncoder.encode_text
+    monkeypatch.setattr(
+        TransformersEncoder, "encode_text", lambda self, texts: asked.append(len(texts)) or read(self, texts)
+    )
+    model, same = HuggingFace(str(folder)), HuggingFace(str(folder))
+    model.open()  # which tries a text
+    asked.clear()
+    with evaluating(), torch.no_grad():
+        first = model.encode_text(PROMPTS.flat)
+        own = first.clone()
+        first += 1.0
+        again = [one.encode_text(list(PROMPTS.flat)) for one in (model, same, BitDepth(model))]
+        assert asked == [2] and all(torch.equal(one, own) for one in again)
+        model.encode_text(PROMPTS.flat[::-1])
+        with torch.enable_grad():
+            model.encode_text(PROMPTS.flat)
+        assert asked == [2, 2, 2], "another list, and whoever wants a graph"
+    with torch.no_grad():
+        model.encode_text(PROMPTS.flat)
+        model.encode_text(PROMPTS.flat)
+    assert len(asked) == 5, "outside nothing is remembered, since a network may be trained in between"
+    monkeypatch.setattr(opening, "_REMEMBERED", 0)
+    with evaluating(), torch.no_grad():
+        assert torch.equal(model.encode_text(PROMPTS.flat), model.encode_text(PROMPTS.flat)) and len(asked) == 7
+
+
 @pytest.mark.parametrize("wrap", [lambda base: base, BitDepth])
 def test_no_file_is_looked_at_while_images_are_asked_about(folder: Path, looks: list[str], wrap: Any) -> None:
     model = wrap(HuggingFace(str(folder)))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from cachetools import LRUCache
-from torch import nn
+from torch import Tensor, nn
 
 from crossguard.device import Choice, chosen, exact, keep_memory, memory
 from crossguard.errors import CrossguardError
@@ -18,6 +18,7 @@ from crossguard.words import Reads, contents
 
 Network = TypeVar("Network")
 
+_REMEMBERED = 2**25  # bytes of answers of one evaluation: 16,000 texts in 512 dimensions
 _SHARE = 0.5  # networks that nobody holds stay as long as all together fill at most this part of the memory
 
 
@@ -46,6 +47,7 @@ class Opened:
         self.choice = chosen()
         self._fingerprints: dict[Opens, str] = {}
         self._networks: dict[Opens, Any] = {}
+        self._remembered = LRUCache[Hashable, Tensor](_REMEMBERED, lambda found: found.nbytes)
 
     def fingerprint(self, word: Opens) -> str:
         """What the files of a word hold, looked at once."""
@@ -72,6 +74,16 @@ class Opened:
                 )
             self._networks[word] = network
         return self._networks[word]
+
+    def remembered(self, question: Hashable, answer: Callable[[], Tensor]) -> Tensor:
+        """What the networks say to a question, such as the embeddings of all class prompts, which every adversary of an
+        audit asks for anew. Only of the last questions, and of none with a large answer."""
+        found = self._remembered.get(question)
+        if found is None:
+            found = answer()
+            if found.nbytes <= _REMEMBERED:
+                self._remembered[question] = found
+        return found.clone()  # which whoever asked may change
 
     @contextmanager
     def inside(self) -> Iterator[None]:

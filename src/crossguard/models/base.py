@@ -286,9 +286,15 @@ class Checkpoint(VisionLanguageModel, Opens):
             return torch.cat([network.encode_image(part) for part in images.split(_IMAGES_AT_ONCE)]).float()
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
-        network = self.network
-        chunks = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
-        return torch.cat([network.encode_text(chunk) for chunk in chunks]).float()
+        def read() -> Embeddings:
+            network = self.network
+            chunks = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
+            return torch.cat([network.encode_text(chunk) for chunk in chunks]).float()
+
+        held = opened()
+        if held is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return read()
+        return held.remembered((self, tuple(texts)), read)
 
     def cut(self, texts: Sequence[str]) -> int:
         return self.network.cut(texts)
