@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # is installed takes four times as long.
 COMPILE := PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import accelerate, matplotlib.figure, torch.utils.tensorboard, \
 	crossguard.cli; [getattr(crossguard, name) for name in dir(crossguard)]; crossguard.Tiny().encode_text(['a'])"
+# For the tests alone, and beside the environment: there is no torchvision for the CPU build of torch, and transformers would take
+# the one for GPUs for a whole one. The tests declare what it lacks (tests/open_clips.py), or skip where it is not there.
+OPEN_CLIP := open_clip_torch==3.3.0 timm==1.0.31 ftfy==6.3.1 wcwidth==0.9.4 torchvision==0.28.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -r s --durations=25 --durations-min=1
 
 .PHONY: demo test test-all checks lint types pytest setup clean
@@ -45,6 +48,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) -e '.[dev]'
 	-$(PIP) --no-deps torchattacks==3.5.1  # asks for torchvision, which has no CPU build; without it its tests skip
+	-$(PIP) --no-deps --target $(VENV)/open_clip $(OPEN_CLIP)
 	touch $@
 
 clean:

@@ -33,7 +33,8 @@ from crossguard.goals import Untargeted
 from crossguard.models.base import VisionLanguageModel, frozen, together
 from crossguard.models.embedded import WEIGHTS, Tiny
 from crossguard.models.fresh import Fresh, FreshCNN, FreshViT
-from crossguard.models.huggingface import _PROBES, HuggingFace, TransformersEncoder, _check_reading
+from crossguard.models.huggingface import HuggingFace, TransformersEncoder, _check_reading
+from crossguard.models.probing import PROBES
 from crossguard.models.purification import BitDepth
 from crossguard.testing import check_model
 from fixtures import TOWER, WORDS, change_config, floats, pictures, save_clip, save_siglip, save_tokenizer, small
@@ -537,7 +538,7 @@ def test_a_tokenizer_that_never_writes_the_end_of_text_is_refused(copy: Path) ->
     change_config(copy, text_config__eos_token_id=2)  # configurations of old: the highest token is pooled
     network = HuggingFace(str(copy)).load()
     assert isinstance(network, TransformersEncoder)
-    ids, mask = network.tokens(_PROBES)
+    ids, mask = network.tokens(PROBES)
     network.tokens = lambda texts: (ids.where(ids < 52, 0), mask)  # type: ignore[assignment]
     with pytest.raises(CrossguardError, match="which is the one of the highest number, and the tokenizer does not"):
         _check_reading(network, "x")

@@ -159,6 +159,7 @@ from .models.latent import COLA as COLA
 from .models.latent import CLIPure as CLIPure
 from .models.noise import RN as RN
 from .models.noise import GaussianNoise as GaussianNoise
+from .models.openclip import OpenCLIP as OpenCLIP
 from .models.prompted import PromptTuned as PromptTuned
 from .models.purification import BitDepth as BitDepth
 from .models.smoothing import Smoothed as Smoothed

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
+PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin
 _PARTS = ("config.json", "vocab", "merges", "tokenizer", "added_tokens", "special_tokens", "preproc", "processor")
 _WEIGHTS = "model.safetensors"
 _INDEX = ".safetensors.index.json"
 RECORD = "open_clip_config.json"  # of a folder that open_clip reads
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # what it looks for there first
 
 Kind = Literal["transformers", "open_clip", "weights", "pickle", ""]
 
@@ -70,7 +72,8 @@ def weights(folder: Path) -> list[Path]:
     try:
         return shards(folder)
     except CrossguardError:  # loading says why
-        return []
+        record, own = folder / RECORD, folder / OPEN_CLIP_WEIGHTS
+        return [own] if record.is_file() and own.is_file() else []
 
 
 class _Index(TypedDict):
@@ -88,10 +91,10 @@ def parts(folder: Path) -> list[Path]:
         for file in folder.glob("*")
         if file.name.startswith(_PARTS) or file.suffix == ".model" or file.name.endswith(_INDEX)
     )
-    return [_inside(file, folder) for file in sorted({*found, *weights(folder)}) if file.is_file()]
+    return [check_inside(file, folder) for file in sorted({*found, *weights(folder)}) if file.is_file()]
 
 
-def _inside(file: Path, folder: Path) -> Path:
+def check_inside(file: Path, folder: Path) -> Path:
     """The same file; raises where it is a link that leads out of its folder. In the cache of the hub, files are links
     to the folder "blobs" of their model."""
     whole, real = folder.resolve(), file.resolve()
@@ -116,24 +119,31 @@ def content(path: str) -> str:
 def check_weights(folder: Path) -> None:
     """Raises unless the folder has weights in safetensors that may be tried: pickles could run code, and a pointer of
     git-lfs stands for a file that was never fetched."""
-    found = [_inside(file, folder) for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
+    found = [check_inside(file, folder) for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
     if not found:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
         what = f"only {pickles[0]}, a pickle file, which is never read" if pickles else "no weights"
-        raise CrossguardError(f"{folder} holds {what}; convert or download the weights as model.safetensors")
+        raise CrossguardError(
+            f"{folder} holds {what}; convert it with 'crossguard convert', or download the weights as model.safetensors"
+        )
     for file in found:
-        with file.open("rb") as opened:
-            start = opened.read(24)
-        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-            raise CrossguardError(
-                f"{file} is a pickle file under another name, which is never read; convert or download the weights "
-                "as model.safetensors"
-            )
-        if start.startswith(b"version https://git-lfs"):
-            raise CrossguardError(
-                f"{file} is a pointer of git-lfs and not the weights; fetch them with 'git lfs pull', or download the "
-                "checkpoint with 'hf download'"
-            )
+        check_file(file)
+
+
+def check_file(file: Path) -> None:
+    """Raises where a file with the name of safetensors is a pickle, or a pointer of git-lfs."""
+    with file.open("rb") as opened:
+        start = opened.read(24)
+    if start.startswith(PICKLED):
+        raise CrossguardError(
+            f"{file} is a pickle file under another name, which is never read; convert it with 'crossguard convert', "
+            "or download the weights as model.safetensors"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CrossguardError(
+            f"{file} is a pointer of git-lfs and not the weights; fetch them with 'git lfs pull', or download the "
+            "checkpoint with 'hf download'"
+        )
 
 
 def shards(folder: Path) -> list[Path]:
@@ -143,11 +153,11 @@ def shards(folder: Path) -> list[Path]:
         CrossguardError: There are none, or the index names what is no file of this folder.
     """
     if (folder / _WEIGHTS).is_file():
-        return [_inside(folder / _WEIGHTS, folder)]
+        return [check_inside(folder / _WEIGHTS, folder)]
     index = folder / f"{_WEIGHTS}.index.json"
     if not index.is_file():
         raise CrossguardError(f"{folder} has neither {_WEIGHTS} nor {index.name}; save it again with save_pretrained")
-    told = read_json(_inside(index, folder), _Index, "fetch it again", SETTINGS)
+    told = read_json(check_inside(index, folder), _Index, "fetch it again", SETTINGS)
     names = set(told["weight_map"].values())
     if not names:
         raise CrossguardError(f"{index} names no weights; fetch it again")
@@ -156,7 +166,7 @@ def shards(folder: Path) -> list[Path]:
             raise CrossguardError(
                 f"{index} names {shortly(name)}, which is no file with weights in this folder; fetch all files again"
             )
-    return [_inside(folder / name, folder) for name in sorted(names)]
+    return [check_inside(folder / name, folder) for name in sorted(names)]
 
 
 def check_finite(network: nn.Module, source: str) -> None:

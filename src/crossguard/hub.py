@@ -87,6 +87,95 @@ def _complete(folder: Path, images: bool) -> bool:
     return whole and all(any(any(folder.glob(pattern)) for pattern in kind) for kind in kinds)
 
 
+_RECORD = "open_clip_config.json"
+_WORDS = ["tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens*", "*.model", "config.json"]
+
+
+def recorded(path: str) -> Path:
+    """The folder of the local cache with a checkpoint of open_clip: record, words and weights. What is not there yet is
+    fetched.
+
+    Raises:
+        CrossguardError: There is no such model, it has no weights in safetensors, or it cannot be had from here.
+    """
+    found = _cached(path)
+    if found is not None and (found / _RECORD).is_file() and any(found.glob("*.safetensors")):
+        return found
+    ask_hub(path)
+    found = _fetched(path, [_RECORD, *_WORDS, "open_clip_*.safetensors"])
+    if not any(found.glob("*.safetensors")):
+        found = _fetched(path, ["model.safetensors"])
+    if not any(found.glob("*.safetensors")):
+        raise CrossguardError(
+            f"{path!r} has no weights in safetensors on the hub, and pickles are never read; download it with 'hf "
+            "download' and use 'crossguard convert'"
+        )
+    return found
+
+
+def single(path: str, file: str, fetch: bool, shown: str) -> Path:
+    """One file of a model in the local cache of the hub.
+
+    Args:
+        fetch: whether it may be fetched where it is not there.
+        shown: what needs it, for the error.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, file)
+    if isinstance(found, str):
+        return Path(found)
+    if fetch:
+        ask_hub(path)
+        whole = _fetched(path, [file]) / file
+        if whole.is_file():
+            return whole
+    raise CrossguardError(
+        f"{shown} needs {file} of {path!r}, which is not in the hub cache; fetch it with 'hf download {path} {file}'"
+    )
+
+
+def words(path: str, fetch: bool, shown: str) -> Path:
+    """The folder of the local cache with the tokenizer of a model.
+
+    Args:
+        fetch: whether it may be fetched where it is not there.
+        shown: what needs it, for the error.
+    """
+    found = _cached(path)
+    if found is None or not any(any(found.glob(pattern)) for pattern in ("tokenizer.json", "vocab*", "*.model")):
+        if not fetch:
+            raise CrossguardError(
+                f"{shown} needs the tokenizer of {path!r}, which is not in the hub cache; fetch it with 'hf download "
+                f'{path} --include "tokenizer*" "vocab*"\''
+            )
+        ask_hub(path)
+        found = _fetched(path, _WORDS)
+    return found
+
+
+def _cached(path: str) -> Path | None:
+    """The folder of the local cache for this model, if there is one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except HFValidationError as error:
+        raise CrossguardError(f"{path!r} is not the name of a model of the hub") from error
+    except OSError:  # nothing of it is there
+        return None
+
+
+def _fetched(path: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=_UNWANTED))
+    except Exception as error:  # of the network, the server, or the disk
+        raise CrossguardError(f"{path!r} cannot be fetched from the hub: {one_line(str(error))[:150]}") from error
+
+
 def converted(path: str) -> Path | None:
     """The folder of the cache with the safetensors that the hub's own robot has made of a model that has pickles only;
     None where there are none."""
@@ -103,13 +192,17 @@ def converted(path: str) -> Path | None:
     return file.parent
 
 
-def revision(path: str) -> str:
-    """The revision of this model that the local cache of the hub has, shortened; empty where it has none."""
+def revision(path: str, file: str = "config.json") -> str:
+    """The revision of this model that the local cache of the hub has, shortened; empty where it has none.
+
+    Args:
+        file: one that every revision has.
+    """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(path, "config.json")
+        found = try_to_load_from_cache(path, file)
     except HFValidationError:  # a path of this machine, and nothing is there
         return ""
     return Path(found).parent.name[:12] if isinstance(found, str) else ""

@@ -45,7 +45,9 @@ _SENTENCES = {
 }
 
 
-class _Size(NamedTuple):
+class Size(NamedTuple):
+    """How large the weights of a checkpoint are."""
+
     tensors: int
     numbers: int
 
@@ -64,7 +66,7 @@ class Pretrained:
     shown: str
     folder: Path
     settings: dict[str, dict[str, Any]]
-    size: _Size
+    size: Size
 
     def config(self) -> PreTrainedConfig:
         """The configuration of a model."""
@@ -92,7 +94,7 @@ class Pretrained:
         import transformers
 
         family = transformers.AutoModelForMaskedLM if masked else transformers.AutoModel
-        with self.naming("weights"), _bounded(self.size, self.shown):
+        with self.naming("weights"), bounded(self.size, self.shown):
             model, info = family.from_pretrained(
                 str(self.folder),
                 config=config,
@@ -179,9 +181,9 @@ class Pretrained:
             with quiet():
                 yield
         except BaseException as error:  # transformers raises many kinds
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
-            told = _told(error).replace(f"{self.folder}/", "").replace(str(self.folder), self.shown)
+            told = told_by(error).replace(f"{self.folder}/", "").replace(str(self.folder), self.shown)
             if "size mismatch" in told or "mismatched" in told:
                 raise CrossguardError(
                     f"the weights in {self.shown} have other shapes than its config.json says; fetch both from one "
@@ -198,13 +200,13 @@ def tokenizing(texts: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # each maker of tokenizers raises kinds of its own
-        if not _is_damage(error):
+        if not is_damage(error):
             raise
         example = f"{texts[0]!r:.60}" if texts else "none"
-        raise CrossguardError(f"the tokenizer cannot read texts such as {example}: {_told(error)}") from error
+        raise CrossguardError(f"the tokenizer cannot read texts such as {example}: {told_by(error)}") from error
 
 
-def _is_damage(error: BaseException) -> bool:
+def is_damage(error: BaseException) -> bool:
     """Whether this is of a library that was given something odd. The tokenizers in Rust raise a kind that is no
     Exception."""
     if isinstance(error, CrossguardError | MemoryError):
@@ -232,11 +234,11 @@ def pretrained(path: str, shown: str = "", weights: bool = True, images: bool = 
             source = converted(path) or origin
     with tempfile.TemporaryDirectory(prefix="crossguard-") as made:
         folder = Path(made)
-        size = _Size(0, 0) if not weights else _stage_weights(source, folder, shown)
+        size = Size(0, 0) if not weights else _stage_weights(source, folder, shown)
         yield Pretrained(shown, folder, _stage_settings(origin, folder), size)
 
 
-def _stage_weights(source: Path, folder: Path, shown: str) -> _Size:
+def _stage_weights(source: Path, folder: Path, shown: str) -> Size:
     """Puts links to the weights into the folder, and returns how large they are."""
     if (source / "adapter_config.json").exists():
         raise CrossguardError(
@@ -246,13 +248,13 @@ def _stage_weights(source: Path, folder: Path, shown: str) -> _Size:
     check_weights(source)
     numbers, places = 0, {}
     for file in shards(source):
-        shapes = _shapes(file, f"{shown}/{file.name}")
+        shapes = shapes_in(file, f"{shown}/{file.name}")
         numbers += sum(shape.numel() for shape in shapes.values())
         places |= dict.fromkeys(shapes, file.name)
         _link(file, folder)
     if set(places.values()) != {"model.safetensors"}:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return _Size(len(places), numbers)
+    return Size(len(places), numbers)
 
 
 def _stage_settings(origin: Path, folder: Path) -> dict[str, dict[str, Any]]:
@@ -281,7 +283,7 @@ def _link(file: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _shapes(file: Path, shown: str) -> dict[str, torch.Size]:
+def shapes_in(file: Path, shown: str) -> dict[str, torch.Size]:
     """The shapes of the tensors in a file, by its header alone."""
     from safetensors import safe_open
 
@@ -289,17 +291,17 @@ def _shapes(file: Path, shown: str) -> dict[str, torch.Size]:
         with safe_open(str(file), "pt") as opened:
             return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors has one error for every kind of damage
-        raise CrossguardError(f"{shown} cannot be read: {_told(error)}") from error
+        raise CrossguardError(f"{shown} cannot be read: {told_by(error)}") from error
 
 
 @contextmanager
-def _bounded(size: _Size, shown: str) -> Iterator[None]:
+def bounded(size: Size, shown: str) -> Iterator[None]:
     """Inside, no network is built that is far larger than the weights for it: a configuration of twenty thousand layers
     would take hours, one of a billion rows all memory. Weights that are tied stand twice in a network and once in the
     file, and a few may be missing, which is said later."""
     from torch.nn.modules import module
 
-    most = _Size(4 * size.tensors + 1000, 2 * size.numbers + 2**26)
+    most = Size(4 * size.tensors + 1000, 2 * size.numbers + 2**26)
     mine, seen, counted = threading.get_ident(), set[tuple[int, str]](), [0]
 
     def count(owner: nn.Module, name: str, held: Tensor | None) -> None:
@@ -336,7 +338,7 @@ def _check_class(name: object, find: Any, kind: type, shown: str) -> None:
         raise CrossguardError(f"{shown} names the class {shortly(name)}, which is none that is used for this")
 
 
-def _told(error: BaseException) -> str:
+def told_by(error: BaseException) -> str:
     """What a library says, on one line, short, and in signs that can be printed."""
     told = one_line(str(error)) or type(error).__name__
     return told if len(told) <= 120 else f"{told[:117]}..."

@@ -79,6 +79,25 @@ def read_settings(file: Path) -> dict[str, Any]:
     return told
 
 
+def read_record(file: Path) -> dict[str, Any]:
+    """What a record of open_clip says of a model, without what is decided here.
+
+    Raises:
+        CrossguardError: It is damaged, describes no model, or has sizes that no model has.
+    """
+    told = read_settings(file)
+    for part in ("model_cfg", "preprocess_cfg", "text_config"):
+        if part in told and not (isinstance(told[part], dict) or (told[part] is None and part != "model_cfg")):
+            raise CrossguardError(f"{file} is broken: its {part} is {shortly(told[part])}")
+    if "model_cfg" not in told:
+        raise CrossguardError(f"{file} has no model_cfg, so it describes no model; fetch it again")
+    _check_config(told["model_cfg"], file)
+    if told.get("text_config") is not None:
+        _check_config(told["text_config"], file)
+        told["text_config"] = _without_run(told["text_config"])
+    return told
+
+
 def read_tokenizer(file: Path) -> tuple[dict[str, Any], bool]:
     """What tokenizer.json says, without what the library `tokenizers` would print its surprise about on stdout; and
     whether that is all that stands in the file.

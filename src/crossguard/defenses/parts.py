@@ -58,7 +58,8 @@ class Trainable(ABC):
 
 @dataclass(frozen=True)
 class Towers(Trainable):
-    """The weights of the network itself; what comes out is a checkpoint of its own that `transformers` loads.
+    """The weights of the network itself; what comes out is a checkpoint of its own, in the format of the base:
+    `transformers` or open_clip loads it.
 
     Args:
         towers: what is trained, of 'image', 'text' and 'head' (the logit scale and bias).
@@ -89,5 +90,4 @@ class Towers(Trainable):
         network.save(folder)
 
     def word(self, base: Checkpoint, folder: Path) -> Checkpoint:
-        del base
-        return HuggingFace(str(folder))
+        return base.saved(folder) or HuggingFace(str(folder))

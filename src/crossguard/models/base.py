@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from crossguard.opening import Opened, Opens, opened, opening
 from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings, Tokens
 from crossguard.words import quoted
 
+_LARGEST_NUMBER = 1e6  # that pixels are shifted or divided by; those of towers in use are below 1, or 255 at most
 _IMAGES_AT_ONCE = 256  # without a gradient: bounds the memory of defenses that look at many views of each image
 _TEXTS_AT_ONCE = 1024  # bounds the memory of encoding thousands of prompts
 
@@ -45,6 +46,9 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     mode: str = "bicubic"
+    fit: Literal["", "cover", "inside"] = ""  # of what open_clip does without `resize`: see `_fitted`
+    fill: float = 0.0  # of what is left around an image that was fitted inside
+    rounds: bool = False  # an odd margin is halved as torchvision does, and not down
 
     def __call__(self, images: Images) -> Resized:
         return self.normalized(self.fitted(images))
@@ -52,12 +56,14 @@ class Preprocess:
     def fitted(self, images: Images) -> Resized:
         """The pixels in [0, 1] at the size that the tower reads."""
         height, width = images.shape[-2:]
-        if self.resize is None:
+        if self.fit:
+            images = self._fitted(images)
+        elif self.resize is None:
             images = self._resized(images, self.height, self.width)
         else:
             short = min(height, width)
             images = self._resized(images, int(self.resize * height / short), int(self.resize * width / short))
-            images = _center_crop(images, self.height, self.width)
+            images = self._center_crop(images)
         return images
 
     def normalized(self, images: Images) -> Resized:
@@ -65,12 +71,46 @@ class Preprocess:
         mean, std = (constant(values, images.device, images.dtype) for values in (self.mean, self.std))
         return (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
+    def _fitted(self, images: Images) -> Resized:
+        """The image in its own shape, as small as covers the frame and cropped, or as large as fits inside and padded
+        (open_clip's ResizeKeepRatio and CenterCropOrPad)."""
+        ratios = images.shape[-2] / self.height, images.shape[-1] / self.width
+        ratio = max(ratios) if self.fit == "inside" else min(ratios)
+        images = self._resized(images, round(images.shape[-2] / ratio), round(images.shape[-1] / ratio))
+        down, across = max(0, self.height - images.shape[-2]), max(0, self.width - images.shape[-1])
+        frame = (across // 2, (across + 1) // 2, down // 2, (down + 1) // 2)
+        return self._center_crop(F.pad(images, frame, value=self.fill) if any(frame) else images)
+
+    def _center_crop(self, images: Images) -> Resized:
+        down, across = images.shape[-2] - self.height, images.shape[-1] - self.width
+        if down < 0 or across < 0:
+            raise CrossguardError(
+                f"an image of {tuple(images.shape[-2:])} is too small for a crop of {(self.height, self.width)}"
+            )
+        top, left = (round(down / 2), round(across / 2)) if self.rounds else (down // 2, across // 2)
+        return images[..., top : top + self.height, left : left + self.width]
+
     def _resized(self, images: Images, height: int, width: int) -> Resized:
         if images.shape[-2:] == (height, width):
             return images
         for size in ((images.shape[-2], width), (height, width)):  # as Pillow: rows first, each pass clipped
             images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True).clamp(0.0, 1.0)
         return images
+
+
+def normalization(mean: Any, std: Any, name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """What pixels are shifted and divided by, as settings say it; raises where those are no three usable numbers each.
+
+    Args:
+        name: what holds these settings, for the error.
+    """
+    means, stds = (tuple(float(value) for value in values) for values in (mean, std))
+    for part, found in (("image_mean", means), ("image_std", stds)):
+        if len(found) != 3 or not all(abs(value) <= _LARGEST_NUMBER for value in found):
+            raise CrossguardError(f"{name} has an {part} of {found!s:.60}; give three finite numbers")
+    if min(stds) < 1.0 / _LARGEST_NUMBER:
+        raise CrossguardError(f"{name} has an image_std of {stds!s:.60}; give three positive numbers")
+    return means, stds  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=256)
@@ -256,6 +296,12 @@ class Checkpoint(VisionLanguageModel, Opens):
     def load(self) -> DualEncoder:
         """A new network, on the CPU, in float32, trainable, in evaluation mode."""
 
+    def saved(self, folder: Path) -> Checkpoint | None:
+        """The word that reads what a network of this one has written there (`DualEncoder.save`); None where that is the
+        format of `transformers`, which `HuggingFace` reads."""
+        del folder
+        return None
+
     def open(self) -> DualEncoder:
         """The shared network of this word as its files are now: frozen, in evaluation mode, on the device and in the
         precision of `device.chosen()`."""
@@ -350,10 +396,3 @@ def cosine(images: Embeddings, texts: TextEmbeddings) -> Logits:
     would have some 150 values, and many classes would tie."""
     with torch.autocast(images.device.type, enabled=False):
         return F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
-
-
-def _center_crop(images: Images, height: int, width: int) -> Resized:
-    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-    if top < 0 or left < 0:
-        raise CrossguardError(f"an image of {tuple(images.shape[-2:])} is too small for a crop of {(height, width)}")
-    return images[..., top : top + height, left : left + width]

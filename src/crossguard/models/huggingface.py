@@ -15,17 +15,16 @@ from crossguard.checkpoints import check_weights, content, located, quiet, weigh
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, reason, staging
 from crossguard.limits import LARGEST, SIDE, shortly
-from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant
+from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant, normalization
 from crossguard.models.packing import PrefixPacking
+from crossguard.models.probing import PROBES, check_images, check_texts
 from crossguard.models.splicing import Splice
 from crossguard.models.tokens import Tokens
 from crossguard.pretrained import pretrained
 from crossguard.shapes import Embeddings, Images, Resized
 from crossguard.words import Reads
 
-_LARGEST_NUMBER = 1e6  # that pixels are shifted or divided by; those of towers in use are below 1, or 255 at most
 _STRINGS = 256  # read at once: the states of many more fall out of the caches
-_PROBES = ("a photo of a cat", "two dogs", "red", "a", "the sky over the sea at night")  # no two of them alike
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _features(output: Any) -> Embeddings:
 def _check_reading(encoder: TransformersEncoder, path: str) -> None:
     """Raises where the tower does not hear its texts: with the tokenizer of another model it may pool a token that is
     never written, and then the first one, so that all texts are one."""
-    ids, mask = encoder.tokens(_PROBES)
+    ids, mask = encoder.tokens(PROBES)
     end = getattr(getattr(encoder.model, "text_model", None), "eos_token_id", None)
     legacy = end == 2 and encoder.model.config.model_type != "metaclip_2"  # pools the highest token, whatever it is
     if end is not None:
@@ -215,19 +214,7 @@ def _check_reading(encoder: TransformersEncoder, path: str) -> None:
                 f"the text tower of {path} is read at its end-of-text, {token}, and the tokenizer does not write it; "
                 "fetch the tokenizer and config.json from one place"
             )
-    found = encoder._text(ids, mask)
-    _check_numbers(found, "text", path)
-    if float((found - found[0]).abs().max()) <= 1e-6 * float(found.abs().max()):
-        raise CrossguardError(
-            f"the text tower of {path} gives all texts the same embedding, so it reads nothing; fetch the weights, the "
-            "tokenizer and config.json from one place"
-        )
-
-
-def _check_numbers(found: Embeddings, tower: str, path: str) -> None:
-    """Raises where a tower answers with no numbers: no attack could change such an answer."""
-    if not bool(found.isfinite().all()):
-        raise CrossguardError(f"the {tower} tower of {path} answers with NaN or infinity; fetch its files again")
+    check_texts(encoder._text(ids, mask), path)
 
 
 def _check_words(encoder: TransformersEncoder, path: str) -> None:
@@ -259,13 +246,7 @@ def _check_seeing(encoder: TransformersEncoder, path: str) -> None:
             f"the image processor of {path} makes images of {height} x {width} pixels, and its image tower reads "
             f"{read}; fetch preprocessor_config.json and config.json from one place"
         ) from error
-    _check_numbers(found, "image", path)
-    texts = encoder.encode_text(_PROBES[:1])
-    if found.shape != texts.shape:
-        raise CrossguardError(
-            f"the towers of {path} have embeddings of {found.shape[1]} and {texts.shape[1]} numbers, so images and "
-            "texts cannot be compared; give a CLIP or SigLIP checkpoint"
-        )
+    check_images(found, encoder.encode_text(PROBES[:1]), path)
 
 
 # Two towers each, which are not read here, and why.
@@ -283,9 +264,7 @@ def _preprocess(processor: Any, name: str = "the image processor") -> Preprocess
     size, crop = processor.size, getattr(processor, "crop_size", None)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if getattr(processor, "do_normalize", True):
-        mean, std = (_three(getattr(processor, part), f"{name} has an {part}") for part in ("image_mean", "image_std"))
-    if not 1.0 / _LARGEST_NUMBER <= min(std) <= max(std) <= _LARGEST_NUMBER:
-        raise CrossguardError(f"{name} has an image_std of {std!s:.60}; give three positive numbers")
+        mean, std = normalization(processor.image_mean, processor.image_std, name)
     modes = {2: "bilinear", 3: "bicubic"}
     resample = int(processor.resample)
     if resample not in modes:
@@ -300,13 +279,6 @@ def _preprocess(processor: Any, name: str = "the image processor") -> Preprocess
         _side(crop, side, name) if cropped else _side(size, "shortest_edge", name) for side in ("height", "width")
     )
     return Preprocess(height, width, _side(size, "shortest_edge", name), mean, std, modes[resample])
-
-
-def _three(values: Any, what: str) -> tuple[float, float, float]:
-    found = tuple(float(value) for value in values)
-    if len(found) != 3 or not all(abs(value) <= _LARGEST_NUMBER for value in found):
-        raise CrossguardError(f"{what} of {found!s:.60}; give three finite numbers")
-    return found  # type: ignore[return-value]
 
 
 def _side(size: Any, part: str, name: str) -> int:

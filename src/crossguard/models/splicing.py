@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crossguard.errors import CrossguardError
 from crossguard.models.packing import PrefixPacking, Tries
-from crossguard.models.tokens import Tokens
+from crossguard.models.tokens import Reading
 from crossguard.models.towers import blocks, changing
 from crossguard.shapes import Context, Deeper, Spliced
 
@@ -47,7 +47,7 @@ class Splice:
     def __init__(
         self,
         model: Any,
-        tokens: Tokens,
+        tokens: Reading,
         packing: PrefixPacking | None,
         texts: Sequence[str],
         words: str,
@@ -226,7 +226,7 @@ def _table(model: Any) -> nn.Embedding:
     return table
 
 
-def _placed(tokens: Tokens, texts: list[str], words: str, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _placed(tokens: Reading, texts: list[str], words: str, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The ids and mask of the texts, and where in each the words begin."""
     if not texts:
         raise CrossguardError("there are no texts to splice learned tokens into")

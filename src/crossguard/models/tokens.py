@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,21 @@ _PROBES = ("a photo of a cat", "", "  Two  spaces,Naïve 😀!", "<|endoftext|> 
 
 # A tokenizer is told how to cut and to pad before it is asked, so threads must take turns.
 _turn = threading.Lock()
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """How strings become ids."""
+
+    padded: bool  # to the whole context, and without a mask
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, each of shape (strings, tokens), on the CPU."""
+        ...
+
+    def bare(self, words: str) -> Tensor:
+        """The ids of these words alone, without special tokens."""
+        ...
 
 
 class Tokens:

@@ -1,0 +1,39 @@
+"""The real package open_clip beside a torch without a torchvision of its own kind.
+
+torchvision has no build for the CPU build of torch, and the one for GPUs cannot be imported beside it: the operators
+that it describes to torch are missing. None of them is used here, so they are declared. transformers would take such a
+torchvision for a whole one, so `make` puts both into a folder of their own (`.venv/open_clip`), which is looked into
+after transformers has looked for torchvision and found none. Where open_clip itself can be imported, that is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BESIDE = Path(sys.prefix) / "open_clip"
+
+_declared: list[torch.library.Library] = []  # what is declared ends with its library
+
+
+def package() -> Any:
+    """open_clip; skips whoever asks where it is not there."""
+    if importlib.util.find_spec("open_clip") is None and BESIDE.is_dir():
+        from transformers.utils import import_utils
+
+        for name in ("torchvision", "torchvision_v2", "timm"):
+            getattr(import_utils, f"is_{name}_available")()  # remembered for good
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+        sys.path.append(str(BESIDE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("open_clip", reason="the package open_clip_torch is not installed")
