@@ -29,6 +29,7 @@ from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.models.huggingface import TransformersEncoder
 from crossguard.models.prompted import (
+    ClassFramedEncoder,
     ContextEncoder,
     CoupledEncoder,
     FramedEncoder,
@@ -298,6 +299,30 @@ def test_learned_words_are_tuned_further(bases: dict[str, Checkpoint], tmp_path:
     assert not torch.allclose(TPT(word, words=WORDS, views=2, keep=1.0, lr=0.1).answer(classes)(IMAGES), still)
     with pytest.raises(CrossguardError, match="cannot be tuned"):
         TPT(word, words="a picture", views=2).answer(classes)
+
+
+def test_each_class_is_seen_with_pixels_of_its_own(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
+    base = bases["clip"].load().requires_grad_(False)
+    network = stirred(ClassFramedEncoder(base, NAMES, 3, True), 1.0)
+    network.save(tmp_path)
+    word = PromptTuned(bases["clip"], str(tmp_path))
+    frames = network.own()["pixels"].detach().clone()
+    frames[:, :, 3:-3, 3:-3] = 0.0
+    order = (2, 0, 1)
+    classes = Prompts.of(tuple(NAMES[number] for number in order), ("a photo of a {}", "the {}"))
+    texts = bases["clip"].class_embeddings(classes)
+    with torch.no_grad():
+        rows = [base.logits(base.encode_image((IMAGES + one).clamp(0, 1)), texts).log_softmax(1) for one in frames]
+    expected = torch.stack([rows[number][:, column] for column, number in enumerate(order)], 1)
+    torch.testing.assert_close(word.answer(classes)(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    other = Prompts.of((*classes.names[:2], "disc"), ("a photo of a {}", "the {}"))  # no class of the training
+    texts = bases["clip"].class_embeddings(other)
+    with torch.no_grad():
+        rows = [base.logits(base.encode_image((IMAGES + one).clamp(0, 1)), texts).log_softmax(1) for one in frames]
+    mean = torch.stack(rows).mean(0)[:, 2]
+    torch.testing.assert_close(word.answer(other)(IMAGES)[:, 2], mean, rtol=1e-4, atol=1e-4)
+    check_model(word)
+    check_wrapper(BitDepth(word))
 
 
 # --- The folder ---

@@ -106,6 +106,12 @@ from .defenses.parts import Towers as Towers
 from .defenses.parts import Trainable as Trainable
 from .defenses.plan import EMA as EMA
 from .defenses.plan import Augment as Augment
+from .defenses.prompting import APT as APT
+from .defenses.prompting import CAVP as CAVP
+from .defenses.prompting import FAP as FAP
+from .defenses.prompting import AdvPT as AdvPT
+from .defenses.prompting import VisualPrompt as VisualPrompt
+from .defenses.prompts import ClassFrames as ClassFrames
 from .defenses.prompts import Combined as Combined
 from .defenses.prompts import Context as Context
 from .defenses.prompts import Coupled as Coupled

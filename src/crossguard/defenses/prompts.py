@@ -11,6 +11,7 @@ from crossguard.defenses.parts import Trainable
 from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.models.prompted import (
+    ClassFramedEncoder,
     ContextEncoder,
     CoupledEncoder,
     FramedEncoder,
@@ -142,6 +143,34 @@ class Frame(Prompt):
     def attach(self, network: DualEncoder, prompts: Prompts | None, seed: int) -> PromptedEncoder:
         del prompts
         return FramedEncoder(network, self.pad, self.clip, self.normalized, self.start, seed)
+
+
+@dataclass(frozen=True)
+class ClassFrames(Prompt):
+    """A visual prompt on pixels for each class (C-AVP, Chen et al. 2023): an image is seen with all of them, and its
+    logit for a class is the logarithm of the probability that it has with the prompt of this class. An image costs as
+    many forwards as there are classes.
+
+    Args:
+        pad: how wide the frames are, in pixels of the size that the image tower reads; all pixels, if None. The paper's
+            8 are of 32, a quarter of the side.
+        clip: clip what comes out to [0, 1].
+    """
+
+    pad: int | None = 8
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        _check_least(self, "pad")
+
+    def attach(self, network: DualEncoder, prompts: Prompts | None, seed: int) -> PromptedEncoder:
+        del seed  # they begin at zero
+        if prompts is None:
+            raise CrossguardError(
+                "ClassFrames learns pixels for each class, and this training has captions instead of classes; give "
+                "Frame()"
+            )
+        return ClassFramedEncoder(network, prompts.names, self.pad, self.clip)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossguard.checkpoints import check_finite, located
@@ -29,7 +30,7 @@ from crossguard.models.splicing import Splice
 from crossguard.models.towers import ImageTower, blocks
 from crossguard.reading import misfit, read_json
 from crossguard.seeds import derive, normal, uniform
-from crossguard.shapes import Embeddings, Images, Resized, Seeds
+from crossguard.shapes import Embeddings, Images, Logits, Resized, Seeds, TextEmbeddings
 from crossguard.words import show
 
 _RECORD, _NUMBERS = "prompts.json", "prompts.safetensors"
@@ -89,6 +90,9 @@ class PromptedEncoder(DualEncoder):
 
     def cut(self, texts: Sequence[str]) -> int:
         return self.inner.cut(texts)
+
+    def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
+        return self.inner.logits(images, texts)
 
     @property
     def scale(self) -> Tensor:
@@ -193,11 +197,7 @@ class FramedEncoder(PromptedEncoder):
     def remade(cls, inner: DualEncoder, settings: dict[str, Any]) -> PromptedEncoder:
         _check(settings, _Framing)
         found = cls(inner, settings["pad"], settings["clip"], settings["normalized"])
-        if found.settings != settings:
-            raise CrossguardError(
-                f"it was learned for images of {settings['height']} x {settings['width']} pixels, and this base reads "
-                f"{found.settings['height']} x {found.settings['width']}"
-            )
+        _check_size(found, settings)
         return found
 
     def moves(self) -> tuple[str, ...]:
@@ -206,6 +206,84 @@ class FramedEncoder(PromptedEncoder):
     def fitted(self, images: Images) -> Resized:
         images = self.inner.fitted(images) + self.pixels * self.factor
         return images.clamp(0.0, 1.0) if self.clip else images
+
+
+class _ClassFraming(_Framing):
+    names: list[str]
+
+
+class ClassFramedEncoder(PromptedEncoder):
+    """Learned pixels for each class (C-AVP, Chen et al. 2023). An image is seen with those of every class, and its
+    logit for a class is the logarithm of the probability that it has with the pixels of this class.
+
+    Its embedding of an image is one for each class, side by side, so an image costs as many forwards as there are
+    classes. That of a text has as many copies side by side, of which those of its own class are twice as long: so it is
+    known in `logits` which pixels a class has, whatever the order of the classes. A text has those of the longest class
+    name in it, as in `Place`; for a text that names no class, the logarithms with all pixels are averaged.
+
+    Args:
+        names: of the classes.
+        pad, clip: as those of `FramedEncoder`.
+    """
+
+    kind = "class frames"
+    factor: Tensor
+
+    def __init__(self, inner: DualEncoder, names: tuple[str, ...], pad: int | None, clip: bool) -> None:
+        super().__init__(inner)
+        frame = FramedEncoder(inner, pad, clip)
+        self.clip, self.place = clip, Place("", None, names)
+        self.settings = {**frame.settings, "names": list(names)}
+        self.pixels = nn.Parameter(0.0 * _noise(self, 0, (len(names), *frame.pixels.shape)))
+        self.register_buffer("factor", frame.factor, persistent=False)
+
+    @classmethod
+    def remade(cls, inner: DualEncoder, settings: dict[str, Any]) -> PromptedEncoder:
+        _check(settings, _ClassFraming)
+        found = cls(inner, tuple(settings["names"]), settings["pad"], settings["clip"])
+        _check_size(found, settings)
+        return found
+
+    def moves(self) -> tuple[str, ...]:
+        return ("image",)
+
+    def encode_image(self, images: Images) -> Embeddings:
+        return self.encode_fitted(self.fitted(images))
+
+    def encode_fitted(self, pixels: Resized) -> Embeddings:
+        seen = pixels[:, None] + self.pixels * self.factor
+        seen = seen.clamp(0.0, 1.0) if self.clip else seen
+        return self.inner.encode_fitted(seen.flatten(0, 1)).unflatten(0, (len(pixels), -1)).flatten(1)
+
+    def encode_text(self, texts: Sequence[str]) -> Embeddings:
+        found, count = self.inner.encode_text(texts), len(self.place.names)
+        own = torch.tensor(self.place.lists(texts), device=found.device)
+        return seen_with(found.repeat(1, count), count, own)
+
+    def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
+        count = len(self.place.names)
+        views, copies = images.unflatten(1, (count, -1)), texts.unflatten(1, (count, -1))
+        each = [self.inner.logits(views[:, number], copies[:, number]) for number in range(count)]
+        known = torch.stack(each, 1).log_softmax(2)  # (images, pixels, classes)
+        lengths = copies.detach().float().norm(dim=2)
+        own = (lengths > 1.5 * lengths.amin(1, keepdim=True)).to(known.dtype)
+        shares = torch.where(own.any(1, keepdim=True), own, torch.ones_like(own))
+        return (known * (shares / shares.sum(1, keepdim=True)).T).sum(1)
+
+    def splice(self, texts: Sequence[str], words: str, lists: Sequence[int] = ()) -> Splice:
+        raise CrossguardError("this model has learned pixels for each class, so its words cannot be tuned beside them")
+
+
+def seen_with(texts: Tensor, count: int, own: Tensor) -> Tensor:
+    """Copies of embeddings of texts side by side, of which those of one class each are twice as long.
+
+    Args:
+        count: how many classes there are.
+        own: the class of each text; none of the copies is longer where it is `count`.
+    """
+    copies = F.normalize(texts.unflatten(1, (count, -1)).float(), dim=2)
+    longer = F.one_hot(own, count + 1)[:, :count].to(copies.dtype)
+    return (copies * (1.0 + longer)[..., None]).flatten(1)
 
 
 # Tokens of images
@@ -510,7 +588,7 @@ class PromptTuned(Checkpoint):
 
 
 _KINDS: dict[str, type[PromptedEncoder]] = {
-    kind.kind: kind for kind in (FramedEncoder, TokenEncoder, ContextEncoder, CoupledEncoder)
+    kind.kind: kind for kind in (FramedEncoder, ClassFramedEncoder, TokenEncoder, ContextEncoder, CoupledEncoder)
 }
 
 
@@ -551,6 +629,16 @@ def _unit(network: DualEncoder) -> tuple[float, float, float]:
             f"a {type(network).__name__} does not say how it normalizes pixels; learn them in their own unit"
         )
     return network.preprocess.std
+
+
+def _check_size(network: PromptedEncoder, settings: dict[str, Any]) -> None:
+    """Raises where pixels were learned for images of another size."""
+    own = network.settings
+    if (own["height"], own["width"]) != (settings["height"], settings["width"]):
+        raise CrossguardError(
+            f"it was learned for images of {settings['height']} x {settings['width']} pixels, and this base reads "
+            f"{own['height']} x {own['width']}"
+        )
 
 
 def _check_tokens(tokens: int) -> None:

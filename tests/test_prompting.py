@@ -1,0 +1,268 @@
+"""Recipes that learn prompts against their published formulas written out, and MMCoA with every part."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossguard import (
+    APT,
+    CAVP,
+    FAP,
+    AdvPT,
+    ClassFrames,
+    Combined,
+    Context,
+    Coupled,
+    Deep,
+    Frame,
+    HuggingFace,
+    LoRA,
+    MMCoA,
+    Towers,
+    VisualPrompt,
+    build,
+    show,
+)
+from crossguard.attacks.base import ImageVictim
+from crossguard.attacks.gradient import PGD
+from crossguard.budgets import Both, Linf, Words
+from crossguard.defenses.optimizers import SGD
+from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.run import Run
+from crossguard.defenses.terms import BATCH, CLASSES
+from crossguard.errors import CrossguardError
+from crossguard.goals import Goal, Untargeted, nobody
+from crossguard.models.base import Checkpoint, DualEncoder
+from crossguard.processes import ALONE
+from fixtures import Blots, save_clip
+
+STRONG = PGD(steps=3, step=0.5, best=False, stop=False)
+FEW: dict[str, Any] = {
+    "steps": 2, "batch": 8, "image_attack": STRONG, "budget": Linf(16 / 255), "optimizer": SGD(lr=0.01, momentum=0.0),
+    "cosine": False,
+}  # fmt: skip
+RECIPES: dict[str, Recipe] = {
+    "AdvPT": AdvPT(**FEW, trains=Context(tokens=4)),
+    "APT": APT(**FEW, shots=4, trains=Context(tokens=4)),
+    "APT of classes": APT(**FEW, shots=None, trains=Context(tokens=4, specific=True)),
+    "APT against the base": APT(**FEW, shots=None, constant=True, trains=Context(tokens=4)),
+    "VisualPrompt": VisualPrompt(**FEW, warmup=0, trains=Combined((Frame(6, False, True, 1.0), Deep(3, 1, 1.0)))),
+    "FAP": FAP(**FEW, shots=None, trains=Coupled(depth=2)),
+    "CAVP": CAVP(**FEW, trains=ClassFrames(4)),
+}
+NAMES = Blots().names
+PROMPTS = [f"a photo of a {name}" for name in NAMES]
+
+
+@dataclass(frozen=True)
+class Up(Goal):
+    """Climbs any function of what the victim says and of its number in the batch."""
+
+    function: Any
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        return self.function(outputs)
+
+    def won(self, outputs: Tensor) -> Tensor:
+        return nobody(outputs)
+
+    def at(self, keep: Tensor) -> Up:
+        assert bool(torch.ones(len(keep), dtype=torch.bool)[keep].all()), "nobody leaves"
+        return self
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return HuggingFace(str(save_clip(tmp_path_factory.mktemp("prompting") / "clip")))
+
+
+def started(recipe: Recipe, base: Checkpoint, folder: Path) -> Run:
+    return Run(recipe, base, Blots(), folder, {"recipe": "", "model": "", "data": ""}, ALONE)
+
+
+def gradients(network: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys() and left
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=1e-5, rtol=2e-3)
+        assert bool(left[name].any()), name
+
+
+def unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def restated(name: str, network: Any, plain: Any, images: Tensor, labels: Tensor) -> Any:
+    """The loss of a step as published, and what its adversary climbs for each image: functions of attacked images."""
+    texts, rows = network.encode_text(PROMPTS), torch.arange(len(labels))
+
+    def logits(found: Tensor, of: Any = network, strings: Tensor = texts) -> Tensor:
+        return of.scale * unit(of.encode_image(found)) @ unit(strings).T
+
+    if name == "AdvPT":
+
+        def loss(bad: Tensor) -> Tensor:
+            return F.cross_entropy(network.scale * unit(plain.encode_image(bad)) @ unit(texts).T, labels)
+
+        clean = plain.encode_image(images).softmax(1)
+        return loss, plain.encode_image, Up(lambda z: F.kl_div(z.log_softmax(1), clean, reduction="none").sum(1))
+    if name == "FAP":
+
+        def divergence(bad: Tensor) -> Tensor:
+            return F.kl_div(logits(bad).log_softmax(1), logits(images).softmax(1), reduction="none").sum(1)
+
+        def loss(bad: Tensor) -> Tensor:
+            near = (unit(network.encode_image(bad)) * unit(network.encode_image(images))).sum(1)
+            return F.cross_entropy(logits(images), labels) + 1.5 * (divergence(bad) * (near + 1)).mean()
+
+        return (
+            loss,
+            logits,
+            Up(lambda y: F.kl_div(y.log_softmax(1), logits(images).softmax(1), reduction="none").sum(1)),
+        )
+    if name == "CAVP":
+        inner, frames = network.inner, network.own()["pixels"] * network.factor
+        strings = inner.encode_text(PROMPTS)
+
+        def under(found: Tensor) -> Tensor:
+            seen = [logits((inner.fitted(found) + one).clamp(0, 1), inner, strings) for one in frames]
+            return torch.stack(seen, 1)  # (images, prompts, classes)
+
+        def entropies(found: Tensor) -> Tensor:
+            return F.cross_entropy(under(found)[rows, labels], labels, reduction="none")
+
+        def loss(bad: Tensor) -> Tensor:
+            total, known = torch.zeros(()), under(images).softmax(2)
+            for j in range(3):
+                total = total + entropies(images)[labels == j].mean() + entropies(bad)[labels == j].mean()
+                others = [k for k in range(3) if k != j]
+                own, rest = known[labels == j], known[labels != j]
+                first = torch.stack([own[:, k, k] for k in others]).amax(0) - own[:, j, j]
+                second = rest[:, j, j] - torch.stack([rest[:, j, k] for k in others]).amax(0)
+                third = torch.stack([own[:, k, j] for k in others]).amax(0) - own[:, j, j]
+                total = total + 3 * sum(one.clamp(min=-0.1).mean() for one in (first, second, third))
+            return total
+
+        diagonal = lambda found: under(found).log_softmax(2).diagonal(dim1=1, dim2=2)  # noqa: E731
+        return loss, diagonal, Up(lambda y: -y[rows, labels])
+    victim = (lambda x: logits(x, plain, plain.encode_text(PROMPTS))) if "base" in name else logits
+    return lambda bad: F.cross_entropy(logits(bad), labels), victim, Untargeted(labels)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_is_the_published_loss(name: str, base: Checkpoint, tmp_path: Path) -> None:
+    recipe = RECIPES[name]
+    run = started(recipe, base, tmp_path)
+    with torch.no_grad():  # away from where frames are zero, and class frames equal
+        for number, one in enumerate(run.learner.trained.values()):
+            one.add_(0.05 * torch.randn(one.shape, generator=torch.Generator().manual_seed(number)))
+    before: Any = copy.deepcopy(run.learner.network)
+    plain = base.load().requires_grad_(False)
+    inputs = run.learner.views(0)
+    images, bad = inputs.images["clean"], inputs.images["adversarial"]
+    labels = inputs.batch.texts[CLASSES].place
+    assert labels is not None and inputs.batch.texts[CLASSES].texts == PROMPTS
+    values = run.learner.take(0)
+    with torch.no_grad():
+        _, answer, goal = restated(name, before, plain, images, labels)
+        keys = inputs.batch.seeds
+        made = STRONG(ImageVictim(answer), images, goal, Linf(16 / 255), keys)
+    if name != "AdvPT":  # whose noise does not depend on the step
+        assert float((made - bad).abs().gt(1e-6).float().mean()) < 0.01  # but where a gradient is zero up to rounding
+    loss = restated(name, before, plain, images, labels)[0](bad)
+    assert values["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
+    loss.backward()
+    close(gradients(run.learner.network), gradients(before))
+    trained = set(run.learner.trained)
+    state = plain.state_dict()
+    for key, tensor in run.learner.network.state_dict().items():
+        if f"network.{key}" not in trained:
+            assert torch.equal(tensor, state[key.replace("inner.", "")]), key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_word_of_a_training_answers_as_its_network(name: str, base: Checkpoint, tmp_path: Path) -> None:
+    recipe = RECIPES[name]
+    assert build(show(recipe)) == recipe
+    run = started(recipe, base, tmp_path)
+    run.train()
+    word = recipe.trains.word(base, tmp_path)
+    images = torch.stack([Blots().image(index) for index in range(4)]).float() / 255
+    network = run.learner.network.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(word.network.encode_image(images), network.encode_image(images))
+        assert torch.equal(word.network.encode_text(PROMPTS), network.encode_text(PROMPTS))
+
+
+def test_recipes_begin_as_published() -> None:
+    assert AdvPT().budget == Linf(8 / 255) and AdvPT().batch == 32 and AdvPT().epochs == 100.0
+    assert AdvPT().trains == Context(tokens=32) and AdvPT().stages()[0].adversaries[0].once
+    assert APT().trains == Context(tokens=16) and APT().shots == 16 and APT().budget == Linf(4 / 255)
+    assert APT().image_attack == PGD(steps=3, step=2.67 / 4, best=False, stop=False)
+    assert FAP().trains == Coupled("a photo", None, 9) and FAP().consistency == 1.5 and FAP().batch == 4
+    assert isinstance(VisualPrompt().optimizer, SGD) and VisualPrompt().optimizer.lr == 40.0
+    with pytest.raises(CrossguardError, match="has no prompt for each class"):
+        CAVP(trains=Frame())
+
+
+# --- MMCoA with every part ---
+
+MMCOA = MMCoA(
+    steps=2, batch=8, optimizer=SGD(lr=0.01, momentum=0.0), image_attack=STRONG, budget=Both(Linf(16 / 255), Words(1))
+)
+PARTS = {
+    "towers": Towers(),
+    "last two": Towers(("image", "text"), last=2),
+    "LoRA": LoRA(2),
+    "context": Context(),
+    "contexts": Context(tokens=3, specific=True),
+    "deep tokens": Deep(2),
+    "both sides": Coupled(depth=2),
+    "frame": Frame(4, start=0.1),
+    "class frames": ClassFrames(4),
+    "several": Combined((LoRA(2), Frame(4), Deep(2, depth=1), Context())),
+}
+
+
+def written_out(network: DualEncoder, inputs: Any) -> Tensor:
+    """MMCoA's loss, where every image has its own copy of its text."""
+    own = inputs.batch.texts[BATCH].place.tolist()
+    total = torch.zeros(())
+    for image, text in (("adversarial", "clean"), ("clean", "adversarial")):
+        texts = network.encode_text([inputs.texts[text, BATCH][row] for row in own])
+        logits = network.logits(network.encode_image(inputs.images[image]), texts)
+        target = torch.arange(len(own))
+        total = total + 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    return total
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "class frames"])
+def test_mmcoa_trains_every_part(name: str, base: Checkpoint, tmp_path: Path) -> None:
+    recipe = replace(MMCOA, trains=PARTS[name])
+    run = started(recipe, base, tmp_path)
+    before: Any = copy.deepcopy(run.learner.network)
+    inputs = run.learner.views(0)
+    values = run.learner.take(0)
+    loss = written_out(before, inputs)
+    assert values["loss"] == pytest.approx(float(loss.detach()), abs=1e-5) and values["texts changed"] == 1.0
+    loss.backward()
+    found, expected = gradients(run.learner.network), gradients(before)
+    assert found.keys() == expected.keys() == {one.removeprefix("network.") for one in run.learner.trained}
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=2e-3)
+    assert any(bool(one.any()) for one in found.values())
+    run.learner.take(1)
+    after = run.learner.network.state_dict()
+    moved = {key for key, tensor in before.state_dict().items() if not torch.equal(tensor, after[key])}
+    assert moved and moved <= found.keys()
