@@ -1,7 +1,8 @@
 """Training-time defenses that learn prompts and leave the weights as they are: AdvPT, APT, visual prompting, C-AVP and
 FAP.
 
-Any of them trains any part (`trains=...`): what is given here is what its paper trains.
+Any of them trains any part (`trains=...`): what is given here is what its paper trains. Momentum 0.9 and weight decay
+5e-4 of AdvPT, APT and FAP are the defaults of Dassl, the toolbox behind them.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ from crossguard.defenses.terms import (
 from crossguard.errors import CrossguardError
 from crossguard.models.prompted import seen_with
 from crossguard.shapes import Labels, Logits, PerImage
-
-_DASSL = {"momentum": 0.9, "weight_decay": 5e-4}  # of SGD in Dassl, the toolbox behind AdvPT, APT and FAP
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class AdvPT(Recipe):
     """
 
     trains: Trainable = Context(tokens=32)
-    optimizer: Optimizer = SGD(lr=2e-3, **_DASSL)
+    optimizer: Optimizer = SGD(lr=2e-3, weight_decay=5e-4)
     cosine: bool = True
     epochs: float = 100.0
     batch: int = 32
@@ -118,7 +117,7 @@ class APT(Recipe):
     """
 
     trains: Trainable = Context(tokens=16)
-    optimizer: Optimizer = SGD(lr=2e-3, **_DASSL)
+    optimizer: Optimizer = SGD(lr=2e-3, weight_decay=5e-4)
     cosine: bool = True
     epochs: float = 50.0
     batch: int = 32
@@ -188,7 +187,7 @@ class FAP(Recipe):
     """
 
     trains: Trainable = Coupled()
-    optimizer: Optimizer = SGD(lr=3.5e-3, **_DASSL)
+    optimizer: Optimizer = SGD(lr=3.5e-3, weight_decay=5e-4)
     cosine: bool = True
     epochs: float = 10.0
     batch: int = 4
