@@ -43,8 +43,8 @@ def model(text: str) -> str:
             raise CrossguardError(f"{shown!r} holds pickles, which are not read; save the model with safetensors")
         if what == "weights":
             raise CrossguardError(
-                f"{shown!r} holds weights alone; give the folder with their configuration, or a word that says what "
-                "they are the weights of"
+                f"{shown!r} holds weights alone; give the folder with their configuration, or say what they are the "
+                f"weights of, as in OpenCLIP('ViT-B-32', {shown!r})"
             )
         as_data = f" (it is data: {_found(shown)})" if _found(shown) else ""
         raise CrossguardError(
