@@ -55,7 +55,7 @@ COURSES = {
     # Patches do not know that a thing may lie elsewhere: shifted images say so.
     "vit": Course(FreshViT(patch=8, width=128), (1500, 1400), (1e-3, 1e-3), Augment(flip=False, shift=3)),
     # At the rates of the others, this one's texts learn to be alike before its images have learned to differ.
-    "cnn": Course(FreshCNN(), (700, 1400, 1000), (5e-4, 1e-3, 1e-3)),
+    "cnn": Course(FreshCNN(), (1500, 1500), (7e-4, 1e-3)),
 }
 
 
