@@ -92,6 +92,11 @@ from .datasets.known import StanfordCars as StanfordCars
 from .datasets.known import TinyImageNet as TinyImageNet
 from .datasets.parquet import Parquet as Parquet
 from .datasets.shards import Shards as Shards
+from .defenses.adaptation import ARTUDA as ARTUDA
+from .defenses.adaptation import DANN as DANN
+from .defenses.adaptation import DisentangledDistillation as DisentangledDistillation
+from .defenses.adaptation import SelfTraining as SelfTraining
+from .defenses.adaptation import SourceFinetuning as SourceFinetuning
 from .defenses.finetuning import Contrastive as Contrastive
 from .defenses.finetuning import FTStandard as FTStandard
 from .defenses.finetuning import MMCoA as MMCoA

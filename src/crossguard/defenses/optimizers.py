@@ -67,12 +67,17 @@ class SGD(Optimizer):
     lr: float = 1e-5
     momentum: float = 0.9
     weight_decay: float = 0.0
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.nesterov and not self.momentum > 0:
+            raise CrossguardError("SGD(nesterov=True) needs momentum; give a positive one, such as momentum=0.9")
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
+        )
 
 
 def _check(optimizer: Adam | AdamW | SGD) -> None:
