@@ -4,6 +4,7 @@
     python benchmarks/test_time.py rtpt --model b32 --images 4 --classes 100 --views 8
     python benchmarks/test_time.py rtpt --model b32 --images 1 --classes 1000 --views 8 --memory
     python benchmarks/test_time.py price                      # defenses that attack back, beside what they are made of
+    python benchmarks/test_time.py audit --images 100 --threads 2
 
 `rtpt` answers the same images by the same views three times: by the loop of the authors' code (one image at a time, its
 views embedded anew in each of four forwards, and all prompts read anew as well), by the word asked about one image at a
@@ -13,6 +14,10 @@ authors' code pads to 77 tokens. With `--memory` a process of its own says by ho
 
 `price` times one answer of TTC and of SCC, and divides it by the forwards and backwards that were counted in it, each
 at the price of a bare one.
+
+`audit` audits TTC with all its defaults, within 5/255, and divides the CPU seconds by the forwards and backwards that
+were counted in it, each at the price of a bare one. What is above 1 is noise, steps, judging, reports, and gradients of
+gradients (in the smooth stand-in of TTC), which cost more than those that are counted.
 """
 
 from __future__ import annotations
@@ -32,8 +37,9 @@ import torch.nn.functional as F
 from checkpoints import b32
 from torch import Tensor
 
-from crossguard import RTPT, SCC, TTC, Prompts, Scenes, Tiny
+from crossguard import RTPT, SCC, TTC, Linf, Prompts, Scenes, Tiny, ZeroShot
 from crossguard.answer import counting, logits_of
+from crossguard.audit import audit
 from crossguard.models.base import Checkpoint
 from crossguard.models.views import tpt_views
 from crossguard.seeds import by_position, drawing
@@ -125,6 +131,46 @@ def rtpt(options: argparse.Namespace) -> None:
         print(f"logits differ by {apart:.1g} at most, those of an image have a standard deviation of {spread:.2g}")
 
 
+def audited(options: argparse.Namespace) -> None:
+    data, model = Scenes(), Tiny()
+    images = torch.stack([data.image(index).float() / 255.0 for index in range(options.images)])
+    bare = model.answer(data.prompts())
+
+    def forwards() -> None:
+        with torch.no_grad():
+            bare(images)
+
+    def backwards() -> None:
+        bare.ascend(images, lambda said: logits_of(said).square().sum(1))
+
+    def least(way: Callable[[], None]) -> float:
+        """CPU seconds of an image."""
+        found = torch.inf
+        for _ in range(options.runs + 1):  # the first one warms up
+            start = time.process_time()
+            way()
+            found = min(found, time.process_time() - start)
+        return found / options.images
+
+    one, both = least(forwards), least(backwards)
+    with tempfile.TemporaryDirectory() as folder, counting() as costs:
+        began, start = time.monotonic(), time.process_time()
+        made = audit(ZeroShot(data), TTC(model), Linf(5 / 255), folder, limit=options.images)
+        seconds, spent = time.monotonic() - began, time.process_time() - start
+    one, both = min(one, least(forwards)), min(both, least(backwards))  # the machine may have been busy before
+    parts = (costs.forwards - costs.backwards) * one + costs.backwards * both
+    for ladder in made.ladders:
+        for rung in ladder.attacked:
+            asked = [sum(counts) / options.images for counts in (rung.outcomes.gradients, rung.outcomes.forwards)]
+            print(f"{ladder.name}, {rung.name}: {asked[0]:.0f} gradients and {asked[1]:.0f} answers an image")
+    print(f"a bare forward: {1000 * one:.3g} CPU milliseconds an image, with a backward {1000 * both:.3g}")
+    print(
+        f"an audit of TTC on {options.images} images: {seconds:.0f} seconds, {spent:.0f} CPU seconds on "
+        f"{options.threads} threads, {spent / parts:.2f} times its {costs.forwards / 1e6:.2f} million forwards and "
+        f"{costs.backwards / 1e6:.2f} million backwards"
+    )
+
+
 def price(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, prompts = model_of(options.model, Path(folder)), prompts_of(options.classes)
@@ -178,7 +224,7 @@ def grown(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("what", choices=["rtpt", "price"])
+    parser.add_argument("what", choices=["rtpt", "price", "audit"])
     parser.add_argument("--model", choices=["tiny", "b32"], default="tiny")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
@@ -192,6 +238,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.what == "price":
         price(options)
+    elif options.what == "audit":
+        audited(options)
     elif options.grown:
         grown(options)
     elif options.memory:
