@@ -35,13 +35,16 @@ from crossguard.attacks.base import ImageVictim
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Both, Linf, Words
 from crossguard.defenses.optimizers import SGD
+from crossguard.defenses.plan import Augment, Stage
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
-from crossguard.defenses.terms import BATCH, CLASSES
+from crossguard.defenses.step import Learner
+from crossguard.defenses.terms import ADVERSARIAL, BATCH, CLASSES, CLEAN, Need, OverClasses
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Untargeted, nobody
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.processes import ALONE
+from crossguard.seeds import keys
 from fixtures import Blots, save_clip
 
 STRONG = PGD(steps=3, step=0.5, best=False, stop=False)
@@ -170,16 +173,22 @@ def test_a_step_is_the_published_loss(name: str, base: Checkpoint, tmp_path: Pat
     before: Any = copy.deepcopy(run.learner.network)
     plain = base.load().requires_grad_(False)
     inputs = run.learner.views(0)
-    images, bad = inputs.images["clean"], inputs.images["adversarial"]
+    images = inputs.images["clean"]
     labels = inputs.batch.texts[CLASSES].place
     assert labels is not None and inputs.batch.texts[CLASSES].texts == PROMPTS
     values = run.learner.take(0)
     with torch.no_grad():
         _, answer, goal = restated(name, before, plain, images, labels)
-        keys = inputs.batch.seeds
-        made = STRONG(ImageVictim(answer), images, goal, Linf(16 / 255), keys)
-    if name != "AdvPT":  # whose noise does not depend on the step
+        seeds = inputs.batch.seeds
+        if name == "AdvPT":  # the noise belongs to the image, whatever the step
+            seeds = keys((Blots().id(index) for index in inputs.batch.indices), 0, "once")
+        bad = STRONG(ImageVictim(answer), images, goal, Linf(16 / 255), seeds)
+    if name == "AdvPT":
+        assert "adversarial" not in inputs.images
+    else:
+        made = inputs.images["adversarial"]
         assert float((made - bad).abs().gt(1e-6).float().mean()) < 0.01  # but where a gradient is zero up to rounding
+        bad = made
     loss = restated(name, before, plain, images, labels)[0](bad)
     assert values["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
     loss.backward()
@@ -203,6 +212,38 @@ def test_the_word_of_a_training_answers_as_its_network(name: str, base: Checkpoi
     with torch.no_grad():
         assert torch.equal(word.network.encode_image(images), network.encode_image(images))
         assert torch.equal(word.network.encode_text(PROMPTS), network.encode_text(PROMPTS))
+
+
+def test_a_bank_is_made_once_and_is_the_same_after_a_kill(
+    base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, asked = replace(RECIPES["AdvPT"], steps=7), list[int]()
+    attacked = Learner._attacked_images
+
+    def counted(self: Learner, one: Any, inputs: Any) -> Tensor:
+        asked.append(len(inputs.images["clean"]))
+        return attacked(self, one, inputs)
+
+    monkeypatch.setattr(Learner, "_attacked_images", counted)
+    need = Need("image", "adversarial", "start")
+    run, found = started(recipe, base, tmp_path), dict[int, Tensor]()
+    for step in range(6):
+        inputs = run.learner.views(step)
+        for index, row in zip(inputs.batch.indices, inputs.known[need], strict=True):
+            assert torch.equal(found.setdefault(index, row), row)
+    assert asked == [8, 8, 8] and len(found) == len(Blots()) == 24
+    late = started(recipe, base, tmp_path).learner.views(4)
+    assert all(torch.equal(found[index], row) for index, row in zip(late.batch.indices, late.known[need], strict=True))
+
+
+def test_what_cannot_be_made_once_is_refused_in_a_sentence() -> None:
+    with pytest.raises(CrossguardError, match="give augment=None"):
+        AdvPT(augment=Augment())
+    maker = AdvPT().stages()[0].adversaries[0]
+    with pytest.raises(CrossguardError, match="a student is asked about it"):
+        Stage(terms=(OverClasses(ADVERSARIAL, CLEAN),), adversaries=(maker,))
+    with pytest.raises(CrossguardError, match="which are others in each step"):
+        replace(maker, climbs=OverClasses(ADVERSARIAL, CLEAN))
 
 
 def test_recipes_begin_as_published() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import islice
@@ -136,6 +136,16 @@ class Feed:
             images = self.recipe.augment(images, seeds)
         return Batch(images, seeds, mine, self._texts(step, chosen))
 
+    def still(self, step: int, missing: AbstractSet[int]) -> Iterator[Batch]:
+        """Images as they are, without augmentation, in groups that are the same whenever they are asked for: those of
+        the samples of this step's epoch that hold one of the missing. Their noise belongs to the image alone."""
+        samples = self._samples(step // self.per_epoch)
+        for first in range(0, len(samples), self.size):
+            group = samples[first : first + self.size]
+            if not missing.isdisjoint(group):
+                images = in_floats(self._stacked([self.data.image(index) for index in group]).to(self.device))
+                yield Batch(images, keys((self.data.id(index) for index in group), self.recipe.seed, "once"), group)
+
     def _share(self, chosen: list[int]) -> list[int]:
         """This process's part of a batch; the parts follow each other, as the gathered embeddings do."""
         share = len(chosen) // self.group.world
@@ -167,12 +177,15 @@ class Feed:
             self._pictures = self.data.stream(rest, 2 * count)
         pictures = list(islice(self._pictures, count))
         self._next = step + 1
+        return self._stacked(pictures)
+
+    def _stacked(self, pictures: Sequence[Tensor]) -> Tensor:
         if len({picture.shape for picture in pictures}) > 1:
             raise CrossguardError(
                 f"the images of {show(self.data, short=True)} have different sizes; "
                 "give the dataset a size, such as size=224"
             )
-        return torch.stack(pictures)
+        return torch.stack(list(pictures))
 
     def _texts(self, step: int, chosen: Sequence[int]) -> dict[str, Texts]:
         """The distinct texts of the step, by what they are over."""

@@ -66,7 +66,8 @@ class Adversary:
         of: the view that it begins with.
         makes: the view that it makes.
         on: whose answer it attacks; the term's 'student' is read as this one.
-        once: make the view of an image once in the whole training and remember it. Only on somebody who does not learn.
+        once: make the view of an image once in the whole training, without augmentation, and remember what those say
+            of it who do not learn: a bank of embeddings, made from the image alone. The student cannot see it.
         leaks: add the gradients of its steps to the update, a fault of released code: there, gradients of parameters
             are cleared before the attack and not after it.
     """
@@ -101,6 +102,10 @@ class Adversary:
         if self.once and self.on == STUDENT:
             raise CrossguardError(
                 f"{name} cannot attack a student once, since it learns; give on='start', or once=False"
+            )
+        if self.once and (self._texts or any(need.tower == TEXT for need in self.needs)):
+            raise CrossguardError(
+                f"{name} cannot be used once on texts or against them, which are others in each step; give once=False"
             )
 
     @property
@@ -226,6 +231,13 @@ class Stage:
         for term in self.terms:
             for need in term.needs():
                 check(need, type(term).__name__)
+        once = {one.makes for one in self.adversaries if one.once}
+        for need in self.everything:
+            if need.view in once and need.tower != TEXT and need.who in (STUDENT, SELF):
+                raise CrossguardError(
+                    f"the view {need.view!r} is made once for those who do not learn, and a student is asked about it; "
+                    "give once=False"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +334,13 @@ class Plan(ABC):
             raise CrossguardError(f"{name}(clip={self.clip}) trains nothing; give a positive norm, or None")
         known = {STUDENT, START, SELF, *self.teachers()}
         for stage in self.stages():
+            once = {one.makes for one in stage.adversaries if one.once}
             for need in stage.everything:
+                if need.view in once and self.augment is not None:
+                    raise CrossguardError(
+                        f"{name} makes the view {need.view!r} of each image once, and so cannot augment it anew in "
+                        "each step; give augment=None"
+                    )
                 if need.who not in known:
                     raise CrossguardError(f"{name} has no teacher {need.who!r}; it has {', '.join(sorted(known))}")
 

@@ -76,6 +76,7 @@ class Learner:
         self.vanilla = self._copy() if any(stage.pull or stage.starts == VANILLA for stage in self.stages) else None
         self.handed = self.vanilla
         self.average: dict[str, Tensor] | None = None
+        self._banks: dict[Adversary, dict[int, dict[Need, Tensor]]] = {}
         self.begin(0)
 
     @property
@@ -127,6 +128,10 @@ class Learner:
         texts = {(CLEAN, over): found.texts for over, found in batches[""].texts.items()}
         inputs = Inputs(batches, images, texts)
         for one in stage.adversaries:
+            if one.once:
+                with self.group.together():
+                    inputs.known.update(self._banked(one, stage, step, inputs))
+                continue
             if isinstance(one.attack, ImageAttack):
                 with self.group.together():
                     try:
@@ -375,6 +380,22 @@ class Learner:
         if one.leaks:
             inputs.paths.append((one, path))
         return made
+
+    def _banked(self, one: Adversary, stage: Stage, step: int, inputs: Inputs) -> dict[Need, Tensor]:
+        """What those who do not learn say of images that are attacked once, remembered for each image."""
+        feed = self.feeds[Need(IMAGE, one.makes).feed]
+        asked = [*stage.needs, *(need for other in stage.adversaries if other is not one for need in other.needs)]
+        needs = [need for need in dict.fromkeys(asked) if need.view == one.makes and need.tower != TEXT]
+        bank = self._banks.setdefault(one, {})
+        indices = inputs.batches[Need(IMAGE, one.makes).feed].indices
+        for batch in feed.still(step, set(indices) - bank.keys()):
+            alone = Inputs({**inputs.batches, Need(IMAGE, one.makes).feed: batch}, {one.of: batch.images}, {})
+            alone.images[one.makes] = self._attacked_images(one, alone)
+            with torch.no_grad():
+                found = {need: self._embedded((need,), alone)[need] for need in needs}
+            for row, index in enumerate(batch.indices):
+                bank[index] = {need: said[row] for need, said in found.items()}
+        return {need: torch.stack([bank[index][need] for index in indices]) for need in needs}
 
     def _attacked_texts(self, one: Adversary, inputs: Inputs, over: str) -> list[str]:
         """This process's share of the distinct texts, attacked."""
