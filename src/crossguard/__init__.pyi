@@ -97,6 +97,9 @@ from .defenses.adaptation import DANN as DANN
 from .defenses.adaptation import DisentangledDistillation as DisentangledDistillation
 from .defenses.adaptation import SelfTraining as SelfTraining
 from .defenses.adaptation import SourceFinetuning as SourceFinetuning
+from .defenses.distillation import FARE as FARE
+from .defenses.distillation import HPTGPD as HPTGPD
+from .defenses.distillation import PMGAFT as PMGAFT
 from .defenses.finetuning import Contrastive as Contrastive
 from .defenses.finetuning import FTStandard as FTStandard
 from .defenses.finetuning import MMCoA as MMCoA

@@ -1,14 +1,21 @@
-"""The contract every attack and every model must meet, ours and yours: `check_attack(mine)`, `check_model(mine)`,
-`check_wrapper(mine)`.
+"""The contract every attack, every model and every recipe must meet, ours and yours: `check_attack(mine)`,
+`check_model(mine)`, `check_wrapper(mine)`, `check_recipe(mine)`.
 
 Each check raises an AssertionError that says what was broken. They need no data, no network and a few seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import io
+import math
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +24,22 @@ from crossguard import words
 from crossguard.answer import Answer, Said
 from crossguard.attacks.base import Attack, ImageAttack, ImageVictim, Queries, TextAttack
 from crossguard.budgets import L1, L2, Characters, Linf, Words
-from crossguard.data import Prompts
+from crossguard.data import Dataset, Prompts, in_floats
+from crossguard.datasets.combined import Over
+from crossguard.datasets.embedded import Scenes
+from crossguard.defenses.optimizers import SGD
+from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.run import Run, asked, written
+from crossguard.defenses.step import Learner
+from crossguard.defenses.terms import TEXT
+from crossguard.errors import CrossguardError
 from crossguard.goals import Drift, Untargeted, margin
-from crossguard.models.base import VisionLanguageModel
+from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel
+from crossguard.models.embedded import Tiny
 from crossguard.models.wrapper import Lent, Wrapper, layers
+from crossguard.processes import ALONE
 from crossguard.seeds import drawing, replay
-from crossguard.shapes import Embeddings, Images, Logits
+from crossguard.shapes import Embeddings, Images, Labels, Logits
 
 PIXEL_BUDGETS: tuple[Linf | L2 | L1, ...] = (Linf(8 / 255), L2(0.5), L1(2.0))
 
@@ -138,6 +155,38 @@ def check_wrapper(wrapper: Wrapper, size: int = 32) -> None:
         )
 
 
+def check_recipe(
+    recipe: Recipe, base: Checkpoint | None = None, data: Dataset | None = None, processes: bool = False
+) -> None:
+    """The contract of a recipe, tried in trainings of two steps a stage: each stage's loss falls along its gradient,
+    nothing changes but what is trained, the same seed gives the same weights, also after a kill, the result answers as
+    the trained network did, and data that cannot be trained on is refused in a sentence.
+
+    Args:
+        base: what is trained; the shipped model, if None.
+        data: at least eight images, with whatever the recipe needs; eight generated scenes, if None.
+        processes: two processes must take the steps of one, too. They are started anew, so the recipe, and what it
+            holds, must be importable; in a script, below `if __name__ == "__main__"`.
+    """
+    base, data = base or Tiny(), data or Scenes("shape", count=8)
+    if type(recipe).__name__ in words.names():
+        assert words.build(words.show(recipe)) == recipe, f"{recipe} does not survive being written and read"
+    short = replace(recipe, epochs=1.0, steps=2, batch=4, warmup=0, save_every=10**6)
+    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        root = Path(folder)
+        learner = _check_steps(short, base, data, root / "steps")
+        word = short.fit(base, data, root / "whole", processes=False)
+        _check_answer(learner.network, word, data)
+        learned = _learned(root / "whole")
+        short.fit(base, data, root / "again", processes=False)
+        assert _equal(learned, _learned(root / "again")), "the same seed gave other weights"
+        for step in sorted({1, *learner.ends[:-1]}):
+            _check_kill(short, base, data, root, step, learned)
+        _check_refusals(short, base, data, root / "refused")
+        if processes:
+            _check_processes(short, base, data, root)
+
+
 class LinearVictim(nn.Module):
     """Logits linear in the pixels: the loss an attack can reach is known in closed form, so an attack can be measured
     exactly.
@@ -232,3 +281,163 @@ def _pictures(count: int, size: int) -> Images:
     from crossguard.seeds import by_position, uniform
 
     return 0.3 + 0.4 * uniform(by_position(count), (3, size, size))
+
+
+def _run(recipe: Recipe, base: Checkpoint, data: Dataset, folder: Path) -> Run:
+    """A training that has not taken a step."""
+    folder.mkdir()
+    return Run(recipe, base, data, folder, asked(recipe, base, data), ALONE)
+
+
+def _learned(folder: Path) -> dict[str, Tensor]:
+    """What a training has written."""
+    from safetensors.torch import load_file
+
+    return {f"{file.name}/{name}": tensor for file in written(folder) for name, tensor in load_file(file).items()}
+
+
+def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def _check_steps(recipe: Recipe, base: Checkpoint, data: Dataset, folder: Path) -> Learner:
+    """Descent in every stage, and what stays as it is."""
+    run = _run(recipe, base, data, folder)
+    learner = run.learner
+    teachers = {who: one for who, one in learner.teachers.items() if isinstance(one, nn.Module)}
+    teachers |= {
+        f"{who} {number}": word.network
+        for who, one in learner.teachers.items() if isinstance(one, VisionLanguageModel)
+        for number, word in enumerate(words.within(one, Checkpoint))
+    }  # fmt: skip
+    still = {f"network {name}": one for name, one in learner.network.named_parameters() if not one.requires_grad}
+    still |= {f"teacher {who} {name}": one for who, held in teachers.items() for name, one in held.named_parameters()}
+    before = {name: one.detach().clone() for name, one in still.items()}
+    trained = {name: one.detach().clone() for name, one in learner.trained.items()}
+    for step in range(run.total):
+        if learner.place(step)[1] == 0:
+            if step:
+                learner.begin(learner.place(step)[0])
+            _check_descent(learner, step)
+        values = learner.take(step)
+        assert math.isfinite(values["loss"]), f"the loss of step {step + 1} is not finite"
+    for feed in run.feeds.values():
+        feed.close()
+    moved = [name for name, one in still.items() if not torch.equal(one, before[name]) or one.grad is not None]
+    assert not moved, f"{moved[0]} is not trained, and has changed or got a gradient"
+    assert not _equal(trained, {name: one.detach() for name, one in learner.trained.items()}), "nothing was learned"
+    return learner
+
+
+def _check_descent(learner: Learner, step: int) -> None:
+    """The loss of a batch that is repeated falls along its gradient."""
+    inputs = learner.views(step)
+    assert all(one.grad is None for one in learner.trained.values()) or step, "an adversary left gradients behind"
+    loss, _ = learner.loss(step, inputs)
+    gradients = torch.autograd.grad(loss, list(learner.trained.values()), allow_unused=True)
+    found = {name: one for name, one in zip(learner.trained, gradients, strict=True) if one is not None}
+    norm = math.sqrt(sum(float(one.square().sum()) for one in found.values()))
+    assert norm > 0.0, "the gradient of the loss is zero"
+    start = {name: one.detach().clone() for name, one in learner.trained.items()}
+    for length in (1e-1, 1e-2, 1e-3, 1e-4):
+        learner.put({name: one - length / norm * found[name] if name in found else one for name, one in start.items()})
+        with torch.no_grad():
+            lower = float(learner.loss(step, inputs)[0]) < float(loss.detach())
+        learner.put(start)
+        if lower:
+            return
+    raise AssertionError(f"the loss of step {step + 1} does not fall along its gradient")
+
+
+def _check_answer(network: DualEncoder, word: Checkpoint, data: Dataset) -> None:
+    """The result answers as the trained network."""
+    images, texts = in_floats(torch.stack(data.load(range(4)))), ["a photo of a circle", "a red star"]
+    with torch.no_grad():
+        pairs = (
+            ("images", network.encode_image(images), word.encode_image(images)),
+            ("texts", network.encode_text(texts), word.encode_text(texts)),
+        )
+    for what, trained, loaded in pairs:
+        assert torch.allclose(trained.float(), loaded, rtol=1e-3, atol=1e-4), (
+            f"{words.show(word, short=True)} embeds {what} otherwise than the trained network"
+        )
+
+
+def _check_kill(
+    recipe: Recipe, base: Checkpoint, data: Dataset, root: Path, step: int, learned: Mapping[str, Tensor]
+) -> None:
+    """A training that ends after a step, and is taken up again."""
+    folder = root / f"killed after {step}"
+    run = _run(recipe, base, data, folder)
+    for taken in range(step):
+        run.learner.take(taken)
+    run.save(step)
+    for feed in run.feeds.values():
+        feed.close()
+    recipe.fit(base, data, folder, processes=False)
+    assert _equal(learned, _learned(folder)), f"killed after step {step}, the training ends in other weights"
+
+
+@dataclass(frozen=True)
+class _Sizes(Over):
+    """Every second image is a row smaller."""
+
+    data: Dataset
+
+    def image(self, index: int) -> Tensor:
+        image = self.data.image(index)
+        return image[:, 1:] if index % 2 else image
+
+    def stored(self, index: int) -> Tensor:
+        return self.image(index)
+
+
+@dataclass(frozen=True)
+class _OneClass(Over):
+    """All images are of the first class."""
+
+    data: Dataset
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.data.names[:1]
+
+    def prompts(self, templates: Sequence[str] | None = None) -> Prompts:
+        return Dataset.prompts(self, templates)
+
+    def labels(self) -> Labels:
+        return torch.zeros_like(self.data.labels())
+
+
+def _check_refusals(recipe: Recipe, base: Checkpoint, data: Dataset, folder: Path) -> None:
+    texts = any(need.tower == TEXT for stage in recipe.stages() for need in stage.everything) and not recipe.captions
+    cases = ((_Sizes(data), "images of several sizes", True), (_OneClass(data), "a single class", texts))
+    for wrong, what, must in cases:
+        said = ""
+        try:
+            recipe.fit(base, wrong, folder / what, processes=False)
+        except CrossguardError as error:
+            said = str(error)
+        assert said or not must, f"it trains on {what} without a word"
+        assert "\n" not in said, f"what is said of {what} is more than a sentence: {said}"
+
+
+def _check_processes(recipe: Recipe, base: Checkpoint, data: Dataset, root: Path) -> None:
+    """Two processes take the steps of one, by plain SGD, in which a gradient that is twice as long would show."""
+    plain = replace(recipe, optimizer=SGD(lr=1e-2, momentum=0.0))
+    plain.fit(base, data, root / "one", processes=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_of_two, (port, plain, base, data, root / "two"), nprocs=2)
+    one, two = _learned(root / "one"), _learned(root / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=1e-3, atol=1e-5), f"two processes learn another {name} than one"
+
+
+def _one_of_two(rank: int, port: int, recipe: Recipe, base: Checkpoint, data: Dataset, folder: Path) -> None:
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ.update(world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    recipe.fit(base, data, folder)

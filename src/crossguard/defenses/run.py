@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossguard.attacks.candidates import doubts
-from crossguard.checkpoints import check_finite, weights
+from crossguard.checkpoints import check_finite
 from crossguard.data import Dataset
 from crossguard.defenses.feed import Feed
 from crossguard.defenses.plan import Plan
@@ -36,12 +36,13 @@ from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
 from crossguard.files import LOCK, LogFile, WriteError, hashed, owned, reason, save_tensors, tidy, write
 from crossguard.limits import whole
-from crossguard.models.base import Checkpoint
+from crossguard.models.base import Checkpoint, VisionLanguageModel
+from crossguard.models.prompted import ContextEncoder, prompts
 from crossguard.opening import opening
 from crossguard.printing import LogFormatter, say
 from crossguard.processes import Processes
 from crossguard.reading import parse_json, read_json
-from crossguard.words import contents, show
+from crossguard.words import contents, show, within
 
 _STATE, _RECORD = "training.safetensors", "crossguard.json"
 _ALIKE = 64  # captions that are compared with each other before the first step
@@ -190,8 +191,8 @@ class Run:
             CrossguardError: nothing can be learned.
         """
         network = self.learner.network
-        strings, prompts = self.feed.strings(), self.feed.prompts
-        kind, some = ("captions", strings[:_ALIKE]) if prompts is None else ("class prompts", self.feed.classes)
+        strings, classes = self.feed.strings(), self.feed.prompts
+        kind, some = ("captions", strings[:_ALIKE]) if classes is None else ("class prompts", self.feed.classes)
         if len(set(some)) > 1:
             with torch.no_grad():
                 embeddings = F.normalize(network.encode_text(some).float(), dim=1)
@@ -217,8 +218,27 @@ class Run:
                 f"{show(self.model, short=True)} reads, and their ends are not seen; give shorter ones, or a base "
                 "whose tokenizer knows their words, such as Fresh(tokenizer=...)"
             )
+        for name, teacher in self.learner.teachers.items():
+            if isinstance(teacher, VisionLanguageModel):
+                self._check_teacher(name, teacher, some)
         attacks = {one.attack: None for stage in self.learner.stages for one in stage.adversaries}
         return [*notes, *(doubt for attack in attacks for doubt in doubts(attack, strings))]
+
+    def _check_teacher(self, name: str, teacher: VisionLanguageModel, some: Sequence[str]) -> None:
+        """Raises where a teacher cannot be asked about these classes."""
+        whose = f"the teacher {name!r}"
+        for word in within(teacher, Checkpoint):
+            for part in prompts(word.network):
+                if isinstance(part, ContextEncoder) and self.feed.prompts is not None:
+                    check_class_lists(self.feed.prompts.names, part.place.names, whose)
+        if len(set(some)) > 1:
+            with torch.no_grad():
+                embeddings = F.normalize(teacher.encode_text(some).float(), dim=1)
+            if float((embeddings - embeddings[0]).abs().max()) < 1e-6:
+                raise CrossguardError(
+                    f"{whose}, {show(teacher, short=True)}, has one embedding for all of these texts, such as "
+                    f"{some[0]!r} and {some[-1]!r}: it does not read them; give another teacher"
+                )
 
     # State on disk
 
@@ -288,7 +308,7 @@ class Run:
             "notes": self.notes,
             "versions": _versions(),
             "weights": {
-                file.name: {"bytes": file.stat().st_size, "sha256": hashed(file)} for file in weights(self.folder)
+                file.name: {"bytes": file.stat().st_size, "sha256": hashed(file)} for file in written(self.folder)
             },
         }
         # Written last: this file says that everything else is there.
@@ -393,6 +413,11 @@ def _record(folder: Path) -> _Record:
     return read_json(folder / _RECORD, _Record, "delete the folder to train again")
 
 
+def written(folder: Path) -> list[Path]:
+    """The files of what a training has learned: of a checkpoint, or of a part."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != _STATE]
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether the weights of a finished training are those that it wrote; what it needed to get there is removed then.
     Where the weights are others, but the state of the training is there still, they are made again from it.
@@ -402,7 +427,7 @@ def _is_whole(folder: Path) -> bool:
     """
     path = folder / _RECORD
     told = {name: (one["bytes"], one["sha256"]) for name, one in _record(folder).get("weights", {}).items()}
-    found = {file.name: file for file in weights(folder)}
+    found = {file.name: file for file in written(folder)}
     wrong: list[str] = []
     for name in sorted(told.keys() | found.keys()):
         file = found.get(name)

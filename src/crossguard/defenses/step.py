@@ -147,6 +147,13 @@ class Learner:
             inputs.texts[one.makes, over] = self._whole(inputs.texts[one.of, over], self.group.gather(share))
         return inputs
 
+    def loss(self, step: int, inputs: Inputs) -> tuple[Tensor, Seen]:
+        """What the student descends in this step, the weighted sum of the terms, and what they saw."""
+        stage = self.stages[self.place(step)[0]]
+        seen = self._seen(stage.needs, inputs, learns=True)
+        values = [term.weight * term.value(seen) for term in stage.terms]
+        return torch.stack(values).sum(), seen
+
     def take(self, step: int) -> dict[str, float]:
         """Takes a step and says how it went: loss, accuracy on the batch where a term tells texts apart, learning rate,
         and the share of the texts that an attack changed, where one attacks texts."""
@@ -160,9 +167,7 @@ class Learner:
         inputs = self.views(step)
         self.optimizer.zero_grad(set_to_none=True)
         self._accumulate(inputs)
-        seen = self._seen(stage.needs, inputs, learns=True)
-        values = [term.value(seen) for term in stage.terms]
-        total = torch.stack([term.weight * value for term, value in zip(stage.terms, values, strict=True)]).sum()
+        total, seen = self.loss(step, inputs)
         accuracy = _accuracy(stage, seen)
         told = torch.stack([total.detach(), *accuracy.values()]).tolist()  # the device is waited for once
         if not math.isfinite(told[0]):

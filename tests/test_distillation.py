@@ -1,0 +1,307 @@
+"""Trainings towards a teacher: their losses and gradients against the formulas of their papers, their stages, and the
+contract of every recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossguard.attacks.gradient import PGD
+from crossguard.budgets import Both, Linf, Words
+from crossguard.defenses.distillation import FARE, HPTGPD, PMGAFT
+from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
+from crossguard.defenses.optimizers import SGD
+from crossguard.defenses.parts import Towers
+from crossguard.defenses.plan import EMA, Augment
+from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.run import Run
+from crossguard.defenses.terms import CLASSES
+from crossguard.errors import CrossguardError
+from crossguard.models.fresh import Fresh
+from crossguard.models.huggingface import HuggingFace
+from crossguard.processes import ALONE
+from crossguard.testing import check_recipe
+from fixtures import Blots, save_tokenizer, small
+
+INNER = PGD(steps=3, step=0.5, best=False, stop=False)
+BUDGET = Linf(16 / 255)
+PROMPTS = [f"a photo of a {name}" for name in Blots().names]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
+    folder = tmp_path_factory.mktemp("base") / "tokenizer"
+    save_tokenizer(folder)
+    return small(folder)
+
+
+@pytest.fixture(scope="module")
+def proxy(base: Fresh) -> Fresh:
+    """Another architecture, with embeddings of another length, that reads the same words."""
+    return replace(base, widths=(8, 8, 16), depths=(1, 1, 1), dimensions=20, seed=5)
+
+
+def started(recipe: Recipe, base: Fresh, folder: Path, data: Any = None) -> Run:
+    return Run(recipe, base, data or Blots(), folder, {"recipe": "", "model": "", "data": ""}, ALONE)
+
+
+def refused(attempt: Callable[[], object]) -> str:
+    with pytest.raises(CrossguardError) as raised:
+        attempt()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def moved(base: Fresh, folder: Path) -> HuggingFace:
+    """The base as it may be after some training, so that it differs from what it was."""
+    network: Any = base.load()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    network.save(folder)
+    return HuggingFace(str(folder))
+
+
+def logits(network: Any, images: Tensor, scale: float | None = None) -> Tensor:
+    """Written out: cosines of raw embeddings with the class prompts."""
+    one, other = F.normalize(network.encode_image(images), dim=1), F.normalize(network.encode_text(PROMPTS), dim=1)
+    return one @ other.T * (network.scale if scale is None else scale)
+
+
+def fare(student: Any, start: Any, proxy: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
+    difference = student.encode_image(bad) - start.encode_image(clean).detach()
+    return (difference**2).sum(1).mean()
+
+
+def kl(first: Tensor, second: Tensor) -> Tensor:
+    """KL(first || second) of the distributions with these logits, for each row."""
+    p, q = first.softmax(1), second.softmax(1)
+    return (p * (p.log() - q.log())).sum(1)
+
+
+def pmg(student: Any, start: Any, proxy: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
+    mine = logits(student, bad)
+    near = kl(logits(start, bad).detach(), mine) + 2.0 * kl(logits(student, clean), mine)
+    return F.cross_entropy(mine, labels) + near.mean()
+
+
+def pmg_released(student: Any, start: Any, proxy: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
+    mine = logits(student, bad, 1.0)
+    near = kl(logits(start, bad, 1.0).detach(), mine) + kl(logits(student, clean, 1.0), mine)
+    return F.cross_entropy(mine, labels) + near.sum()
+
+
+def anchored(student: Any, start: Any, proxy: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
+    return kl(logits(student, bad), logits(proxy, clean).detach()).mean()
+
+
+def anchored_released(student: Any, start: Any, proxy: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
+    return kl(logits(start, clean).detach(), logits(student, bad)).sum()
+
+
+CASES: dict[str, tuple[Callable[[Fresh], Recipe], Callable[..., Tensor]]] = {
+    "FARE": (lambda proxy: FARE(), fare),
+    "PMG-AFT": (lambda proxy: PMGAFT(clean=2.0), pmg),
+    "PMG-AFT released": (lambda proxy: PMGAFT(reduce="sum", unscaled=True), pmg_released),
+    "HPT-GPD": (lambda proxy: HPTGPD(proxy=proxy), anchored),
+    "HPT-GPD released": (lambda proxy: HPTGPD(proxy=proxy, anchor="start", forward=True, reduce="sum"),
+                         anchored_released),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_the_formula_of_its_paper(base: Fresh, proxy: Fresh, tmp_path: Path, name: str) -> None:
+    """Value and gradient at the adversarial images that the step itself made, of a student that has moved already."""
+    make, formula = CASES[name]
+    recipe = replace(make(proxy), steps=2, batch=8, warmup=0, clamp_scale=False, image_attack=INNER, budget=BUDGET)
+    run = started(recipe, base, tmp_path)
+    learner, other = run.learner, moved(base, tmp_path / "moved").load()
+    with torch.no_grad():
+        for mine, theirs in zip(learner.network.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+    learner._remembered.clear()  # texts of the weights before
+    before: Any = copy.deepcopy(learner.network)
+    inputs = learner.views(0)
+    clean, bad, labels = inputs.images["clean"], inputs.images["adversarial"], inputs.batch.texts
+    labels = labels[CLASSES].place if labels else torch.zeros(0)
+    assert 0.0 < float((bad - clean).abs().max()) <= 16 / 255 + 1e-6
+    teachers = base.load(), proxy.load()
+    loss = formula(before, *teachers, clean, bad, labels)
+    found, _ = learner.loss(0, inputs)
+    assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
+    wanted = {name.removeprefix("network."): one for name, one in learner.trained.items()}
+    left = torch.autograd.grad(found, list(wanted.values()))
+    right = torch.autograd.grad(loss, [dict(before.named_parameters())[name] for name in wanted])
+    for one, two in zip(left, right, strict=True):
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-5 * float(loss.detach().abs()) + 1e-6)
+    assert max(float(one.abs().max()) for one in left) > 1e-4
+
+
+def test_the_second_stage_of_hpt_asks_the_proxy_about_the_same_image(base: Fresh, proxy: Fresh, tmp_path: Path) -> None:
+    recipe = HPTGPD(proxy=proxy, steps=1, batch=8, warmup=0, image_attack=INNER, budget=BUDGET)
+    run = started(recipe, base, tmp_path)
+    run.learner.take(0)
+    run.learner.begin(1)
+    student: Any = run.learner.network
+    inputs = run.learner.views(1)
+    bad = inputs.images["adversarial"]
+    with torch.no_grad():
+        found = run.learner.loss(1, inputs)[0]
+        expected = kl(logits(student, bad), logits(proxy.load(), bad)).mean()
+        other = kl(logits(student, bad), logits(proxy.load(), inputs.images["clean"])).mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-4) and abs(float(found - other)) > 1e-5
+
+
+def test_the_adversary_of_fare_climbs_what_the_student_descends(base: Fresh, tmp_path: Path) -> None:
+    recipe = FARE(steps=2, batch=8, image_attack=INNER, budget=BUDGET)
+    run = started(recipe, base, tmp_path)
+    inputs = run.learner.views(0)
+    clean, bad = inputs.images["clean"], inputs.images["adversarial"]
+    images = BUDGET.project(clean + BUDGET.sample(inputs.batch.seeds, clean), clean)
+    network = base.load()
+    with torch.no_grad():
+        there = network.encode_image(clean)
+    for _ in range(INNER.steps):
+        images.requires_grad_(True)
+        distance = ((network.encode_image(images) - there) ** 2).sum()
+        (gradient,) = torch.autograd.grad(distance, images)
+        images = BUDGET.project(images.detach() + 0.5 * BUDGET.eps * gradient.sign(), clean)
+    assert (images != bad).float().mean() < 0.01, "but for gradients that are zero up to rounding"
+
+
+def test_fare_needs_neither_labels_nor_texts(base: Fresh, tmp_path: Path) -> None:
+    class Bare(Blots):
+        @property
+        def names(self) -> tuple[str, ...]:
+            return ()
+
+        def labels(self) -> Tensor:
+            raise CrossguardError("nobody may look")
+
+        def captions(self, index: int) -> tuple[str, ...]:
+            raise CrossguardError("there are none")
+
+    run = started(FARE(steps=1, batch=8, image_attack=INNER), base, tmp_path, Bare())
+    assert run.learner.take(0).keys() == {"loss", "learning rate"}
+    assert refused(lambda: started(TeCoA(steps=1, batch=8), base, tmp_path, Bare())) == "nobody may look"
+
+
+def test_the_stages_of_hpt_start_where_the_paper_says(base: Fresh, proxy: Fresh, tmp_path: Path) -> None:
+    """Two epochs of three steps each stage: the average follows the epochs, stage 2 begins with the model as it was,
+    and its second epoch half of the way to the average."""
+    recipe = HPTGPD(
+        proxy=proxy, epochs=2.0, batch=8, warmup=0, optimizer=SGD(lr=0.5), anchoring=SGD(lr=0.1), budget=BUDGET
+    )  # fmt: skip
+    learner = started(recipe, base, tmp_path).learner
+    assert learner.ends == [6, 12] and [learner.rate(step) for step in (0, 6)] == [0.1, 0.5]
+
+    def weights() -> Tensor:
+        return torch.cat([one.detach().flatten() for one in learner.trained.values()])
+
+    def kept(one: dict[str, Tensor] | None) -> Tensor:
+        assert one is not None
+        return torch.cat([tensor.flatten() for tensor in one.values()])
+
+    vanilla, average = weights(), weights()
+    for step in range(6):
+        learner.take(step)
+        if step in (2, 5):
+            average = 0.9 * average + 0.1 * weights()
+    assert torch.allclose(kept(learner.handed), average, atol=1e-6)
+    assert float((average - weights()).abs().max()) > 1e-4, "the mistake would show"
+    learner.begin(1)
+    assert torch.equal(weights(), vanilla)
+    for step in range(6, 9):
+        learner.take(step)
+    before, views = weights(), learner.views
+    seen: list[Tensor] = []
+    learner.views = lambda step: (seen.append(weights()), views(step))[1]  # type: ignore[method-assign]
+    learner.take(9)
+    assert torch.allclose(seen[0], 0.5 * before + 0.5 * average, atol=1e-6)
+    learner.take(10)
+    assert torch.allclose(kept(learner.handed), average, atol=1e-6), "what is pulled to stays"
+    previous = started(replace(recipe, starts="previous"), base, tmp_path / "x").learner
+    for step in range(6):
+        previous.take(step)
+    previous.begin(1)
+    assert torch.allclose(kept(dict(previous.trained)).detach(), average, atol=1e-6)
+
+
+def test_an_average_is_the_result(base: Fresh, tmp_path: Path) -> None:
+    recipe = FTStandard(steps=4, batch=8, optimizer=SGD(lr=0.3), average=EMA(0.5))
+    plain = started(replace(recipe, average=None), base, tmp_path / "x").learner
+    expected = {name: one.detach().clone() for name, one in plain.trained.items()}
+    for step in range(4):
+        plain.take(step)
+        expected = {name: 0.5 * expected[name] + 0.5 * one.detach() for name, one in plain.trained.items()}
+    network: Any = recipe.fit(base, Blots(), tmp_path / "out").load()
+    found = dict(network.named_parameters())
+    assert all(torch.allclose(found[name.removeprefix("network.")], one, atol=1e-5) for name, one in expected.items())
+    assert "EMA(decay=2.0)" in refused(lambda: EMA(2.0)) and "per='day'" in refused(lambda: EMA(per="day"))
+
+
+def test_a_teacher_that_does_not_read_is_refused(base: Fresh, tmp_path: Path) -> None:
+    blind = replace(base, tokenizer=str(_other_words(tmp_path / "words")))
+    said = refused(lambda: HPTGPD(proxy=blind, steps=1, batch=8).fit(base, Blots(), tmp_path / "x"))
+    assert said.startswith("the teacher 'proxy', Fresh(") and "does not read them" in said
+
+
+def _other_words(folder: Path) -> Path:
+    import json
+
+    save_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text())
+    vocabulary = told["model"]["vocab"]
+    told["model"]["vocab"] = {
+        word if word.startswith("[") else f"zz{number}": number for word, number in vocabulary.items()
+    }
+    path.write_text(json.dumps(told))
+    return folder
+
+
+SWITCHES = {"anchor": "mine", "starts": "now", "reduce": "max"}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_say_what_there_is(base: Fresh, name: str) -> None:
+    assert f"{name}={SWITCHES[name]!r}" in refused(lambda: HPTGPD(proxy=base, **{name: SWITCHES[name]}))
+
+
+# --- The contract ---
+
+
+def recipes(proxy: Fresh) -> dict[str, Recipe]:
+    sgd, words = SGD(lr=0.05), Both(BUDGET, Words(1))
+    return {
+        "Contrastive": Contrastive(optimizer=sgd),
+        "FTStandard": FTStandard(optimizer=sgd, augment=Augment(shift=2), average=EMA(0.5)),
+        "TeCoA": TeCoA(optimizer=sgd, image_attack=INNER, budget=BUDGET),
+        "MMCoA": MMCoA(optimizer=sgd, image_attack=INNER, budget=words),
+        "FARE": FARE(image_attack=INNER, budget=BUDGET),
+        "PMGAFT": PMGAFT(optimizer=sgd, image_attack=INNER, budget=BUDGET),
+        "HPTGPD": HPTGPD(proxy=proxy, image_attack=INNER, budget=BUDGET, trains=Towers(("image",), last=2)),
+    }
+
+
+NAMES = ("Contrastive", "FTStandard", "TeCoA", "MMCoA", "FARE", "PMGAFT", "HPTGPD")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_contract(base: Fresh, proxy: Fresh, name: str) -> None:
+    check_recipe(recipes(proxy)[name], base, Blots(count=8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_take_the_steps_of_one(base: Fresh, proxy: Fresh, name: str) -> None:
+    check_recipe(recipes(proxy)[name], base, Blots(count=8), processes=True)
