@@ -33,7 +33,7 @@ from crossguard.goals import Untargeted
 from crossguard.models.base import VisionLanguageModel, frozen, together
 from crossguard.models.embedded import WEIGHTS, Tiny
 from crossguard.models.fresh import Fresh, FreshCNN, FreshViT
-from crossguard.models.huggingface import HuggingFace, TransformersEncoder, _check_reading
+from crossguard.models.huggingface import HuggingFace, TransformersEncoder, _check_reading, _preprocess
 from crossguard.models.probing import PROBES
 from crossguard.models.purification import BitDepth
 from crossguard.testing import check_model
@@ -380,9 +380,9 @@ def test_another_architecture(tmp_path: Path, folders: dict[str, Path]) -> None:
         vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
-    assert "holds a 'bert' model, which is no dual encoder" in refused(tmp_path)
+    assert "holds a 'bert' model, a language model, which is no dual encoder" in refused(tmp_path)
     transformers.AutoTokenizer.from_pretrained(folders["tokenizer"]).save_pretrained(tmp_path)
-    assert "holds a 'bert' model, which is no dual encoder" in refused(tmp_path)
+    assert "holds a 'bert' model, a language model, which is no dual encoder" in refused(tmp_path)
     change_config(tmp_path, model_type="nonsense")
     assert "cannot be read" in refused(tmp_path)
 
@@ -512,19 +512,34 @@ def test_a_checkpoint_with_another_configuration_is_another(tmp_path: Path) -> N
     "change",
     [
         {"do_resize": False},
-        {"rescale_factor": 1 / 127.5},
         {"do_rescale": False},
-        {"size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 32}},
+        {"size": {"height": 40, "width": 44}, "crop_size": {"height": 32, "width": 32}},
         {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 40}, "crop_pct": 0.8},
     ],
-    ids=["no resize", "another scale", "no scale", "sides and crop", "a share"],
+    ids=["no resize", "no scale", "sides and crop", "a share"],
 )
 def test_an_image_processor_that_does_something_else_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     save_clip(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CrossguardError, match="prepares images in a way that is not known here"):
+    with pytest.raises(CrossguardError, match=r"in a way that is not known here|only squares are known"):
         HuggingFace(str(tmp_path)).load()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rescale_factor": 1 / 127.5}, {"size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 30}}],
+    ids=["another scale", "square and crop"],
+)
+def test_other_scales_and_crops_of_squares_are_the_image_processor_s(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_clip(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    processor, images = transformers.AutoImageProcessor.from_pretrained(tmp_path), pictures(3, 40, 40)
+    images = images if "size" in change else pictures(3, 32, 32)
+    expected = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    found = _preprocess(processor)(floats(images))
+    assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
 
 
 # --- A model that reads or sees nothing ---

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crossguard.models.base import frozen
 from crossguard.models.huggingface import HuggingFace, TransformersEncoder
-from crossguard.models.packing import PrefixPacking, Tries
+from crossguard.models.packing import Tries
 from fixtures import change_config, save_clip, save_metaclip, save_siglip, save_tokenizer, small
 
 CAUSAL = ("clip", "legacy", "metaclip_2")
@@ -217,7 +217,6 @@ def test_gradients_flow(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", ["siglip", "dual"])
 def test_other_towers_are_left_alone(networks: dict[str, TransformersEncoder], name: str) -> None:
     assert networks[name].packing is None
-    assert not PrefixPacking.knows(networks[name].model)
 
 
 def no_mask(forward: Callable[..., Any], **named: Any) -> Any:

@@ -46,7 +46,7 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     mode: str = "bicubic"
-    fit: Literal["", "cover", "inside"] = ""  # of what open_clip does without `resize`: see `_fitted`
+    fit: Literal["", "cover", "inside", "stretched"] = ""  # other ways: see `_fitted`
     fill: float = 0.0  # of what is left around an image that was fitted inside
     rounds: bool = False  # an odd margin is halved as torchvision does, and not down
 
@@ -73,7 +73,10 @@ class Preprocess:
 
     def _fitted(self, images: Images) -> Resized:
         """The image in its own shape, as small as covers the frame and cropped, or as large as fits inside and padded
-        (open_clip's ResizeKeepRatio and CenterCropOrPad)."""
+        (open_clip's ResizeKeepRatio and CenterCropOrPad); or stretched to a square, and cropped (ALIGN)."""
+        if self.fit == "stretched":
+            assert self.resize is not None
+            return self._center_crop(self._resized(images, self.resize, self.resize))
         ratios = images.shape[-2] / self.height, images.shape[-1] / self.width
         ratio = max(ratios) if self.fit == "inside" else min(ratios)
         images = self._resized(images, round(images.shape[-2] / ratio), round(images.shape[-1] / ratio))

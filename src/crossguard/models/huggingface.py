@@ -1,5 +1,5 @@
-"""Stock dual encoders of `transformers`: CLIP, SigLIP, VisionTextDualEncoder and whatever else speaks
-`get_image_features`."""
+"""Stock dual encoders of `transformers`: CLIP, SigLIP, ALIGN, VisionTextDualEncoder and whatever else speaks
+`get_image_features`; `families` has what they differ in."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, reason, staging
 from crossguard.limits import LARGEST, SIDE, shortly
 from crossguard.models.base import Checkpoint, DualEncoder, Preprocess, constant, normalization
+from crossguard.models.families import STRANGE, described, family
 from crossguard.models.packing import PrefixPacking
 from crossguard.models.probing import PROBES, check_images, check_texts
 from crossguard.models.splicing import Splice
@@ -48,7 +49,7 @@ class TransformersEncoder(DualEncoder):
     """A `transformers` dual encoder with its tokenizer and its image processor made differentiable.
 
     Args:
-        model: any model with `get_image_features`, `get_text_features` and a `logit_scale`.
+        model: any model with `get_image_features`, `get_text_features` and a scale.
         tokenizer: the family's tokenizer.
         processor: the family's image processor; only its numbers are used, and it is saved with the checkpoint.
     """
@@ -60,12 +61,14 @@ class TransformersEncoder(DualEncoder):
         self.tokenizer = tokenizer
         self.processor = processor
         self.preprocess = _preprocess(processor)
-        self.padded = getattr(model.config, "model_type", "") in ("siglip", "siglip2")
+        self.family = family(model)
+        self.padded = self.family.padded
         self.length = _context_length(model, tokenizer)
         rows = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[operator, union-attr]
         self.tokens = Tokens(tokenizer, self.length, self.padded, rows if isinstance(rows, int) else None)
-        self.packing = PrefixPacking(model) if PrefixPacking.knows(model) else None
-        self.first = next(name for name, _ in model.named_parameters() if name.startswith("vis"))  # of the image tower
+        self.packing = PrefixPacking(model) if self.family.causal else None
+        image = self.family.image
+        self.first = next(name for name, _ in model.named_parameters() if name.startswith(image))  # of the image tower
 
     @property
     def stock(self) -> Any:
@@ -94,7 +97,7 @@ class TransformersEncoder(DualEncoder):
 
     def _text(self, ids: Tensor, mask: Tensor) -> Embeddings:
         # SigLIP was trained on texts padded to its full context, without a mask; the others mask their padding.
-        device = self.model.logit_scale.device
+        device = self._factor.device
         seen = {} if self.padded else {"attention_mask": mask.to(device)}
         return _features(self.model.get_text_features(input_ids=ids.to(device), **seen))
 
@@ -105,19 +108,23 @@ class TransformersEncoder(DualEncoder):
         return self.tokens.cut(texts)
 
     @property
+    def _factor(self) -> nn.Parameter:
+        return self.model.get_parameter(self.family.scale)
+
+    @property
     def scale(self) -> Tensor:
-        return self.model.logit_scale.exp()
+        return self._factor.reciprocal() if self.family.divides else self._factor.exp()
 
     @property
     def bias(self) -> Tensor:
-        bias, scale = getattr(self.model, "logit_bias", None), self.model.logit_scale
+        bias, scale = getattr(self.model, "logit_bias", None), self._factor
         return constant((0.0,), scale.device, scale.dtype)[0] if bias is None else bias
 
     def towers(self) -> dict[str, dict[str, nn.Parameter]]:
         towers: dict[str, dict[str, nn.Parameter]] = {"image": {}, "text": {}, "head": {}}
         for name, parameter in self.model.named_parameters():
-            kind = "head" if name.startswith("logit_") else "image" if name.startswith("vis") else "text"
-            towers[kind][name] = parameter
+            head = name in (self.family.scale, "logit_bias")
+            towers["head" if head else "image" if name.startswith(self.family.image) else "text"][name] = parameter
         return towers
 
     def save(self, folder: Path) -> None:
@@ -145,15 +152,10 @@ def _load(path: str) -> DualEncoder:
     _check_source(path)
     with pretrained(path, images=True) as source:
         config = source.config()
+        _check_kind(config, path)
         model, info = source.model(config)
-        kind = getattr(config, "model_type", type(model).__name__)
-        speaks = all(callable(getattr(model, name, None)) for name in ("get_image_features", "get_text_features"))
-        if speaks and kind in _STRANGE:
-            raise CrossguardError(f"{path} holds {_STRANGE[kind]}; give a CLIP or SigLIP checkpoint")
-        if not speaks or getattr(model, "logit_scale", None) is None:
-            raise CrossguardError(
-                f"{path} holds a {kind!r} model, which is no dual encoder; give a CLIP or SigLIP checkpoint"
-            )
+        if not isinstance(getattr(model, family(model).scale, None), nn.Parameter):
+            raise CrossguardError(f"{path} holds {described(config.model_type)}, and no scale for cosines; {_GIVE}")
         missing = sorted(str(key) for key in info["missing_keys"])
         if missing:
             raise CrossguardError(
@@ -163,12 +165,37 @@ def _load(path: str) -> DualEncoder:
         processor = source.image_processor(config)
         with source.naming("preprocessor_config.json"):
             _check_preprocess(_preprocess(processor, f"{path}/preprocessor_config.json"), processor, path)
-        with source.naming("network"), torch.no_grad():
-            encoder = TransformersEncoder(model, tokenizer, processor).eval()
-            _check_words(encoder, path)
-            _check_reading(encoder, path)
-            _check_seeing(encoder, path)
-        return encoder
+        with source.naming("network"):
+            return checked(TransformersEncoder(model, tokenizer, processor), path)
+
+
+def checked(encoder: TransformersEncoder, path: str) -> TransformersEncoder:
+    """The encoder in evaluation mode, after it was asked about a few texts and an image.
+
+    Args:
+        path: where it comes from, for errors.
+    """
+    with torch.no_grad():
+        encoder.eval()
+        _check_words(encoder, path)
+        _check_reading(encoder, path)
+        _check_seeing(encoder, path)
+    return encoder
+
+
+_GIVE = "give a dual encoder, such as a CLIP, SigLIP or ALIGN checkpoint"
+
+
+def _check_kind(config: Any, path: str) -> None:
+    """Raises where a configuration describes no dual encoder, before anything is built."""
+    import transformers
+
+    if config.model_type in STRANGE:
+        raise CrossguardError(f"{path} holds {STRANGE[config.model_type]}; {_GIVE}")
+    kind = transformers.MODEL_MAPPING.get(type(config), None)
+    kinds = kind if isinstance(kind, list | tuple) else (kind,)
+    if not any(hasattr(one, "get_image_features") and hasattr(one, "get_text_features") for one in kinds):
+        raise CrossguardError(f"{path} holds {described(config.model_type)}, which is no dual encoder; {_GIVE}")
 
 
 def _check_source(path: str) -> None:
@@ -205,7 +232,7 @@ def _check_reading(encoder: TransformersEncoder, path: str) -> None:
     never written, and then the first one, so that all texts are one."""
     ids, mask = encoder.tokens(PROBES)
     end = getattr(getattr(encoder.model, "text_model", None), "eos_token_id", None)
-    legacy = end == 2 and encoder.model.config.model_type != "metaclip_2"  # pools the highest token, whatever it is
+    legacy = end == 2 and encoder.family.highest
     if end is not None:
         heard = len(ids.max(1).values.unique()) == 1 if legacy else bool((ids == end).any(1).all())
         if not heard:
@@ -249,22 +276,9 @@ def _check_seeing(encoder: TransformersEncoder, path: str) -> None:
     check_images(found, encoder.encode_text(PROBES[:1]), path)
 
 
-# Two towers each, which are not read here, and why.
-_STRANGE = {
-    "align": "ALIGN, a dual encoder whose logits are divided by a temperature and whose images are prepared in its own "
-    "way, which is not known here yet",
-    "flava": "FLAVA, which has an embedding for every token and patch instead of one for each text and image",
-    "siglip2": "SigLIP 2 NaFlex, which cuts every image into patches by its own shape; its checkpoints of a fixed size "
-    "(google/siglip2-base-patch16-224) are read",
-    "xclip": "X-CLIP, whose images are videos",
-}
-
-
 def _preprocess(processor: Any, name: str = "the image processor") -> Preprocess:
     size, crop = processor.size, getattr(processor, "crop_size", None)
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if getattr(processor, "do_normalize", True):
-        mean, std = normalization(processor.image_mean, processor.image_std, name)
+    mean, std = _normalization(processor, name)
     modes = {2: "bilinear", 3: "bicubic"}
     resample = int(processor.resample)
     if resample not in modes:
@@ -272,13 +286,41 @@ def _preprocess(processor: Any, name: str = "the image processor") -> Preprocess
             f"{name} resizes with Pillow filter {resample}; only bilinear (2) and bicubic (3) are known"
         )
     short = size.get("shortest_edge")
-    if short is None:
-        return Preprocess(_side(size, "height", name), _side(size, "width", name), None, mean, std, modes[resample])
-    cropped = getattr(processor, "do_center_crop", True) and crop is not None
-    height, width = (
-        _side(crop, side, name) if cropped else _side(size, "shortest_edge", name) for side in ("height", "width")
+    cropped = getattr(processor, "do_center_crop", short is not None) and crop is not None
+    if short is not None:
+        height, width = (
+            _side(crop, side, name) if cropped else _side(size, "shortest_edge", name) for side in ("height", "width")
+        )
+        return Preprocess(height, width, _side(size, "shortest_edge", name), mean, std, modes[resample])
+    height, width = _side(size, "height", name), _side(size, "width", name)
+    if cropped and (high := _side(crop, "height", name), wide := _side(crop, "width", name)) != (height, width):
+        if height != width:
+            raise CrossguardError(f"{name} resizes to {height} x {width} and crops then; only squares are known")
+        return Preprocess(high, wide, height, mean, std, modes[resample], fit="stretched")
+    return Preprocess(height, width, None, mean, std, modes[resample])
+
+
+def _normalization(processor: Any, name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """The mean and deviation that take pixels of [0, 1] to where the processor's rescaling and normalizing takes those
+    of 0 to 255. EfficientNet's, of ALIGN, may subtract 1 after rescaling and divide by the deviation once more."""
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if getattr(processor, "do_normalize", True) or getattr(processor, "include_top", False):
+        mean, std = normalization(processor.image_mean, processor.image_std, name)
+    if not getattr(processor, "do_normalize", True):
+        mean = (0.0, 0.0, 0.0)
+    factor = getattr(processor, "rescale_factor", 1 / 255)
+    offset, twice = bool(getattr(processor, "rescale_offset", False)), bool(getattr(processor, "include_top", False))
+    if factor == 1 / 255 and not offset and not twice:
+        return mean, std
+    if not isinstance(factor, float) or not factor > 0.0:
+        raise CrossguardError(f"{name} has a rescale_factor of {shortly(factor)}; give a positive number")
+    first = std if getattr(processor, "do_normalize", True) else (1.0, 1.0, 1.0)
+    second = std if twice else (1.0, 1.0, 1.0)
+    return normalization(
+        [(offset + one) / (255.0 * factor) for one in mean],
+        [one * other / (255.0 * factor) for one, other in zip(first, second, strict=True)],
+        name,
     )
-    return Preprocess(height, width, _side(size, "shortest_edge", name), mean, std, modes[resample])
 
 
 def _side(size: Any, part: str, name: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossguard.models.families import family
 from crossguard.shapes import Embeddings
 
 _PAYS = 0.8  # worth it if the tower reads at most this share of the tokens
@@ -30,11 +31,6 @@ class PrefixPacking:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.sound: bool | None = None  # whether both ways agree; None: not tried yet
-
-    @staticmethod
-    def knows(model: Any) -> bool:
-        """Whether the text tower is causal, has absolute positions and pools the state of one token."""
-        return getattr(model.config, "model_type", "") in ("clip", "metaclip_2")
 
     def usable(self) -> bool:
         """Whether nothing asks for what only the stock path gives: gradients, dropout, its roundings in less than
@@ -88,7 +84,7 @@ class PrefixPacking:
         """Which token of each string is pooled, by the stock rule: the first end-of-text, or the first of the highest
         id where the configuration has the end-of-text of old checkpoints of CLIP."""
         end = self.model.text_model.eos_token_id
-        if end == 2 and self.model.config.model_type == "clip":
+        if end == 2 and family(self.model).highest:
             return ids.int().argmax(1)
         return (ids == end).int().argmax(1)
 
@@ -111,7 +107,7 @@ class PrefixPacking:
     def _agrees(self) -> bool:
         """Whether both ways give the same features of three strings, two of which begin alike."""
         size, end = int(self.model.config.text_config.vocab_size), self.model.text_model.eos_token_id
-        if end == 2 and self.model.config.model_type == "clip":
+        if end == 2 and family(self.model).highest:
             end = size - 1
         a, b, c = [token for token in range(min(size, 4)) if token != end][:3]
         ids = torch.tensor([[a, a, b, end], [a, a, end, end], [c, b, end, end]])
