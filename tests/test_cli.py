@@ -128,7 +128,10 @@ def test_train_prints_the_word_that_reads_the_result(tmp_path: Path, monkeypatch
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert crossguard.build(result.stdout.strip()) == crossguard.HuggingFace(str(tmp_path / "out"))
-    assert result.stderr == "crossguard: 3 steps in 61 seconds, loss 1.25\n"
+    assert result.stderr.splitlines() == [
+        "crossguard: 3 steps in 61 seconds, loss 1.25",
+        f"crossguard: to measure it: crossguard eval --model {tmp_path / 'out'} --data ... --attack APGD --eps 4/255",
+    ]
     ((recipe, model, data, _),) = calls
     assert (recipe, model) == (crossguard.TeCoA(steps=3), crossguard.Tiny())
     assert data == crossguard.Images("images", skip_broken=True)
@@ -637,6 +640,7 @@ def test_a_model_is_trained_by_one_process_while_others_take_other_cells(
         ("model = ['PGD()']", "grid.toml: model: PGD() is not a model"),
         ("budget = ['Words(1)']", "grid.toml: in the cell (ZeroShot(Scenes()), base, PGD(steps=100), Words(1)): "),
         ("model = [", "grid.toml' is not valid TOML: "),
+        ('model = ["HuggingFace("x")"]', "inside of a text in double quotes write single ones, as in"),
         ("task", "grid.toml' is not valid TOML: "),
     ],
 )

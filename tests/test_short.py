@@ -255,3 +255,18 @@ def test_evaluate_takes_words_as_text():
     assert dict(text.question) == dict(word.question)
     assert text.outcomes.columns["clean_margin"].tolist() == word.outcomes.columns["clean_margin"].tolist()
     assert "'Tny'; did you mean 'Tiny'" in refusal(lambda: crossguard.evaluate("Scenes()", "Tny"))
+
+
+@dataclass(frozen=True)
+class Steps(crossguard.PGD):
+    """Takes whatever it is given."""
+
+
+def test_a_word_made_in_python_holds_tuples_and_texts_and_names_the_field_that_does_not_fit():
+    place: Any = Path("pics")
+    listed: Any = ["a {}"]
+    word = Mine(place, templates=listed)
+    assert word == Mine("pics", templates=("a {}",)) and hash(word) == hash(Mine("pics", templates=("a {}",)))
+    wrong: Any = "10"
+    assert "Steps: steps must be a whole number, and '10' was given" in refusal(lambda: Steps(steps=wrong))
+    assert Steps(steps=3).steps == 3

@@ -158,9 +158,10 @@ def test_show_tells_of_captions(captions: Path) -> None:
     sample = Kept(str(captions)).samples[0]
     changed = sum(new != old for new, old in zip(sample["texts"], sample["clean_texts"], strict=True))
     assert re.search(rf"captions +{len(sample['texts'])}, of which {changed} changed", text)
+    among = {0: len(report) - report.images, 1: report.images}
     ranks = {
-        one: f"rank {int(old) + 1} -> {int(new) + 1}"
-        for one, old, new in zip(report.id, report.clean, report.adversarial, strict=True)
+        one: f"rank {int(old) + 1} -> {int(new) + 1} of {among[int(text)]}"
+        for one, text, old, new in zip(report.id, report.text, report.clean, report.adversarial, strict=True)
     }
     assert re.search(f"image to text +{ranks[sample['id']]}", text)
     for number in range(len(sample["texts"])):
@@ -169,6 +170,19 @@ def test_show_tells_of_captions(captions: Path) -> None:
     (captions / "report.json").unlink()
     text = said(str(captions), "--count", "1")
     assert "rank" not in text and re.search(r"caption 1 \((changed|as it was)\)", text)
+
+
+def test_samples_are_shown_by_their_ids(classes: Path) -> None:
+    samples = Kept(str(classes)).samples
+    text = said(str(classes), "--id", samples[5]["id"], "--id", samples[2]["id"])
+    assert [samples[5]["id"] in titles(text)[0], samples[2]["id"] in titles(text)[1], len(titles(text))] == [
+        True,
+        True,
+        2,
+    ]
+    lead = f"{samples[5]['clean_margin']:+.2f} -> {samples[5]['adversarial_margin']:+.2f}"
+    assert f"lead          {lead} logits" in text
+    assert "has no sample 'nowhere'" in error("show", str(classes), "--id", "nowhere")
 
 
 def test_a_report_of_another_question_has_no_ranks_here(captions: Path) -> None:

@@ -16,12 +16,13 @@ from crossguard.device import waits
 from crossguard.errors import CrossguardError
 from crossguard.seeds import fold, normal, uniform
 from crossguard.shapes import Images, PerImage, Seeds
+from crossguard.words import Word
 
 NEWTON = 8  # rounds for a level, where nobody looks whether it is reached; images of 224 pixels take 2 or 3
 SOFTEN = 16  # rounds for a threshold, likewise; 3 to 6 in a step, about 10 from a random start far outside
 
 
-class Budget(ABC):
+class Budget(Word, ABC):
     """What an adversary may change. `image` and `text` are the parts of it that concern pixels and words, where there
     are any."""
 

@@ -317,6 +317,9 @@ def show_command(
         Path | None,
         typer.Option(help="A picture (FILE.png) or a page (FILE.html) of them.", metavar="FILE"),
     ] = None,
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", help="A sample to show, by its id; may be given several times.")
+    ] = None,
     own_words: _Own = None,
 ) -> None:
     """Look at a few samples before and under attack: answers, perturbation, and the words that changed."""
@@ -326,7 +329,7 @@ def show_command(
     if out is not None:
         look.check(out)
         _check_file("--out", out)
-    _print_samples(folder, count, changed, out)
+    _print_samples(folder, len(ids) if ids else count, changed, out, ids or ())
 
 
 def _ask(
@@ -441,6 +444,7 @@ def train(
     if leads():
         if told := _trained(out):
             say(told)
+            say(f"to measure it: crossguard eval --model {shlex.quote(str(out))} --data ... --attack APGD --eps 4/255")
         _print(show(trained, short=True))
 
 
@@ -800,11 +804,13 @@ def _print(text: str = "") -> None:
     typer.echo(plain_lines(text))
 
 
-def _print_samples(folder: Path, count: int, changed: bool = False, out: Path | None = None) -> None:
+def _print_samples(
+    folder: Path, count: int, changed: bool = False, out: Path | None = None, ids: Sequence[str] = ()
+) -> None:
     from crossguard import look
 
     kept = look.Look(folder)
-    samples = kept.pick(count, changed)
+    samples = kept.pick(count, changed, ids)
     doubt = None if out is None else look.save(kept, samples, out)
     console = Console(markup=False, highlight=False)
     _print(kept.summary)

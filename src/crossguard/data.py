@@ -20,7 +20,7 @@ from crossguard.errors import CrossguardError
 from crossguard.limits import at_least
 from crossguard.shapes import Images, Labels
 from crossguard.threads import ahead
-from crossguard.words import Reads
+from crossguard.words import Reads, Word
 
 T = TypeVar("T")
 
@@ -182,7 +182,7 @@ def all_rivals(rivals: Sequence[AbstractSet[str]]) -> frozenset[str]:
     return frozenset(found.union(*(everything - own for everything, own in shared.values())))
 
 
-class Dataset(Reads, ABC):
+class Dataset(Reads, Word, ABC):
     """Images with labels or captions, at the data's own resolution.
 
     A dataset is a word: a frozen dataclass that opens its source on first use and keeps what it has opened; a new word

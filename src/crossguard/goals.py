@@ -14,9 +14,10 @@ from torch import Tensor
 from crossguard.device import waits
 from crossguard.errors import CrossguardError
 from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage, TextEmbeddings
+from crossguard.words import Word
 
 
-class Loss(ABC):
+class Loss(Word, ABC):
     """A per-image quantity of logits that an adversary climbs. It is never averaged: a mean over a large batch
     underflows in half precision, and then the attack is weak. It is computed in float32 whatever the logits are in."""
 

@@ -24,12 +24,13 @@ from crossguard.data import Dataset, Prompts
 from crossguard.datasets.keeping import keeping, rounded
 from crossguard.datasets.kept import AGAIN, INDEX, REPORT, Kept
 from crossguard.errors import CrossguardError
+from crossguard.limits import shortly
 from crossguard.pages import figure, render
 from crossguard.printing import in_notebook, plain
 from crossguard.processes import ALONE
 from crossguard.reading import misfit
 from crossguard.report import Ranks, Report, ReportError, shortened
-from crossguard.words import build
+from crossguard.words import build, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,13 +154,18 @@ class Look:
         self.ranks = self._ranks()
         self.verdicts = [self._verdict(kept) for kept in self.kept.samples]
 
-    def pick(self, count: int, changed: bool = False) -> list[Sample]:
+    def pick(self, count: int, changed: bool = False, ids: Sequence[str] = ()) -> list[Sample]:
         """The first samples.
 
         Args:
             changed: those first that the attack turned from right to wrong, then those of which a caption fell.
+            ids: of these samples alone.
         """
-        rows = list(range(len(self.verdicts)))
+        known = {sample["id"]: row for row, sample in enumerate(self.kept.samples)}
+        for one in ids:
+            if one not in known:
+                raise CrossguardError(f"{self.folder} has no sample {shortly(one)}{nearest(one, known)}")
+        rows = [known[one] for one in ids] or list(range(len(self.verdicts)))
         if changed:
             rows.sort(key=lambda row: (not self.verdicts[row].lost, not self.verdicts[row].fell))
         samples = [self._sample(row) for row in rows[:count]]
@@ -230,6 +236,9 @@ class Look:
         kept = self.kept.samples[row]
         facts, texts = self._classes(kept) if self.kept.names else self._captions(kept)
         facts.append(("perturbation", self._size(float(kept["size"]))))
+        before, after = kept.get("clean_margin"), kept.get("adversarial_margin")
+        if isinstance(before, float) and isinstance(after, float):  # by how much the label leads
+            facts.append(("lead", f"{before:+.2f} -> {after:+.2f} logits"))
         return Sample(row, plain(kept["id"]), self.verdicts[row], tuple(facts), tuple(texts))
 
     def _classes(self, kept: Mapping[str, Any]) -> tuple[Facts, Texts]:
@@ -248,11 +257,11 @@ class Look:
         image, captions = self._ranked(kept)
         facts = [("captions", f"{len(pairs)}, of which {sum(old != new for old, new in pairs)} changed")]
         if image is not None:
-            facts.append(("image to text", _rank(image)))
+            facts.append(("image to text", self._rank(image, 0)))
         texts: Texts = []
         for number, ((old, new), rank) in enumerate(zip(pairs[:LISTED], captions, strict=False), 1):
             state = "as it was" if old == new else "changed"
-            texts.append((f"caption {number} ({state}{f', {_rank(rank)}' if rank else ''})", marks(old, new)))
+            texts.append((f"caption {number} ({state}{f', {self._rank(rank, 1)}' if rank else ''})", marks(old, new)))
         return facts, texts + _more("captions", pairs)
 
     @cached_property
@@ -287,6 +296,11 @@ class Look:
             return {}
         columns = (np.asarray(one).tolist() for one in (found.text, found.clean, found.adversarial))
         return {(text, one): (old, new) for one, text, old, new in zip(found.id, *columns, strict=True)}
+
+    def _rank(self, ranks: tuple[int, int], text: int) -> str:
+        """Ranks before and after of a caption (1) among all images, or of an image (0) among all captions."""
+        among = sum(1 for one, _ in self.ranks if one != text)
+        return f"rank {ranks[0] + 1} -> {ranks[1] + 1} of {among}"
 
     def _ranked(self, kept: Mapping[str, Any]) -> tuple[tuple[int, int] | None, list[tuple[int, int] | None]]:
         """The ranks of an image and of its captions, where they are known."""
@@ -382,10 +396,6 @@ _SIGNS = {"same": ("", "", ""), "old": ("red strike", "[-", "-]"), "new": ("bold
 
 def _more(name: str, pairs: Sequence[object]) -> Texts:
     return [(f"{name}: {len(pairs) - LISTED} more", ())] if len(pairs) > LISTED else []
-
-
-def _rank(ranks: tuple[int, int]) -> str:
-    return f"rank {ranks[0] + 1} -> {ranks[1] + 1}"
 
 
 def save(look: Look, samples: Sequence[Sample], out: Path) -> str:

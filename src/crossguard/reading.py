@@ -179,6 +179,10 @@ def read_toml(file: Path, give: str) -> dict[str, Any]:
     except RecursionError:
         raise CrossguardError(f"{what} is not valid TOML: it is nested too deeply; {give}") from None
     except ValueError as error:  # also of numbers of thousands of digits
+        number = re.search(r"at line (\d+)", str(error))
+        line = told.splitlines()[int(number[1]) - 1 :][:1] if number else []
+        inner = re.search(r"""=\s*\[?\s*".*\(".*"\)""", line[0]) if line else None
+        give = "inside of a text in double quotes write single ones, as in \"Images('pics')\"" if inner else give
         raise CrossguardError(f"{what} is not valid TOML: {_told(error)}; {give}") from None
     for level in _levels(found, what):
         if any(isinstance(value, int) and abs(value) > LARGEST for value in level):

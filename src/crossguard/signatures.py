@@ -115,7 +115,9 @@ def of(kind: type) -> Signature:
     above = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)]
     docs = [(base.__name__, base.__dict__.get("__doc__")) for base in above]
     roots = [base.__name__ for base in kind.__mro__ if ABC in base.__bases__]
-    return _made(kind.__name__, roots, kind.__doc__, parameters, docs)
+    doc = kind.__doc__ or ""
+    told = "" if doc.startswith(f"{kind.__name__}(") else doc  # what dataclasses write where there is none
+    return _made(kind.__name__, roots, told, parameters, docs)
 
 
 def check(text: str, known: Collection[str] = ()) -> None:

@@ -21,6 +21,7 @@ import typing
 import warnings
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -110,7 +111,10 @@ def _of_kind(kind: str, value: Any) -> Any:
         return None
     if not isinstance(value, getattr(crossguard, KINDS[kind])):
         article = "an" if kind[0] in "aeiou" else "a"
-        raise CrossguardError(f"{quoted(value)} is not {article} {kind}; see the list of 'crossguard words'")
+        hint = "see the list of 'crossguard words'"
+        if KINDS[kind] == "VisionLanguageModel" and callable(getattr(value, "forward", None)):
+            hint = "save the network with its tokenizer and image processor (save_pretrained), and give the folder"
+        raise CrossguardError(f"{quoted(value)} is not {article} {kind}; {hint}")
     return value
 
 
@@ -217,6 +221,45 @@ def mapped(word: Any, change: Callable[[Any], Any]) -> Any:
     parts = {name: mapped(part, change) for name, part in held.items()}
     changes = {name: part for name, part in parts.items() if part is not held[name]}
     return change(dataclasses.replace(word, **changes) if changes else word)
+
+
+class Word:
+    """What all kinds of words inherit from: a list or a path that somebody gives a field in Python becomes the tuple or
+    the text that it holds, and a value that its own checks cannot even compare is named with its field."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own_check = vars(cls).get("__post_init__")
+        if own_check is None and hasattr(cls, "__post_init__"):
+            return
+
+        def __post_init__(self: Any) -> None:
+            _settle(self)
+            try:
+                if own_check is not None:
+                    own_check(self)
+            except (TypeError, AttributeError):
+                _check_fields(self)
+                raise
+
+        setattr(cls, "__post_init__", __post_init__)  # noqa: B010  (no type says that it is there)
+
+
+def _settle(word: Any) -> None:
+    """Lists and paths in the fields become tuples and texts, where these are wanted."""
+    for name, value in list(vars(word).items()):
+        if isinstance(value, list | os.PathLike) and is_word(type(word)):
+            field = next((field for field in fields(type(word)) if field.name == name), None)
+            if field is not None:
+                with suppress(WordError):  # whoever uses it says what does not fit
+                    object.__setattr__(word, name, fitted(type(word), field, value))
+
+
+def _check_fields(word: Any) -> None:
+    """Raises where a field holds what does not fit."""
+    if is_word(type(word)):
+        for field in fields(type(word)):
+            fitted(type(word), field, getattr(word, field.name))
 
 
 class Reads:

@@ -21,7 +21,7 @@ from crossguard.gallery import Gallery
 from crossguard.goals import Drift, Goal, Untargeted
 from crossguard.seeds import drawing, fold, inherited, replay
 from crossguard.shapes import Embeddings, Images, Labels, Mask, Owners, PerImage, Seeds, TextEmbeddings
-from crossguard.words import WordError, show
+from crossguard.words import Word, WordError, show
 
 DRAWS = 5  # answers of a random victim by which an image of one attack is compared with that of another
 
@@ -400,7 +400,7 @@ def known(attacks: Sequence[Attack]) -> str:
 _BUDGETS: dict[tuple[str, ...], str] = {("image",): "'Linf(8/255)'", ("text",): "'Words(1)'"}  # what to try
 
 
-class Attack(ABC):
+class Attack(Word, ABC):
     """How an adversary searches. Where classes have prompts, a task calls `rewrite` once for all its texts and
     `perturb` for every batch of images; where images have captions, `match` for every batch of both. What an attack
     does not touch comes back as it was. `on` says which parts of a budget it spends, `sees` what of the victim it asks

@@ -25,7 +25,7 @@ from crossguard.checkpoints import content, located
 from crossguard.errors import CrossguardError
 from crossguard.opening import Opens, opening, release
 from crossguard.pretrained import pretrained, tokenizing
-from crossguard.words import contents, within
+from crossguard.words import Word, contents, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ class Candidate(NamedTuple):
 Proposals = tuple[tuple[Candidate, ...], ...]  # for each word of a string, best first
 
 
-class CandidateSource(ABC):
+class CandidateSource(Word, ABC):
     """What words may replace each word of a string: a masked language model, a list of synonyms, edits of
     characters.
 

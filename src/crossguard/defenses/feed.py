@@ -220,7 +220,10 @@ class Feed:
     def _caption(self, step: int, index: int) -> str:
         options = self.data.captions(index)
         if not options:
-            raise CrossguardError(f"sample {self.data.id(index)!r} has no caption, and captions=True needs one each")
+            raise CrossguardError(
+                f"sample {self.data.id(index)!r} has no caption, and captions=True needs one each; captions=False "
+                "matches images with the prompts of their classes, where data have classes"
+            )
         return options[derive(self.recipe.seed, step, "caption", self.data.id(index)) % len(options)]
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from crossguard.errors import CrossguardError
+from crossguard.words import Word
 
 
-class Optimizer(ABC):
+class Optimizer(Word, ABC):
     """How parameters descend. `lr` is the peak rate; the recipe's warm-up and decay multiply it."""
 
     lr: float

@@ -20,6 +20,7 @@ from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
 from crossguard.seeds import uniform
 from crossguard.shapes import Images, Seeds
+from crossguard.words import Word
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(ABC):
+class Plan(Word, ABC):
     """How a training goes: its stages, and the options that every recipe has.
 
     Args:

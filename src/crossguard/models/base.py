@@ -22,7 +22,7 @@ from crossguard.errors import CrossguardError
 from crossguard.models.splicing import Splice
 from crossguard.opening import Opened, Opens, opened, opening
 from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings, Tokens
-from crossguard.words import quoted
+from crossguard.words import Word, quoted
 
 _LARGEST_NUMBER = 1e6  # that pixels are shifted or divided by; those of towers in use are below 1, or 255 at most
 _IMAGES_AT_ONCE = 256  # without a gradient: bounds the memory of defenses that look at many views of each image
@@ -205,7 +205,7 @@ class DualEncoder(nn.Module):
         return cosine(images, texts) * self.scale.float() + self.bias.float()
 
 
-class VisionLanguageModel(ABC):
+class VisionLanguageModel(Word, ABC):
     """Pixels and strings in, embeddings out. Pixels are in [0, 1] at any resolution: resizing and normalization live
     inside, differentiably, so a budget means the same for every model and applies at the resolution the data has.
     Embeddings are raw; only `logits` puts them on the sphere, with the model's own scale and bias. A defended model

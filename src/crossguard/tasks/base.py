@@ -24,6 +24,7 @@ from crossguard.processes import ALONE, Processes
 from crossguard.report import Outcomes, Ranks
 from crossguard.seeds import drawing, fold, keys, normal
 from crossguard.shapes import Embeddings, Images, Seeds
+from crossguard.words import Word
 
 CLEAN, ATTACKED, JUDGED = -1, -2, -3  # the noise a random model draws is another for each
 AT_ONCE = 128  # images that are embedded together before the batches come
@@ -84,7 +85,7 @@ class Trial(ABC):
         """The outcomes, from the columns of all samples in the order of the task."""
 
 
-class Task(ABC):
+class Task(Word, ABC):
     """Data with a victim and a score. A task prepares a trial; it does not know which attack or defense takes part in
     it."""
 
