@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,8 @@ def test_who_finds_another_process_crafting_waits_for_it(tmp_path: Path) -> None
             assert cell.craft != busy.craft or not lock.is_locked
             asked.append(cell.craft)
 
-        def waits(self, cells: int) -> None:
-            assert cells == 3 and len(asked) == 6
+        def waits(self, cells: int, others: Mapping[str, str]) -> None:
+            assert cells == 3 and len(asked) == 6 and others == {}
             lock.release()
 
     assert len(experiment.run(tmp_path, Releasing())) == 9

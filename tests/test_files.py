@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossguard import HuggingFace, checkpoints, files
+from crossguard import HuggingFace, checkpoints, files, turns
 from crossguard.files import WriteError
 from fixtures import save_clip, save_tokenizer, small
 
@@ -95,7 +96,7 @@ def test_what_goes_wrong_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    mine, here = os.getpid(), files._here()
+    mine, here = os.getpid(), files.here()
     gone = [f".{name}{here}-{number}.0123abcd.tmp" for name in ("", "x.", "a b.") for number in (process.pid, mine)]
     gone.append(".old.00000000-1.0123abcd.tmp")
     stay = [
@@ -157,21 +158,29 @@ def test_a_folder_is_owned_by_one_at_a_time(tmp_path: Path, capsys: pytest.Captu
     order = list[str]()
 
     def second() -> None:
-        with files.owned(tmp_path, "writes"):
+        with turns.owned(tmp_path, "writes"):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with files.owned(tmp_path, "writes"):
+    with turns.owned(tmp_path, "writes") as note:
+        note.close()
+        turns.Note(note.path.with_suffix(""), "half done")
         thread.start()
         thread.join(0.2)
+        (waited,) = (one.doing for name, one in turns.workers(tmp_path, ".lock").items() if name != ".lock")
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert f"crossguard: waiting for another process that writes in {tmp_path}\n" == capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"crossguard: waiting for process {os.getpid()} that writes in {tmp_path} since [0-9:]+: half done\n", said
+    )
+    assert waited == f"waits for process {os.getpid()}"
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"], "notes go away"
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(WriteError, match=r"\.lock cannot be locked: "), files.owned(tmp_path, "writes"):
+    with pytest.raises(WriteError, match=r"\.lock cannot be locked: "), turns.owned(tmp_path, "writes"):
         pass
     assert (tmp_path / "elsewhere").read_text() == "mine"
 

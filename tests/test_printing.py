@@ -7,6 +7,7 @@ import importlib
 import io
 import logging
 import unicodedata
+from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import crossguard
-from crossguard import cli
+from crossguard import printing
+from crossguard.bar import Bar
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Cell
 from crossguard.printing import LONGEST, LogFormatter, brief, plain, plain_lines
@@ -219,7 +221,7 @@ def test_a_damaged_table_is_one_line(tmp_path: Path) -> None:
 
 
 def test_progress_lines_are_harmless(capfd: pytest.CaptureFixture[str]) -> None:
-    bar = cli._Bar()
+    bar = Bar()
     with bar:
         bar.start(2, 0)
         cell = Cell(f"label {EVIL}\nforged", {}, {})
@@ -241,3 +243,24 @@ def test_entry_points_are_read_once_a_process(monkeypatch: pytest.MonkeyPatch) -
     finally:
         crossguard.plugins.cache_clear()
     assert reads == [{"group": "crossguard"}]
+
+
+# Durations
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.4, "0 seconds"), (1.2, "1 second"), (119.0, "119 seconds"), (120.0, "2 minutes"), (3599.0, "60 minutes"),
+        (5400.0, "1.5 hours"), (90000.0, "1.0 days"),
+    ],
+)  # fmt: skip
+def test_durations_are_said_as_people_say_them(seconds: float, said: str) -> None:
+    assert printing.lasting(seconds) == said
+
+
+def test_times_are_those_of_the_clock_here() -> None:
+    today = datetime.now().astimezone().replace(hour=9, minute=5)
+    assert printing.clock(today.timestamp()) == "09:05"
+    assert printing.clock((today - timedelta(days=400)).timestamp()).endswith(" 09:05")
+    assert len(printing.clock(1e300)) == len("2096-10-02 07:06"), "a forged note is no time"

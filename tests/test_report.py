@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from crossguard import files
 from crossguard.errors import CrossguardError
-from crossguard.report import Outcomes, Report, ReportError, Texts, interval, key, versions
+from crossguard.pivot import Cell
+from crossguard.report import Outcomes, Rate, Report, ReportError, Texts, interval, key, versions
 from crossguard.table import Answers, render
 
 
@@ -340,7 +341,7 @@ def test_every_format_renders(folder: Path):
     assert "| the base | 75.0 % [30.1, 95.4] | 0.0 % [0.0, 49.0] |" in markdown
     assert "x\\|y" in markdown and "\\<b>" in markdown
     latex = render(answers, "latex")
-    assert "\\begin{tabular}{lrrr}" in latex and "75.0 \\% [30.1, 95.4]" in latex
+    assert "\\begin{tabular}{lrrr}" in latex and "the base & 75.0 [30.1, 95.4] & 0.0" in latex
     assert "A\\_1 \\& \\textless{}b\\textgreater{}" in latex
     rows = list(csv.DictReader(io.StringIO(render(answers, "csv"))))
     assert [row["robust"] for row in rows] == ["", "0.0", "0.5", "", "0.5"], "nobody attacked"
@@ -434,6 +435,11 @@ def test_rewritten_prompts_stand_in_the_file_and_beside_the_interval(tmp_path: P
     assert again.texts == texts and again.lines() == one.lines()
 
 
+def counted(cells: Sequence[Cell]) -> list[int | None]:
+    """How many samples each cell counts."""
+    return [cell.rate.successes if isinstance(cell.rate, Rate) else None for cell in cells]
+
+
 OLD, NEW = {"weights": "0123456789ab"}, {"weights": "fedcba987654"}
 
 
@@ -448,7 +454,7 @@ def test_a_row_is_one_set_of_weights(tmp_path: Path):
         report([1, 1, 1, 1], **{"weights": "bbbbbbbbbbbb"}),
     )
     (table,) = answers.tables()
-    counts = [(label, [rate and rate.successes for rate in rates]) for label, rates in table.rows]
+    counts = [(label, counted(cells)) for label, cells in table.rows]
     assert counts == [
         ("M() (01234567)", [4, 3, None]),
         ("M() (fedcba98)", [2, None, 1]),
@@ -491,17 +497,13 @@ def test_the_worst_case_is_of_the_same_weights_and_images_whatever_the_limit(tmp
         report([0, 1, 1, 1], ids=other, **OLD),
     ).pooled()
     first, second = pooled.tables()
-    old, new, third, clean = first.rows
     told = [" (white box, 2 reports)", *[" (white box, 1 report)"] * 2, ""]
     names = ["M() (01234567)", "M() (fedcba98)", "N()", "C()"]
     assert [label for label, _ in first.rows] == [name + known for name, known in zip(names, told, strict=True)]
-    assert [rate and rate.successes for rate in old[1]] == [4, 2]
-    assert [rate and rate.successes for rate in new[1]] == [4, 1]
-    assert [rate and rate.successes for rate in third[1]] == [3, 3]
-    assert [rate and rate.successes for rate in clean[1]] == [2, None]
+    assert [counted(row[1]) for row in first.rows] == [[4, 2], [4, 1], [3, 3], [2, None]]
     assert first.columns == ("clean", "worst case, Linf(eps=8/255)"), "one, however many reports there are"
-    ((label, (accuracy, robust)),) = second.rows
-    assert label == "M() (01234567)" and accuracy and accuracy.successes == 1 and robust and robust.successes == 0
+    ((label, cells),) = second.rows
+    assert label == "M() (01234567)" and counted(cells) == [1, 0]
     assert first.header["limit"] == "None" and second.header["limit"] == "None, set 2"
     (doubt,) = pooled.doubts
     assert "2 sets of images" in doubt and "[M() (01234567), Linf(eps=8/255)]" in doubt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from crossguard import (
     Words,
     ZeroShot,
     evaluate,
-    files,
+    turns,
 )
 from crossguard.attacks.base import ImageAttack
 from crossguard.data import Dataset
@@ -378,12 +379,15 @@ def test_a_folder_is_kept_in_by_one_evaluation_at_a_time(tmp_path: Path, capsys:
     thread = threading.Thread(
         target=lambda: found.append(evaluate(TASK, Tiny(), ATTACK, BUDGET, limit=4, keep=tmp_path))
     )
-    with files.owned(tmp_path, "keeps images"):
+    with turns.owned(tmp_path, "keeps images"):
         thread.start()
         thread.join(0.5)
         assert not found and thread.is_alive()
     thread.join()
-    assert len(found) == 1 and f"waiting for another process that keeps images in {tmp_path}" in capsys.readouterr().err
+    assert (
+        len(found) == 1
+        and f"waiting for process {os.getpid()} that keeps images in {tmp_path} since " in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("after", [1, 5])

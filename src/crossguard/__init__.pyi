@@ -58,6 +58,8 @@ from .budgets import PixelBudget as PixelBudget
 from .budgets import TextBudget as TextBudget
 from .budgets import Words as Words
 from .budgets import WordShare as WordShare
+from .claims import Above as Above
+from .claims import Claim as Claim
 from .data import Dataset as Dataset
 from .data import Labelled as Labelled
 from .data import Pairs as Pairs

@@ -33,16 +33,17 @@ from crossguard.attacks.knowledge import Adaptive, AtGate, Blind, Smooth
 from crossguard.attacks.meta import EOT, PredictedLabel
 from crossguard.attacks.query import RayS, Square
 from crossguard.budgets import Both, Budget, PixelBudget
+from crossguard.compare import Difference, difference
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
-from crossguard.experiment import Experiment, Unanswered, Watch, answered_in, check_folder
+from crossguard.experiment import Experiment, Unanswered, Watch, answered_in, check_folder, files_of
 from crossguard.goals import Drift, Goal
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.wrapper import is_random, layers
 from crossguard.opening import evaluating
 from crossguard.processes import joined
-from crossguard.report import DIRECTIONS, Outcomes, Ranks, Rate, Report
+from crossguard.report import Outcomes, Ranks, Rate, Report
 from crossguard.seeds import drawing, fold, keys
 from crossguard.table import in_markdown, worst
 from crossguard.tasks.base import Task
@@ -54,7 +55,6 @@ PICTURE, TEXT = "ladder.png", "ladder.md"
 _CLEAN = "clean"
 _STRAIGHT = ("straight", "average over noise")
 _MEASURED = 16  # images that the price is measured on
-_Z = 1.959964  # of an interval of 95 %
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Audit:
     def ladders(self) -> tuple[Ladder, ...]:
         return (self.defense, *([] if self.base is None else [self.base]), *self.others)
 
-    def difference(self, part: int = 0) -> tuple[float, float, float]:
+    def difference(self, part: int = 0) -> Difference:
         """The worst case of the defense minus that of its base (`difference`); raises without a base.
 
         Args:
@@ -417,10 +417,10 @@ def _check_gates(out: Path, name: str, rungs: Sequence[Rung]) -> None:
     """Refuses reports of which some say how often gates acted and others do not."""
     silent = [rung.report.key for rung in rungs if not rung.report.gates]
     if 0 < len(silent) < len(rungs):
+        first, more = files_of(out, silent[0])[0].name, f" and {len(silent) - 1} more" * (len(silent) > 1)
         raise CrossguardError(
             f"{out}: {len(silent)} of {len(rungs)} reports on {name} are older than the others and do not say how "
-            f"often its gates act; remove {silent[0]}.json{f' and {len(silent) - 1} more' * (len(silent) > 1)}, or "
-            "audit in another folder"
+            f"often its gates act; remove {first}{more}, or audit in another folder"
         )
 
 
@@ -493,38 +493,6 @@ class _Peak(TorchDispatchMode):
     def _gone(self, place: int, size: int) -> None:
         self._known.discard(place)
         self.now -= size
-
-
-def paired(more: int, less: int, n: int) -> tuple[float, float, float]:
-    """The difference of two shares of the same n, and its interval of 95 % (Bonett and Price 2012).
-
-    Args:
-        more: how many count for the first alone.
-        less: how many for the second alone.
-    """
-    one, other = (more + 1) / (n + 2), (less + 1) / (n + 2)
-    middle, wide = one - other, _Z * math.sqrt((one + other - (one - other) ** 2) / (n + 2))
-    return (more - less) / n, max(middle - wide, -1.0), min(middle + wide, 1.0)
-
-
-def difference(ours: Outcomes | Ranks, theirs: Outcomes | Ranks, part: int = 0) -> tuple[float, float, float]:
-    """The share of samples that are right clean and under attack in the first minus that in the second, which are of
-    the same samples, and its interval of 95 %: paired (Bonett and Price 2012), or of the queries of a retrieval in one
-    direction by bootstrap over images.
-
-    Args:
-        part: which of the headlines (`parts`).
-    """
-    if not (isinstance(ours, Ranks) and isinstance(theirs, Ranks)):
-        one, other = (said.correct & said.standing for said in (ours, theirs))
-        return paired(int((one & ~other).sum()), int((other & ~one).sum()), len(one))
-    one, other = (said.resampled(1, DIRECTIONS[part], "robust") for said in (ours, theirs))
-    middle = float(one[0] - other[0])
-    low, high = (float(end) for end in np.quantile((one - other)[1:], (0.025, 0.975)))
-    if low == high:  # all images say the same, and a bootstrap has no width
-        count = len(set(np.asarray(ours.image)[np.asarray(ours.text) == part].tolist()))
-        return paired(round(count * max(middle, 0.0)), round(count * max(-middle, 0.0)), count)
-    return middle, low, high
 
 
 def _below(one: Outcomes | Ranks, other: Outcomes | Ranks, part: int) -> bool:

@@ -9,7 +9,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,30 +17,22 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from typer.core import TyperGroup
 
 from crossguard import __version__, files, own
+from crossguard.bar import Bar
 from crossguard.errors import CrossguardError
-from crossguard.experiment import Cell, Experiment, Unanswered, Watch
+from crossguard.experiment import Experiment, Unanswered
 from crossguard.limits import at_least, shortly, whole
-from crossguard.printing import brief, one_line, plain, plain_lines, say
+from crossguard.printing import brief, one_line, plain_lines, say
 from crossguard.processes import leads, several, speaks
 from crossguard.reading import read_json
+from crossguard.telling import listening
 
 if TYPE_CHECKING:
-    from crossguard.report import Report
-
+    from crossguard.pivot import Layout
 
 PARTIAL = Path("runs/.partial")  # the outcomes so far of evaluations without a file for their report
-EVERY = 60.0  # seconds between lines about progress where there is no terminal
 
 _UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy of click inside newer typers
 
@@ -371,7 +362,7 @@ def _ask(
         check_place(path, asked, overwrite)
 
     placed = bool(reports) or keep is not None
-    with _partial(placed, asked) as partial, _Bar() as bar:
+    with _partial(placed, asked) as partial, Bar() as bar, listening(bar.part):
         bar.step("evaluating")
         try:
             report = evaluate(
@@ -512,13 +503,13 @@ def run(
 def _run(experiment: Experiment, folder: Path, shard: tuple[int, int] | None = None, crossed: bool = False) -> None:
     """Answers an experiment and prints its table, also where some cells could not be answered."""
     failure: Unanswered | None = None
-    with _Bar() as bar:
+    with Bar() as bar:
         try:
             experiment.run(folder, bar, shard)
         except Unanswered as error:
             failure = error
         except KeyboardInterrupt as stop:
-            stop.args = (f" after {bar.done} of {bar.total} cells; run the same command to go on" if bar.total else "",)
+            stop.args = (bar.interrupted(),)
             raise
     if leads():
         try:
@@ -540,12 +531,43 @@ def table(
     crossed: Annotated[
         bool, typer.Option("--transfer", help="Who was crafted on against who was asked, one table per attack.")
     ] = False,
+    rows: Annotated[
+        str | None, typer.Option(help="What makes the rows: model (the default), task, attack, budget, class, ...")
+    ] = None,
+    columns: Annotated[str | None, typer.Option(help="What makes the columns: attack,budget, if not given.")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="A row for each class, as --rows class.")] = False,
+    mean: Annotated[bool, typer.Option("--mean", help="The mean over tasks, beside them.")] = False,
+    digits: Annotated[int, typer.Option(help="Digits behind the point.")] = 1,
+    intervals: Annotated[bool, typer.Option(help="An interval beside each number.")] = True,
+    bold: Annotated[
+        bool, typer.Option("--bold", help="Mark the best model, where it is above each other one by more than chance.")
+    ] = False,
     own_words: _Own = None,
 ) -> None:
-    """Print the reports of a folder as a table."""
+    """Print the reports of a folder as tables, one for all that is in neither rows nor columns."""
     if worst and crossed:
         raise CrossguardError("--worst pools the models that were crafted on, which --transfer tells apart; give one")
-    _print_table(folder, form, worst, crossed)
+    if per_class and rows is not None:
+        raise CrossguardError("--per-class makes the rows, and so does --rows; give one of them, or --rows class,...")
+    if crossed and (rows or columns or per_class or mean or bold):
+        raise CrossguardError("--transfer lays its tables out itself; leave out what else lays them out")
+    from crossguard.pivot import Layout
+
+    taken = "class" if per_class else rows
+    given = {"rows": taken, "columns": columns}
+    axes = {name: tuple(one.strip() for one in text.split(",")) for name, text in given.items() if text is not None}
+    layout = Layout(**axes, mean=mean, digits=digits, intervals=intervals, bold=bold)
+    _print_table(folder, form, worst, crossed, layout)
+
+
+@app.command("status")
+def status_command(
+    folder: Annotated[Path, typer.Argument(help="What --out or --keep named, or a folder of such.", metavar="FOLDER")],
+) -> None:
+    """Say what runs in a folder, what waits for whom, and what is left to do."""
+    from crossguard.status import status
+
+    _print("\n".join(status(folder)))
 
 
 @app.command("audit")
@@ -596,11 +618,15 @@ def audit_command(
         for option, words in named.items()
     }
     asked = {kind: _read(f"--{kind}", kind, text) for kind, text in texts.items()}
-    with _placed(device, dtype), _Bar() as bar:
-        made = audit(
-            **asked, out=out, against=others["--against"], transfer=others["--transfer"], samples=samples,
-            queries=queries, draws=draws, limit=limit, seed=seed, batch=batch, doubt=doubt, watch=bar,
-        )  # fmt: skip
+    with _placed(device, dtype), Bar() as bar:
+        try:
+            made = audit(
+                **asked, out=out, against=others["--against"], transfer=others["--transfer"], samples=samples,
+                queries=queries, draws=draws, limit=limit, seed=seed, batch=batch, doubt=doubt, watch=bar,
+            )  # fmt: skip
+        except KeyboardInterrupt as stop:
+            stop.args = (bar.interrupted(),)
+            raise
     if leads():
         _print("\n".join(made.lines()))
         _print()
@@ -711,95 +737,6 @@ def words(
 # Printing
 
 
-class _Bar(Watch):
-    """Progress on standard error: a bar on a terminal, a line per cell elsewhere."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, markup=False, highlight=False)
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            transient=True,
-        )
-        self.cells = self.samples = None
-        self.done = self.total = 0  # cells
-        self.answered = self.asked = 0  # samples of the cell at hand
-        self.doing, self.began, self.spoke = "", 0.0, 0.0
-        self.reasons: set[str] = set()
-
-    def __enter__(self) -> _Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def step(self, description: str) -> None:
-        """A bar of samples, with this description."""
-        description = plain(description)
-        if self.samples is not None:
-            self.bar.remove_task(self.samples)
-        self.samples = self.bar.add_task(description, total=None)
-        self.doing, self.answered, self.asked = description, 0, 0
-        self.began = self.spoke = time.monotonic()
-
-    def start(self, cells: int, answered: int) -> None:
-        self.cells = self.bar.add_task("cells", total=cells, completed=answered)
-        self.done, self.total = answered, cells
-        self.line(f"{cells} cells, {answered} answered already")
-
-    def asks(self, cell: Cell) -> None:
-        self.step(cell.label)
-
-    def progress(self, done: int, total: int) -> None:
-        self.answered, self.asked = done, total
-        if self.samples is not None:
-            self.bar.update(self.samples, completed=done, total=total)
-        now = time.monotonic()
-        if not self.console.is_terminal and now - self.spoke >= EVERY:
-            self.spoke = now
-            self.line(f"{self.doing}: {done}/{total} samples after {now - self.began:.0f} seconds")
-
-    def stopped(self, kept: bool) -> str:
-        """Where an evaluation that was stopped goes on.
-
-        Args:
-            kept: whether the outcomes so far are on the disk.
-        """
-        if not self.answered:
-            return " before a batch was answered; the same command starts from the beginning"
-        after = f" after {self.answered} of {self.asked} samples"
-        if kept:
-            return f"{after}; run the same command to go on from there"
-        return f"{after}, which are lost, since nothing can be written here; give --out for a place that can"
-
-    def answers(self, cell: Cell, report: Report) -> None:
-        self.advance()
-        self.line(f"[{self.done}/{self.total}] {cell.label}: {report.headline}")
-
-    def fails(self, cell: Cell, error: CrossguardError) -> None:
-        self.advance()
-        reason = "for the same reason" if str(error) in self.reasons else brief(str(error))
-        self.reasons.add(str(error))
-        self.line(f"[{self.done}/{self.total}] {cell.label}: not answered: {reason}")
-
-    def waits(self, cells: int) -> None:
-        self.step(f"waiting for another process ({cells} cells)")
-
-    def advance(self) -> None:
-        self.done += 1
-        if self.cells is not None:
-            self.bar.advance(self.cells)
-
-    def line(self, text: str) -> None:
-        self.console.print(plain(text), soft_wrap=True)
-
-
 def _print(text: str = "") -> None:
     typer.echo(plain_lines(text))
 
@@ -825,7 +762,9 @@ def _print_samples(
         say(doubt)
 
 
-def _print_table(folder: Path, form: str | None, worst: bool, crossed: bool = False) -> None:
+def _print_table(
+    folder: Path, form: str | None, worst: bool, crossed: bool = False, layout: Layout | None = None
+) -> None:
     from crossguard.table import FORMATS, Answers, pretty, render
 
     if form is not None and form not in FORMATS:
@@ -834,9 +773,9 @@ def _print_table(folder: Path, form: str | None, worst: bool, crossed: bool = Fa
     answers = answers.pooled() if worst else answers
     answers = dataclasses.replace(answers, crossed=crossed)
     if form is None and sys.stdout.isatty():
-        Console(markup=False, highlight=False).print(pretty(answers))
+        Console(markup=False, highlight=False).print(pretty(answers, layout))
     else:
-        typer.echo(render(answers, form or "markdown"), nl=False)
+        typer.echo(render(answers, form or "markdown", layout), nl=False)
 
 
 def _print_vocabulary() -> None:

@@ -1,7 +1,7 @@
 """A grid of words in a TOML file.
 
-Each answer is a file named by the hash of its question, so that what was answered is not asked again: to
-resume is to run again, and two processes on one folder share the grid.
+Each answer is a file whose name ends in the hash of its question, so that what was answered is not asked again: to
+resume is to run again, and two processes on one folder share the grid. What stands before the hash is for people.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +29,20 @@ from crossguard.limits import at_least, shortly
 from crossguard.printing import LogFormatter
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import Missing, read_toml
-from crossguard.report import Report, ReportError, key
+from crossguard.report import DIRECTIONS, Report, ReportError, key
+from crossguard.telling import listening
+from crossguard.turns import Note, noted, waiting, worker
 from crossguard.words import expanded, read, within
 
 if TYPE_CHECKING:
+    from crossguard.claims import Claim
     from crossguard.models.base import Checkpoint, VisionLanguageModel
 
 INDEX = "experiment.json"  # beside the answers: which label stands for which word
+LOCKS = ".locks"  # the folder of locks, and of notes of who holds them
 POLL = 1.0  # seconds between looks at a cell that another process is working on
+HASH = 6  # signs of the hash of a question in the name of its answer
+_LONGEST = 100  # signs of such a name
 
 _KINDS = ("task", "model", "attack", "budget", "surrogate")
 _PLACES = ("device", "dtype")
@@ -49,10 +56,16 @@ class Cell:
     label: str
     question: Mapping[str, str]
     words: Mapping[str, Any]
+    labels: Mapping[str, set[str]] = field(default_factory=dict)  # for each axis those that lead to this question
 
     @property
     def key(self) -> str:
         return key(self.question)
+
+    @property
+    def file(self) -> str:
+        """The name of the answer: what people call the cell, and the hash that it is found by."""
+        return f"{readable(self.label)}.{self.key[:HASH]}.json"
 
     @cached_property
     def craft(self) -> str:
@@ -79,14 +92,17 @@ class Watch:
     def progress(self, done: int, total: int) -> None:
         """So many samples of the cell are done."""
 
+    def part(self, text: str) -> None:
+        """What the work at hand says of itself between two batches: "APGD() (1 of 4), 60 -> 22 standing"."""
+
     def answers(self, cell: Cell, report: Report) -> None:
         """A cell is answered, here or by another process."""
 
     def fails(self, cell: Cell, error: CrossguardError) -> None:
         """A cell cannot be answered; the others go on."""
 
-    def waits(self, cells: int) -> None:
-        """Only cells that other processes work on are left."""
+    def waits(self, cells: int, others: Mapping[str, str]) -> None:
+        """Only cells that other processes work on are left; who these are and what they do, where they have said so."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,8 @@ class Experiment:
         source: where the grid comes from, for messages.
         more: further grids, whose cells belong to it too.
         draws: by how many draws of a random model each image under attack is judged (`evaluate`).
+        published: what others have measured, in percent, and where it stands, by the labels of a cell: 'TeCoA, 4/255'.
+        claims: what the answers are to bear out, each with its name.
     """
 
     grid: Mapping[str, Mapping[str, Any]]
@@ -115,13 +133,16 @@ class Experiment:
     source: str = "the experiment"
     more: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
     draws: int = 1
+    published: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    claims: Mapping[str, Claim] = field(default_factory=dict)
 
     @staticmethod
     def load(path: str | Path, trust: bool = False) -> Experiment:
         """Reads a TOML file: task, model, attack, budget and surrogate, each a word, a list of words or a
         table of label = word; and seed, limit, batch, device, dtype. Task and model must be there. A table `let` may
         give names to words, which the words after it may use; `words` lists Python files of words of one's own, beside
-        the file.
+        the file; a table `published` holds [value, source] by the labels of a cell, and a table `claims` words such as
+        Above('TeCoA, PGD-10', 'undefended, PGD-10').
 
         Args:
             trust: run the code of the files that `words` lists. Without, each of them must have been named by hand
@@ -132,7 +153,7 @@ class Experiment:
             content = read_toml(path, "give a TOML file with the keys task and model")
         except Missing:
             raise CrossguardError(f"there is no experiment file {path}") from None
-        known = ("words", "let", *_KINDS, *_SETTINGS, *_PLACES)
+        known = ("words", "let", *_KINDS, *_SETTINGS, *_PLACES, "published", "claims")
         for name in content:
             if name not in known:
                 near = words.nearest(name, known)
@@ -157,6 +178,8 @@ class Experiment:
             device=places.get("device"),
             dtype=places.get("dtype"),
             source=str(path),
+            published=_published(path, content.get("published", {})),
+            claims=_claims(path, content.get("claims", {}), named),
         )
 
     @contextmanager
@@ -187,7 +210,6 @@ class Experiment:
             for labels in itertools.product(*(grid[kind] for kind in _KINDS)):
                 chosen = {kind: grid[kind][label] for kind, label in zip(_KINDS, labels, strict=True)}
                 label = ", ".join(label for label in labels if label != "None")
-                varying = [one for kind, one in zip(_KINDS, labels, strict=True) if kind in several]
                 try:
                     if chosen["attack"] is None and attacks:  # the clean cell of attacks with budgets and surrogates
                         chosen |= {"budget": None, "surrogate": None}
@@ -197,8 +219,17 @@ class Experiment:
                     )  # fmt: skip
                 except CrossguardError as error:
                     raise CrossguardError(f"{self.source}: in the cell ({label}): {error}") from error
-                cell = Cell(", ".join(varying) or label, asked, chosen)
-                found.setdefault(cell.key, cell)
+                # An adversary's budget and surrogate are no part of a clean cell.
+                told = {
+                    kind: "clean" if kind == "attack" and one == "None" else one
+                    for kind, one in zip(_KINDS, labels, strict=True)
+                    if chosen["attack"] is not None or kind not in ("budget", "surrogate")
+                }
+                varying = [one for kind, one in told.items() if kind in several and one != "None"]
+                cell = Cell(", ".join(varying) or label, asked, chosen, {kind: set() for kind in _KINDS})
+                named = found.setdefault(cell.key, cell).labels
+                for kind, one in told.items():
+                    named[kind].update({one, "clean"} if kind == "attack" and chosen[kind] is None else {one})
         return list(found.values())
 
     def run(self, out: str | Path, watch: Watch | None = None, shard: tuple[int, int] | None = None) -> list[Report]:
@@ -221,7 +252,7 @@ class Experiment:
         check_folder(out)
         cells = self.cells()
         files.make_writable(out)
-        files.make_writable(out / ".locks")
+        files.make_writable(out / LOCKS)
         if group.first:
             files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
         with _logging(out / "log.txt") as log:
@@ -237,12 +268,45 @@ class Experiment:
         return [answer for answer in answers if answer is not None]
 
     def _index(self, cells: list[Cell]) -> dict[str, Any]:
-        """What the table needs to print labels: label -> word, as reports spell it."""
+        """What tables and `crossguard status` need: label -> word, as reports spell it, and what each cell is called
+        and waits for."""
         axes = {
             kind: {label: words.show(word) for grid in (self.grid, *self.more) for label, word in grid[kind].items()}
             for kind in self.grid
         }
-        return {"source": self.source, "labels": axes, "cells": [cell.key for cell in cells]}
+        asked = {cell.key: {"label": cell.label, "fits": _fits(cell)} for cell in cells}
+        index = {"source": self.source, "labels": axes, "cells": list(asked), "asked": asked}
+        published = [
+            dict(zip(("cell", "score"), self._named("published", name, cells), strict=True))
+            | {"value": value, "source": source}
+            for name, (value, source) in self.published.items()
+        ]
+        claims = [
+            {
+                "name": name,
+                "word": words.show(claim),
+                "cells": [list(self._named(f"claims: {name}", cell, cells)) for cell in claim.cells],
+            }
+            for name, claim in self.claims.items()
+        ]
+        return index | {"published": published, "claims": claims}
+
+    def _named(self, where: str, name: str, cells: Sequence[Cell]) -> tuple[str, str]:
+        """The key of the cell that has these labels, and the score that is meant where there are several."""
+        scores = [f"{direction} R@1" for direction in DIRECTIONS]
+        known = {kind: {one for cell in cells for one in cell.labels[kind]} for kind in _KINDS}
+        try:
+            parts = _labels(name, {one for labels in known.values() for one in labels} | set(scores))
+            score = next((one for one in parts if one in scores), "")
+            wanted = [one for one in parts if one != score]
+            found = [cell for cell in cells if _leads(wanted, cell.labels)]
+            if len(found) != 1:
+                listed = "; ".join(cell.label for cell in found[:3])
+                say = f"names {len(found)} cells ({listed}, ...); say which" if found else "names no cell of this grid"
+                raise CrossguardError(f"{shortly(name)} {say}")
+        except CrossguardError as error:
+            raise CrossguardError(f"{self.source}: {where}: {error}") from None
+        return found[0].key, score
 
 
 class _Work:
@@ -253,6 +317,8 @@ class _Work:
         self.reports: dict[str, Report] = {}
         self.failures: list[tuple[str, str]] = []  # the label of a cell, and what went wrong
         self.unreadable: dict[VisionLanguageModel, CrossguardError] = {}
+        self.notes: list[Note] = []  # beside the locks that this process holds
+        self.so_far = ""  # how many samples of the cell at hand are done
         # What one process of `torchrun` could not answer, no other tries again.
         self.failed = out / ".failed" / group.tell(secrets.token_hex(4))
 
@@ -263,47 +329,57 @@ class _Work:
             shared: other processes may work on the same cells; locks tell who works on which.
         """
         out, log, watch = self.out, self.log, self.watch
-        waiting = [cell for cell in cells if self.known(cell) is None]
-        log.info("%s: %d cells, %d answered", self.experiment.source, len(cells), len(cells) - len(waiting))
-        unanswered = {cell.key for cell in waiting}
+        left = [cell for cell in cells if self.known(cell) is None]
+        log.info("%s: %d cells, %d answered", self.experiment.source, len(cells), len(cells) - len(left))
+        unanswered = {cell.key for cell in left}
         for cell in cells:  # killed between the answer and the end of the outcomes so far
-            for stale in out.glob(f".{cell.key}.json.part.*") if cell.key not in unanswered else ():
+            for stale in out.glob(f".{cell.key}.part.*") if cell.key not in unanswered else ():
                 stale.unlink(missing_ok=True)
-        watch.start(len(cells), len(cells) - len(waiting))
+        watch.start(len(cells), len(cells) - len(left))
         # Cells that share what is crafted on a surrogate come one after the other; behind the last it is dropped.
-        sharing = Counter(cell.craft for cell in waiting)
+        sharing = Counter(cell.craft for cell in left)
         order = {craft: place for place, craft in enumerate(sharing)}
-        waiting.sort(key=lambda cell: order[cell.craft])
+        left.sort(key=lambda cell: order[cell.craft])
         for stale in (out / ".crafts").glob("*") if shared else ():  # of a run that was killed behind its last answer
             if stale.name not in sharing:
                 shutil.rmtree(stale, ignore_errors=True)
-        while waiting:
+        while left:
             busy: list[Cell] = []
-            for cell in waiting:
+            for cell in left:
                 crafting = any(cell.craft == other.craft for other in busy)  # another process
                 with ExitStack() as locks:
-                    if shared and (crafting or not all(_taken(lock, locks) for lock in self._locks(cell))):
+                    wanted = list(self._locks(cell))
+                    if shared and (crafting or not all(_taken(lock, locks) for lock in wanted)):
                         busy.append(cell)
                         continue
+                    self.notes = [locks.enter_context(noted(lock, cell.label)) for lock in wanted]
                     crafts = out / ".crafts" / cell.craft
                     self._answer(cell, crafts.parent if sharing[cell.craft] > 1 or crafts.exists() else None)
                 sharing[cell.craft] -= 1
                 if not sharing[cell.craft]:
                     shutil.rmtree(crafts, ignore_errors=True)
-            if len(busy) == len(waiting):
-                watch.waits(len(busy))
-                time.sleep(POLL)
-            waiting = busy
+            if len(busy) == len(left):
+                others = self._others(busy)
+                watch.waits(len(busy), others)
+                who = " and ".join(f"{name} ({doing})" for name, doing in others.items()) or "another process"
+                with waiting(out / LOCKS / "cells", f"waits for {who}"):
+                    time.sleep(POLL)
+            left = busy
+
+    def _others(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Who works on these cells, and on what, as far as that is known."""
+        found = [worker(lock) for cell in cells for lock in self._locks(cell)]
+        return {one.name: one.doing for one in found if one is not None}
 
     def _locks(self, cell: Cell) -> Iterator[Path]:
         """Who works on a cell holds these locks: that of the cell, and those of the models that are to be trained for
         it, so that other processes take other cells meanwhile."""
         from crossguard.defenses.fit import Fit
 
-        yield self.out / ".locks" / cell.key
+        yield self.out / LOCKS / cell.key
         for fit in within(tuple(cell.words.values()), Fit):
             if not fit.trained:
-                yield self.out / ".locks" / fit.folder.name
+                yield self.out / LOCKS / fit.folder.name
 
     def known(self, cell: Cell) -> Report | None:
         """The answer that is there already; None if there is none."""
@@ -353,16 +429,42 @@ class _Work:
 
         log, chosen, experiment = self.log, cell.words, self.experiment
         log.info("asking %s (%s)", cell.label, cell.key)
-        report = evaluate(
-            chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-            limit=experiment.limit, seed=experiment.seed, batch=experiment.batch, progress=self.watch.progress,
-            processes=False, crafts=crafts, out=self.out / f"{cell.key}.json", overwrite=True, draws=experiment.draws,
-        )  # fmt: skip
+        with listening(self._hear(cell)):
+            report = evaluate(
+                chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
+                limit=experiment.limit, seed=experiment.seed, batch=experiment.batch, progress=self._progress(cell),
+                processes=False, crafts=crafts, overwrite=True, draws=experiment.draws, out=self.out / cell.file,
+                partial=self.out / f".{cell.key}.part",
+            )  # fmt: skip
         report = replace(report, pictures=None)  # of many reports they would fill the memory
         log.info("%s: %s, %.1f s", cell.label, report.headline, report.seconds)
         for note in report.notes:
             log.warning("%s: %s", cell.label, note)
         return report
+
+    def _progress(self, cell: Cell) -> Callable[[int, int], None]:
+        """Tells the watch and the notes how many samples of a cell are done."""
+
+        def progress(done: int, total: int) -> None:
+            self.watch.progress(done, total)
+            self._note(f"{cell.label}: {done} of {total} samples")
+            self.so_far = f"{done} of {total} samples, "
+
+        self.so_far = ""
+        return progress
+
+    def _hear(self, cell: Cell) -> Callable[[str], None]:
+        """Tells the watch and the notes what an attack on a cell says."""
+
+        def hear(text: str) -> None:
+            self.watch.part(text)
+            self._note(f"{cell.label}: {self.so_far}{text}")
+
+        return hear
+
+    def _note(self, doing: str) -> None:
+        for note in self.notes:
+            note.say(doing)
 
     def close(self) -> None:
         if self.group.first:
@@ -403,6 +505,13 @@ def check_folder(out: Path) -> None:
     for name in ("crossguard.json", "training.safetensors", "config.json", "model.safetensors"):
         if (out / name).exists():
             raise CrossguardError(f"{out} holds a model ({name}); give the answers another folder")
+
+
+def _fits(cell: Cell) -> list[str]:
+    """The folders of the models that are trained for a cell."""
+    from crossguard.defenses.fit import Fit
+
+    return [str(fit.folder) for fit in within(tuple(cell.words.values()), Fit)]
 
 
 def _checkpoints(word: object) -> Iterator[Checkpoint]:
@@ -449,26 +558,36 @@ def answered_in(out: str | Path, cells: Iterable[Cell]) -> list[Report]:
 
 
 def _answer(out: Path, cell: Cell, log: logging.Logger) -> Report | None:
-    """The answer in the folder; None if there is none or its file is broken."""
-    path = out / f"{cell.key}.json"
-    if not path.exists():
-        return None
-    try:
-        report = Report.load(path)
-    except ReportError as error:
-        log.warning("%s; it is asked again", error)
-        return None
-    if dict(report.question) != dict(cell.question):
+    """The answer in the folder, whatever it was called when it was asked; None if there is none or its file is
+    broken."""
+    for path in sorted(files_of(out, cell.key), key=lambda path: (path.name != cell.file, path.name)):
+        try:
+            report = Report.load(path)
+        except ReportError as error:
+            log.warning("%s; it is asked again", error)
+            continue
+        if dict(report.question) == dict(cell.question):
+            return report
         log.warning("%s answers another question; it is asked again", path)
-        return None
-    return report
+    return None
+
+
+def files_of(out: Path, key: str) -> list[Path]:
+    """The files that have the hash of a question in their names."""
+    return [path for path in sorted(out.glob(f"*{key[:HASH]}*.json")) if not path.name.startswith(".")]
+
+
+def readable(label: str) -> str:
+    """The name of a file after what people call a thing: letters, digits and a few signs, which every system takes."""
+    name = re.sub(r"[^\w.=+-]+", "-", label.replace("/", "_").replace(", ", "-"), flags=re.ASCII)
+    return re.sub(r"-{2,}", "-", name).strip("-._")[:_LONGEST].rstrip("-._") or "cell"
 
 
 def _check_names(path: Path, content: Mapping[str, Any]) -> None:
     """Refuses a misspelt name in any word of the file before anything is loaded; other mistakes are found later."""
     let = content.get("let", {})
     named = list(let) if isinstance(let, dict) else []
-    for kind in ("let", *_KINDS):
+    for kind in ("let", *_KINDS, "claims"):
         value = content.get(kind, ())
         for text in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(text, str):
@@ -494,6 +613,72 @@ def _add_words(path: Path, value: object, trust: bool) -> None:
             own.add(place)
         except CrossguardError as error:
             raise CrossguardError(f"{path}: words: {error}") from error
+
+
+_AXIS = re.compile(rf"({'|'.join(_KINDS)})=(.*)", re.DOTALL)  # of a label that two axes have
+
+
+def _labels(name: str, known: Iterable[str]) -> list[str]:
+    """The labels that make the name of a cell, which stand between commas and may hold some."""
+    known, pieces = set(known), name.split(",")
+    most = 1 + max((label.count(",") for label in known), default=0)
+    found: list[str] = []
+    start = 0
+    while start < len(pieces):
+        for end in range(min(len(pieces), start + most), start, -1):
+            label = ",".join(pieces[start:end]).strip()
+            if (label[match.start(2) :] if (match := _AXIS.fullmatch(label)) else label) in known or label in known:
+                break
+        else:
+            label = pieces[start].strip()
+            near = words.nearest(label, sorted(known))
+            raise CrossguardError(f"there is no label {shortly(label)}{near} (in {shortly(name)})")
+        found.append(label)
+        start = end
+    return found
+
+
+def _leads(wanted: Sequence[str], labels: Mapping[str, set[str]]) -> bool:
+    """Whether these labels lead to a cell, each along an axis of its own."""
+    if not wanted:
+        return True
+    first, *others = wanted
+    match = _AXIS.fullmatch(first)
+    axis, label = (match[1], match[2]) if match and first not in set().union(*labels.values()) else ("", first)
+    return any(
+        label in held and _leads(others, {kind: one for kind, one in labels.items() if kind != own})
+        for own, held in labels.items()
+        if axis in ("", own)
+    )
+
+
+def _published(path: Path, value: object) -> dict[str, tuple[float, str]]:
+    """What others have measured, by the labels of a cell."""
+    form = 'a table of "labels of a cell" = [percent, "source"]'
+    if not isinstance(value, dict):
+        raise CrossguardError(f"{path}: published must be {form}, not {shortly(value)}")
+    found: dict[str, tuple[float, str]] = {}
+    for name, told in value.items():
+        match told:
+            case [int() | float() as number, str() as source] if not isinstance(number, bool) and 0 <= number <= 100:
+                found[name] = float(number), source
+            case _:
+                raise CrossguardError(f"{path}: published must be {form}; {shortly(name)} is {shortly(told)}")
+    return found
+
+
+def _claims(path: Path, value: object, known: Mapping[str, Any]) -> dict[str, Claim]:
+    """The claims by their names."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        form = "a table of name = word, such as \"Above('TeCoA', 'base')\""
+        raise CrossguardError(f"{path}: claims must be {form}")
+    found: dict[str, Claim] = {}
+    for name, text in value.items():
+        try:
+            found[name] = read("Claim", text, known)
+        except CrossguardError as error:
+            raise CrossguardError(f"{path}: claims: {name}: {error}") from error
+    return found
 
 
 def _let(path: Path, value: object) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossguard.errors import CrossguardError
-from crossguard.printing import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,38 +160,6 @@ def make_writable(folder: Path) -> None:
     tidy(folder)
 
 
-@contextmanager
-def owned(folder: Path, doing: str) -> Iterator[None]:
-    """Inside, no other process that asks for this folder works there; one that finds it taken says so and waits.
-
-    Args:
-        doing: what for, as in "trains".
-
-    Raises:
-        WriteError: the folder cannot be written to, or its file system has no locks.
-    """
-    from filelock import FileLock, Timeout
-
-    make_writable(folder)
-    path = folder / LOCK
-    try:
-        if path.is_symlink():
-            raise OSError(errno.ELOOP, "it is a link")
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting for another process that {doing} in {folder}")
-            lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        why = reason(error) if isinstance(error, OSError) else "its file system has no locks"
-        raise WriteError(f"{path} cannot be locked: {why}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 class LogFile(logging.FileHandler):
     """A log that is appended to a file. A line that cannot be written, for want of space or because its folder is
     gone, is left out: what matters is written elsewhere, and says so."""
@@ -235,26 +201,36 @@ def _tidy_first(folder: Path) -> None:
 
 def _gone(entry: os.DirEntry[str], where: str, number: str) -> bool:
     """Whether the process is gone that made this temporary file. One of another machine is waited for for a day."""
-    if where != _here():
+    if where != here():
         return time.time() - entry.stat(follow_symlinks=False).st_mtime > _A_DAY
-    if int(number) == os.getpid():  # of an earlier process with this number: what we write now is in `_open`
-        return True
+    # One of our own number is of an earlier process that had it: what we write now is in `_open`.
+    return int(number) == os.getpid() or gone(where, int(number))
+
+
+def gone(where: str, number: int) -> bool:
+    """Whether a process is known to have ended; of one elsewhere nobody here knows.
+
+    Args:
+        where: what `here` said there.
+    """
+    if where != here():
+        return False
     try:
-        os.kill(int(number), 0)
+        os.kill(number, 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return False
 
 
 def _tag() -> str:
     """Names a temporary file after this process."""
-    return f"{_here()}-{os.getpid()}.{secrets.token_hex(4)}"
+    return f"{here()}-{os.getpid()}.{secrets.token_hex(4)}"
 
 
 @cache
-def _here() -> str:
+def here() -> str:
     """Where numbers of processes are those of here: this machine, and inside of it this container."""
     try:
         space = str(Path("/proc/self/ns/pid").readlink())

@@ -10,10 +10,12 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 LONGEST = 288  # signs of an error message: with `crossguard: ` before it, 300
 
+_LATEST = 4e9  # seconds: a time beyond is none, and some systems cannot show it
 _JOINERS = "\u200c\u200d"  # they shape letters of Persian and make one emoji of several
 
 
@@ -49,6 +51,20 @@ def brief(text: str, most: int = LONGEST) -> str:
     gap = f" [... {len(line):,} signs, all of them with --debug ...] "
     end = (most - len(gap)) // 3
     return line[: most - len(gap) - end] + gap + line[len(line) - end :]
+
+
+def clock(seconds: float) -> str:
+    """A time, in seconds as of `time.time()`, as the clock shows it here; with the day, where that is not today."""
+    then = datetime.fromtimestamp(min(max(seconds, 0.0), _LATEST)).astimezone()
+    return then.strftime("%H:%M" if then.date() == datetime.now().astimezone().date() else "%Y-%m-%d %H:%M")
+
+
+def lasting(seconds: float) -> str:
+    """How long something takes, as people say it: 90 seconds, 25 minutes, 1.5 hours."""
+    for unit, size, least in (("days", 86400.0, 1.0), ("hours", 3600.0, 1.0), ("minutes", 60.0, 2.0)):
+        if seconds >= least * size:
+            return f"{seconds / size:.{0 if unit == 'minutes' else 1}f} {unit}"
+    return f"{seconds:.0f} second{'s' * (round(seconds) != 1)}"
 
 
 def in_notebook() -> bool:

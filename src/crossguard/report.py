@@ -117,6 +117,13 @@ class Outcomes:
     def adversarial_rate(self) -> Rate:
         return Rate(int(self.standing.sum()), len(self))
 
+    def at(self, rows: Sequence[int]) -> Outcomes:
+        """The outcomes of some of the samples."""
+        places = np.asarray(rows, dtype=np.int64)
+        columns = {name: np.asarray(getattr(self, name))[places] for name in _COLUMNS}
+        ids: list[str] = [self.id[int(place)] for place in places]
+        return Outcomes(ids, **columns)
+
     def worst(self, others: Sequence[Outcomes | Ranks]) -> Outcomes:
         """What is left of each sample after all of these, which are of the same samples: the answer under attack that
         is wrong, or else the one of smallest margin.

@@ -16,6 +16,7 @@ from crossguard.device import looks
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss
 from crossguard.shapes import Images, PerImage, Seeds
+from crossguard.telling import tell
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class APGD(ImageAttack):
             if looks(step, climb.images.device):
                 victim.check()
                 keep = (~found.won[climb.rows]).nonzero()[:, 0] if found.ends else climb.rows
+                tell("step {} of {}, {} images go on", step + 1, steps, len(keep))
                 if len(keep) == 0:
                     return
                 if len(keep) < len(climb.rows):

@@ -18,6 +18,7 @@ from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Margin, Towards, Untargeted, classification
 from crossguard.seeds import fold
 from crossguard.shapes import Images, Labels, Logits, Mask, PerImage, Seeds
+from crossguard.telling import tell
 
 
 @dataclass(frozen=True)
@@ -307,6 +308,7 @@ class FAB(BoundaryAttack):
             images = torch.where(per_image(won), clean + self.beta * (images - clean), images)
             if look:
                 keep = (~done).nonzero()[:, 0]
+                tell("step {} of {}, {} images go on", step + 1, self.steps, len(keep))
                 if len(keep) == 0:
                     break
                 if len(keep) < len(rows):
@@ -385,6 +387,7 @@ class DeepFool(BoundaryAttack):
             if looks(step, clean.device):
                 victim.check()
                 keep = (~done).nonzero()[:, 0]
+                tell("step {} of {}, {} images go on", step + 1, self.steps, len(keep))
                 if len(keep) == 0:
                     break
                 if len(keep) < len(rows):
@@ -508,6 +511,7 @@ class CarliniWagner(BoundaryAttack):
             if looks(step, clean.device):
                 victim.check()
                 keep = (~done).nonzero()[:, 0]
+                tell("step {} of {}, {} images go on", step + 1, self.steps, len(keep))
                 if len(keep) == 0:
                     break
                 if len(keep) < len(active):

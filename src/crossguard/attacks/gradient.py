@@ -12,6 +12,7 @@ from crossguard.device import looks
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss
 from crossguard.shapes import Images, Seeds
+from crossguard.telling import tell
 
 ROUND = 4  # steps, after which to see whether an image is back where it was: circles of 1, 2 and 4 points
 
@@ -119,6 +120,7 @@ class PGD(ImageAttack):
                 if looks(step, clean.device):
                     victim.check()
                     keep = (~(circling | found.won[rows] if found.ends else circling)).nonzero()[:, 0]
+                    tell("step {} of {}, {} images go on", step + 1, self.steps, len(keep))
                     if len(keep) == 0:
                         return
                     if len(keep) < len(rows):

@@ -16,6 +16,7 @@ from crossguard.errors import CrossguardError
 from crossguard.goals import DLR, Goal, Towards, Untargeted, classification
 from crossguard.seeds import fold, normal
 from crossguard.shapes import Images, Labels, Logits, Mask, PerImage, Seeds
+from crossguard.telling import part, tell
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Worst(ImageAttack):
     def search(self, victim: ImageVictim, clean: Images, goal: Goal, budget: PixelBudget, seeds: Seeds) -> Made:
         contest = _Contest(victim, clean, goal, budget, seeds)
         for number, attack in enumerate(self.attacks):
-            contest.run(attack, self.attacks[:number].count(attack))
+            with part("{} ({} of {})", spelled(attack), number + 1, len(self.attacks)):
+                contest.run(attack, self.attacks[:number].count(attack))
         return contest.found.made()
 
 
@@ -102,8 +104,10 @@ class EachTarget(ImageAttack):
         if not isinstance(aim, Untargeted):
             raise CrossguardError("EachTarget serves an untargeted goal; a targeted one has its class already")
         contest = _Contest(victim, clean, goal, budget, seeds)
-        for number, targets in enumerate(likeliest(contest.outputs, aim.labels, self.targets)):
-            contest.run(self.attack, number, Towards(aim.labels, targets, aim.criterion, ends=goal.ends))
+        aims = likeliest(contest.outputs, aim.labels, self.targets)
+        for number, targets in enumerate(aims):
+            with part("class {} of {}", number + 1, len(aims)):
+                contest.run(self.attack, number, Towards(aim.labels, targets, aim.criterion, ends=goal.ends))
         return contest.found.made()
 
 
@@ -292,8 +296,11 @@ class _Contest:
             return
         victim = self.victim.numbered(self.asked + before * _APART).at(rows)
         seeds = fold(self.seeds, before + _TURNS) if before else self.seeds
+        stood = ~self.found.won
+        tell("{} standing", stood.sum())
         made = attack.craft(victim, self.clean[rows], (way or self.goal).at(rows), self.budget, seeds[rows])
         self.found.take(rows, made, victim, self.goal.at(rows))
+        tell("{} -> {} standing", stood.sum(), (~self.found.won).sum())
 
 
 def likeliest(logits: Logits, labels: Labels, count: int) -> list[Labels]:

@@ -18,6 +18,7 @@ from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Loss, Margin
 from crossguard.seeds import fold, uniform
 from crossguard.shapes import Images, Labels, Mask, PerImage, Seeds
+from crossguard.telling import tell
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # iterations after which p halves
 TOGETHER = 64  # iterations whose numbers are drawn at once: one by one, drawing would cost more than a small model
@@ -86,6 +87,7 @@ class Square(ImageAttack):
             if looks(question, clean.device):
                 victim.check()
                 keep = (~found.won[rows]).nonzero()[:, 0] if found.ends else rows
+                tell("question {} of {}, {} images go on", question + 1, self.queries, len(keep))
                 if len(keep) == 0:
                     break
                 if len(keep) < len(rows):
@@ -254,6 +256,7 @@ class RayS(ImageAttack):
             if looks(question, clean.device):
                 victim.check()
                 keep = (~rays.done).nonzero()[:, 0]
+                tell("question {} of {}, {} images go on", question + 1, self.queries, len(keep))
                 if len(keep) < len(rays.rows):
                     rays.at(rays.done.nonzero()[:, 0]).write(won, within, whole, budget.eps)
                     rays, victim, goal = rays.at(keep), victim.at(keep), goal.at(keep)

@@ -25,6 +25,7 @@ from crossguard.budgets import Characters, TextBudget, Words, WordShare
 from crossguard.data import all_rivals
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal
+from crossguard.telling import tell
 from crossguard.words import Reads
 
 # Losses closer than this are a tie, and the first one wins: a forward in other company differs by about 1e-7.
@@ -133,6 +134,7 @@ class Substitute(TextAttack):
         open_ = [text for text in texts if text.afford()]
         self._rank(victim, goal, open_)
         while open_:
+            tell("{} of {} texts may change further", len(open_), len(texts))
             asked = ((text.number, string) for text in open_ for string in text.variants())
             losses = iter(_losses(victim, goal, asked, self.batch))
             changed = [text for text in open_ if text.take([next(losses) for _ in text.options[text.order[0]]])]
@@ -370,6 +372,7 @@ class Charmer(TextAttack, Reads):
             for number, (text, named) in enumerate(zip(clean, rivals, strict=True))
         ]
         for start in range(0, len(texts), TEXTS):
+            tell("text {} of {}", start + 1, len(texts))
             open_ = [text for text in texts[start : start + TEXTS] if text.left]
             while open_:
                 open_ = self._round(victim, goal, open_, rules)

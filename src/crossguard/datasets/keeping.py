@@ -29,6 +29,7 @@ from crossguard.printing import say
 from crossguard.processes import Processes
 from crossguard.report import Report, ReportError, differs
 from crossguard.shapes import Images
+from crossguard.turns import owned
 
 JOURNAL = ".kept.json"
 OUTCOMES = ".outcomes.part"  # the outcomes so far
@@ -56,7 +57,7 @@ def keeping(
         with group.together():
             if group.first:
                 check_folder(folder, question, overwrite)
-                held.enter_context(files.owned(folder, "keeps images"))
+                held.enter_context(owned(folder, "keeps images"))
                 check_folder(folder, question, overwrite)  # of who was waited for
         try:
             yield Keeping(folder, question, form)
@@ -69,8 +70,10 @@ def keeping(
 def _forget(folder: Path, made: bool) -> None:
     """Takes the lock away again where nothing else was written, and the folder where it was made for that."""
     with suppress(OSError):
-        if [path.name for path in folder.iterdir()] == [files.LOCK]:
-            (folder / files.LOCK).unlink()
+        there = list(folder.iterdir())
+        if all(path.name.startswith(files.LOCK) for path in there):
+            for path in there:
+                path.unlink()
             if made:
                 folder.rmdir()
 

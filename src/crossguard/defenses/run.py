@@ -34,7 +34,7 @@ from crossguard.defenses.step import Learner
 from crossguard.defenses.terms import TEXT
 from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
-from crossguard.files import LOCK, LogFile, WriteError, hashed, owned, reason, save_tensors, tidy, write
+from crossguard.files import LOCK, LogFile, WriteError, hashed, reason, save_tensors, tidy, write
 from crossguard.limits import whole
 from crossguard.models.base import Checkpoint, VisionLanguageModel
 from crossguard.models.prompted import ContextEncoder, prompts
@@ -42,6 +42,7 @@ from crossguard.opening import opening
 from crossguard.printing import LogFormatter, say
 from crossguard.processes import Processes
 from crossguard.reading import parse_json, read_json
+from crossguard.turns import owned
 from crossguard.words import contents, show, within
 
 _STATE, _RECORD = "training.safetensors", "crossguard.json"
@@ -485,7 +486,7 @@ def _put_aside(folder: Path, question: dict[str, str]) -> Path:
     try:
         aside.mkdir()
         for path in sorted(whole.iterdir()):
-            if path.name != ".lock":
+            if not path.name.startswith(LOCK):
                 path.rename(aside / path.name)
     except OSError as error:
         raise WriteError(f"{folder} holds a run on other files, and cannot be moved aside: {reason(error)}") from error
@@ -526,7 +527,8 @@ def _owned(folder: Path) -> Iterator[None]:
         except CrossguardError:
             with suppress(OSError):
                 there = list(folder.iterdir())
-                if made and {path.name for path in there} <= {LOCK, "log.txt"}:  # refused before the first step
+                kept = [path.name for path in there if path.name != "log.txt" and not path.name.startswith(LOCK)]
+                if made and not kept:  # refused before the first step
                     for path in there:
                         path.unlink()
                     folder.rmdir()

@@ -24,6 +24,7 @@ from crossguard.processes import ALONE, Processes
 from crossguard.report import Outcomes, Ranks
 from crossguard.seeds import drawing, fold, keys, normal
 from crossguard.shapes import Embeddings, Images, Seeds
+from crossguard.telling import tell
 from crossguard.words import Word
 
 CLEAN, ATTACKED, JUDGED = -1, -2, -3  # the noise a random model draws is another for each
@@ -152,7 +153,10 @@ def embedded(
     processes. Unless the model draws noise, equal images are equal to the bit: in another batch they would differ by
     rounding."""
 
+    seen = 0
+
     def embed(rows: Sequence[int]) -> tuple[Tensor, list[bytes], list[dict[str, bool]], bool]:
+        nonlocal seen
         found, digests, gates, drew = [], list[bytes](), list[dict[str, bool]](), False
         for batch in task.batches(AT_ONCE, rows):
             with torch.no_grad(), drawing(fold(keys(batch.ids, seed), CLEAN)) as lent:
@@ -160,6 +164,8 @@ def embedded(
                 found.append(finite(said.embeddings, "embeddings").cpu())
             gates += opened(said)
             drew |= lent.used
+            seen += len(batch) * group.world
+            tell("{} of {} images embedded", min(seen, len(indices)), len(indices))
             digests += [hashlib.sha256(image.tobytes()).digest() for image in batch.images.cpu().numpy()]
         return torch.cat(found), digests, gates, drew
 
