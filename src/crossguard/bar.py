@@ -151,6 +151,8 @@ class Bar(Watch):
         self.line(f"[{self.done}/{self.total}] {cell.label}: not answered: {reason}")
 
     def waits(self, cells: int, others: Mapping[str, str]) -> None:
+        if not others and self.doing.startswith("waiting for "):  # who it is has not said what comes next
+            return
         waited = plain(f"waiting for {' and '.join(others) or 'another process'}")
         if not self.doing.startswith(waited):
             self.step(f"{waited} ({cells} cell{'s' * (cells > 1)})")

@@ -669,13 +669,18 @@ def _published(path: Path, value: object) -> dict[str, tuple[float, str]]:
 
 def _claims(path: Path, value: object, known: Mapping[str, Any]) -> dict[str, Claim]:
     """The claims by their names."""
+    from crossguard.claims import Claim
+
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         form = "a table of name = word, such as \"Above('TeCoA', 'base')\""
         raise CrossguardError(f"{path}: claims must be {form}")
     found: dict[str, Claim] = {}
     for name, text in value.items():
         try:
-            found[name] = read("Claim", text, known)
+            claim = words.build(text, known)
+            if not isinstance(claim, Claim):
+                raise CrossguardError(f"{words.quoted(claim)} is not a claim; give one such as Above('TeCoA', 'base')")
+            found[name] = claim
         except CrossguardError as error:
             raise CrossguardError(f"{path}: claims: {name}: {error}") from error
     return found
