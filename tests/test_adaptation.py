@@ -36,6 +36,7 @@ from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace
 from crossguard.processes import ALONE
 from crossguard.shapes import Labels
+from crossguard.testing import check_recipe
 from fixtures import Blots, save_tokenizer, small
 
 ATTACK = PGD(steps=2, step=0.5, best=False, stop=False)
@@ -60,6 +61,7 @@ class Secret(Blots):
 
 
 DATA = Domains(Blots(), Secret())
+EIGHT = Domains(Blots(count=8), Secret(count=8))
 COMMON: dict[str, Any] = {"steps": 2, "batch": 8, "optimizer": SGD(lr=0.1)}
 ATTACKED: dict[str, Any] = COMMON | {"image_attack": ATTACK, "budget": BUDGET}
 RECIPES: tuple[Recipe, ...] = (
@@ -235,6 +237,17 @@ def _with_texts(model: Fresh, run: Run) -> Any:
     logits = network.logits
     network.logits = lambda images, _: logits(images, texts)
     return network
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: type(recipe).__name__)
+def test_the_contract(recipe: Recipe, base: Fresh) -> None:
+    check_recipe(recipe, base, EIGHT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: type(recipe).__name__)
+def test_two_processes_take_the_steps_of_one(recipe: Recipe, base: Fresh) -> None:
+    check_recipe(recipe, base, EIGHT, processes=True)
 
 
 def test_bad_input(base: Fresh, tmp_path: Path) -> None:
