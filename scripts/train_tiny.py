@@ -56,7 +56,7 @@ class Course:
 COURSES = {
     "tiny": Course(Fresh(), (500, 1600, 1500), (2e-3, 2e-3, 1.5e-3)),
     # Patches do not know that a thing may lie elsewhere: shifted images say so.
-    "vit": Course(FreshViT(patch=8, width=128), (1500, 1400), (1e-3, 1e-3), Augment(flip=False, shift=3)),
+    "vit": Course(FreshViT(patch=8, width=128), (1500, 1400, 1000), (1e-3, 1e-3, 7e-4), Augment(flip=False, shift=3)),
     # Were its texts to learn with it from the start, they would learn to be alike before its images learn to differ.
     "cnn": Course(FreshCNN(), (700, 950), (2e-3, 1.5e-3), first=Towers(("image", "head"))),
 }
