@@ -128,6 +128,7 @@ from .defenses.prompts import Coupled as Coupled
 from .defenses.prompts import Deep as Deep
 from .defenses.prompts import Frame as Frame
 from .defenses.recipe import Recipe as Recipe
+from .defenses.validation import Validation as Validation
 from .diagnose import diagnose as diagnose
 from .errors import CrossguardError as CrossguardError
 from .evaluate import evaluate as evaluate

@@ -16,6 +16,7 @@ from crossguard.data import Dataset
 from crossguard.defenses.optimizers import Adam, Optimizer
 from crossguard.defenses.parts import Towers, Trainable
 from crossguard.defenses.terms import ADVERSARIAL, BATCH, CLEAN, IMAGE, SELF, START, STUDENT, TEXT, Need, Term
+from crossguard.defenses.validation import Validation
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
 from crossguard.seeds import uniform
@@ -254,6 +255,9 @@ class Plan(Word, ABC):
         warmup: steps over which the learning rate rises linearly.
         cosine: the rate falls to zero along a half cosine afterwards; otherwise it stays.
         average: the result is this average of the weights instead of the last ones.
+        validate: what is measured at the end of each epoch; nothing, if None.
+        best: the result is what had the highest robust accuracy there (of the last stage, the first of equals) instead
+            of what came last. Whoever reports accuracy on the validation data then has chosen by them.
         shots: train on this many images of each class, the same ones in every epoch; all, if None.
         fresh_shots: other images of each class in every epoch, as the released code of MMCoA does: it reports "k-shot"
             runs that see k times epochs images of a class. Starts over when they run out (there, epochs become empty).
@@ -274,6 +278,8 @@ class Plan(Word, ABC):
     warmup: int = 0
     cosine: bool = False
     average: EMA | None = None
+    validate: Validation | None = None
+    best: bool = False
     shots: int | None = None
     fresh_shots: bool = False
     captions: bool = False
@@ -326,6 +332,10 @@ class Plan(Word, ABC):
         if self.batch < 2:
             raise CrossguardError(
                 f"{name}(batch={self.batch}) is not possible; a contrastive batch needs at least 2 images"
+            )
+        if self.best and self.validate is None:
+            raise CrossguardError(
+                f"{name}(best=True) needs to know what is best; give validate=Validation(data) with held-out data"
             )
         if self.shots is not None and self.shots < 1:
             raise CrossguardError(f"{name}(shots={self.shots}) is not possible; give 1 or more")

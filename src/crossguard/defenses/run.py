@@ -32,6 +32,7 @@ from crossguard.defenses.feed import Feed
 from crossguard.defenses.plan import Plan
 from crossguard.defenses.step import Learner
 from crossguard.defenses.terms import TEXT
+from crossguard.defenses.validation import ROBUST, draw
 from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
 from crossguard.files import LOCK, LogFile, WriteError, hashed, reason, save_tensors, tidy, write
@@ -45,7 +46,7 @@ from crossguard.reading import parse_json, read_json
 from crossguard.turns import owned
 from crossguard.words import contents, show, within
 
-_STATE, _RECORD = "training.safetensors", "crossguard.json"
+_STATE, _RECORD, _PICTURE = "training.safetensors", "crossguard.json", "validation.png"
 _ALIKE = 64  # captions that are compared with each other before the first step
 _FLUSHED = 20.0  # seconds after which TensorBoard's file is brought up to date
 _SHARE_OF_SAVING = 20  # a save may take one part in so many of the time
@@ -94,6 +95,7 @@ class Run:
         self.learner = Learner(recipe, model, self.feeds, group)
         self.notes = self._doubts() if group.first else []
         self.seconds, self.loss = 0.0, 0.0
+        self.history: list[dict[str, float]] = []  # what was measured at the end of each epoch
         self.place = _identity(folder)
 
     @property
@@ -164,6 +166,7 @@ class Run:
                 return step
             values = self.learner.take(step)
             self.loss = values["loss"]
+            measured = self._validated(step)
             if not main:
                 continue
             if step == start and values.get("texts changed") == 0.0:
@@ -178,8 +181,30 @@ class Run:
             if (step + 1) % 20 == 0 or step + 1 == self.total:
                 text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
                 log.info("step %d/%d: %s", step + 1, self.total, text)
+            if measured:
+                for name, value in measured.items():
+                    board.add_scalar(f"validation {name}", value, step + 1)
+                text = ", ".join(f"{name} {value:.2%}" for name, value in measured.items())
+                log.info("validation after step %d/%d: %s", step + 1, self.total, text)
+                draw(self.history, self.folder / _PICTURE)
         self.seconds = before + time.monotonic() - began
         return self.total
+
+    def _validated(self, step: int) -> dict[str, float]:
+        """The accuracies behind this step, where an epoch ends with it and they are asked for."""
+        recipe, learner = self.recipe, self.learner
+        if recipe.validate is None or not learner.ends_epoch(step):
+            return {}
+        last = learner.place(step)[0] + 1 == len(learner.stages)
+        with learner.handing() as network:
+            measured = recipe.validate.measure(network, self.feed.device, recipe.seed, self.group)
+            before = [one[ROBUST] for one in self.history if last and one["step"] > (learner.ends[-2:-1] or [0])[0]]
+            if recipe.best and last and measured[ROBUST] > max(before, default=-1.0):
+                learner.keep()
+        self.history.append({"step": step + 1.0, **measured})
+        if step + 1 == self.total and learner.best is not None:
+            learner.put(learner.best)
+        return measured
 
     def _note(self, log: logging.Logger, note: str) -> None:
         log.warning("%s", note)
@@ -258,6 +283,7 @@ class Run:
             "loss": repr(self.loss),
             "question": json.dumps(self.question, sort_keys=True),
             "notes": json.dumps(self.notes),
+            "validation": json.dumps(self.history),
         }
         save_tensors(self.folder / _STATE, tensors, meta)
 
@@ -270,6 +296,7 @@ class Run:
         try:
             question = parse_json(meta["question"], dict[str, str], "its question", "")
             noted = parse_json(meta.get("notes", "[]"), list[str], "its notes", "")
+            history = parse_json(meta.get("validation", "[]"), list[dict[str, float]], "its validation", "")
             step, seconds, loss = whole(meta["step"]), float(meta["seconds"]), float(meta.get("loss", "0.0"))
             if step is None or not 0 <= step <= self.total:
                 raise ValueError(f"it was saved after step {meta['step'][:20]!r} of {self.total}")
@@ -281,7 +308,7 @@ class Run:
             self.learner.restore(step, tensors)
         except (RuntimeError, ValueError, KeyError) as error:
             raise _damaged(path, error) from error
-        self.seconds, self.loss = seconds, loss
+        self.seconds, self.loss, self.history = seconds, loss, history
         self.notes = list(dict.fromkeys([*self.notes, *noted]))
         return step
 
@@ -307,6 +334,7 @@ class Run:
             "loss": self.loss,
             "processes": self.group.world,
             "notes": self.notes,
+            "validation": self.history,
             "versions": _versions(),
             "weights": {
                 file.name: {"bytes": file.stat().st_size, "sha256": hashed(file)} for file in written(self.folder)
@@ -680,6 +708,8 @@ def _versions() -> dict[str, str]:
 
 def _card(run: Run) -> str:
     notes = "".join(f"* {note}\n" for note in run.notes) or "Nothing was noted.\n"
+    word = show(run.recipe.trains.word(run.model, run.folder), short=True)
+    teachers = ", ".join(f"{name}: `{show(one)}`" for name, one in run.recipe.teachers().items())
     return f"""---
 library_name: transformers
 tags: [clip, adversarial-robustness, crossguard]
@@ -687,12 +717,13 @@ tags: [clip, adversarial-robustness, crossguard]
 
 # {type(run.recipe).__name__} of {show(run.model, short=True)}
 
-A dual encoder trained with [Crossguard](https://pypi.org/project/crossguard/). `transformers.AutoModel` loads it
-without Crossguard.
+A dual encoder trained with [Crossguard](https://pypi.org/project/crossguard/), which reads it as `{word}`.{_stock(run)}
 
 | | |
 |---|---|
 | recipe | `{run.question["recipe"]}` |
+| what is trained | `{show(run.recipe.trains)}` |
+| teachers | {teachers or "none but the model itself"} |
 | base | `{run.question["model"]}` |
 | data | `{run.question["data"]}` |
 | files read | {run.question.get("contents", "none")} |
@@ -702,11 +733,29 @@ without Crossguard.
 ## What is to be known of the training
 
 {notes}
-## What it is worth
+{_seen(run)}## What it is worth
 
 A robust accuracy of this model means nothing without its attack, budget and number of images; measure it with
 
 ```
-crossguard eval --model "HuggingFace('{run.folder}')" --task ... --attack ... --budget ...
+crossguard eval --model "{word}" --task ... --attack ... --budget ...
 ```
 """
+
+
+def _stock(run: Run) -> str:
+    """Who else reads the result."""
+    stock = (run.folder / "config.json").is_file()
+    return "\n`transformers.AutoModel` loads it without Crossguard." if stock else ""
+
+
+def _seen(run: Run) -> str:
+    """What the training saw of accuracy, as a table; nothing, where it did not look."""
+    if not run.history or run.recipe.validate is None:
+        return ""
+    names = [name for name in run.history[-1] if name != "step"]
+    rows = [f"| {one['step']:.0f} | {' | '.join(f'{one[name]:.1%}' for name in names)} |" for one in run.history]
+    head = [f"| step | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    best = ", of which the weights are those with the highest robust accuracy" if run.recipe.best else ""
+    table = "\n".join([*head, *rows])
+    return f"## What it saw\n\nBy `{show(run.recipe.validate)}`{best}:\n\n{table}\n\n"

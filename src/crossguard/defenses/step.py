@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +76,7 @@ class Learner:
         self.vanilla = self._copy() if any(stage.pull or stage.starts == VANILLA for stage in self.stages) else None
         self.handed = self.vanilla
         self.average: dict[str, Tensor] | None = None
+        self.best: dict[str, Tensor] | None = None
         self._banks: dict[Adversary, dict[int, dict[Need, Tensor]]] = {}
         self.begin(0)
 
@@ -192,12 +193,33 @@ class Learner:
         ]  # fmt: skip
         return said | ({"texts changed": sum(changed) / len(changed)} if changed else {})
 
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch of its stage, or the stage, ends with this step."""
+        return step + 1 in self.ends or (self.place(step)[1] + 1) % self.feeds[""].per_epoch == 0
+
+    @contextmanager
+    def handing(self) -> Iterator[DualEncoder]:
+        """Inside, the network has the weights that would be handed on now: the average, where one is taken."""
+        if self.average is None:
+            yield self.network
+            return
+        weights = self._copy()
+        self.put(self.average)
+        try:
+            yield self.network
+        finally:
+            self.put(weights)
+
+    def keep(self) -> None:
+        """Remembers what the network holds now as the best so far."""
+        self.best = self._copy()
+
     # What is kept of a running training
 
     def state(self) -> dict[str, Tensor]:
         """All that a later process needs to go on, beside the number of steps."""
         tensors: dict[str, Tensor] = {f"weights.{name}": one for name, one in self.trained.items()}
-        for kind, kept in (("average", self.average), ("handed", self.handed)):
+        for kind, kept in (("average", self.average), ("handed", self.handed), ("best", self.best)):
             if kept is not None and kept is not self.vanilla:
                 tensors.update({f"{kind}.{name}": tensor for name, tensor in kept.items()})
         for number, state in self.optimizer.state_dict()["state"].items():
@@ -212,17 +234,17 @@ class Learner:
         Raises:
             RuntimeError, ValueError, KeyError: it is not the state of this training.
         """
-        kinds: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "handed": {}, "optimizer": {}}
+        kinds: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "handed": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             kinds[kind][rest] = tensor
-        for kind in ("weights", "average", "handed"):
+        for kind in ("weights", "average", "handed", "best"):
             shapes = {name: tensor.shape for name, tensor in kinds[kind].items()}
             if (kind == "weights" or shapes) and shapes != {name: one.shape for name, one in self.trained.items()}:
                 raise ValueError(f"its {kind} are of another model")
         number, place = self.place(step)
         self.put(kinds["weights"])
-        self.handed = kinds["handed"] or self.vanilla
+        self.handed, self.best = kinds["handed"] or self.vanilla, kinds["best"] or None
         if not place:
             return
         self.prepare(number)
