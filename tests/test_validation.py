@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,14 @@ def test_what_cannot_be_measured_is_said() -> None:
     for wrong, said in (({"limit": 0}, "limit=0"), ({"batch": 0}, "batch=0"), ({"budget": Words(1)}, "pixels")):
         with pytest.raises(CrossguardError, match=said):
             Validation(HELD_OUT, **wrong)  # type: ignore[arg-type]
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "writing_a_recipe.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_page_of_recipes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)))
+    runpy.run_path("mine.py")
+    assert (tmp_path / "runs" / "held" / "validation.png").exists()
