@@ -28,8 +28,6 @@ from crossguard import (
     MMCoA,
     Towers,
     VisualPrompt,
-    build,
-    show,
 )
 from crossguard.attacks.base import ImageVictim
 from crossguard.attacks.gradient import PGD
@@ -45,6 +43,7 @@ from crossguard.goals import Goal, Untargeted, nobody
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.processes import ALONE
 from crossguard.seeds import keys
+from crossguard.testing import check_recipe
 from fixtures import Blots, save_clip
 
 STRONG = PGD(steps=3, step=0.5, best=False, stop=False)
@@ -54,12 +53,27 @@ FEW: dict[str, Any] = {
 }  # fmt: skip
 RECIPES: dict[str, Recipe] = {
     "AdvPT": AdvPT(**FEW, trains=Context(tokens=4)),
-    "APT": APT(**FEW, shots=4, trains=Context(tokens=4)),
+    "APT": APT(**FEW, shots=2, trains=Context(tokens=4)),
     "APT of classes": APT(**FEW, shots=None, trains=Context(tokens=4, specific=True)),
     "APT against the base": APT(**FEW, shots=None, constant=True, trains=Context(tokens=4)),
     "VisualPrompt": VisualPrompt(**FEW, warmup=0, trains=Combined((Frame(6, False, True, 1.0), Deep(3, 1, 1.0)))),
     "FAP": FAP(**FEW, shots=None, trains=Coupled(depth=2)),
     "CAVP": CAVP(**FEW, trains=ClassFrames(4)),
+}
+MMCOA = MMCoA(
+    steps=2, batch=8, optimizer=SGD(lr=0.01, momentum=0.0), image_attack=STRONG, budget=Both(Linf(16 / 255), Words(1))
+)
+PARTS = {
+    "towers": Towers(),
+    "last two": Towers(("image", "text"), last=2),
+    "LoRA": LoRA(2),
+    "context": Context(),
+    "contexts": Context(tokens=3, specific=True),
+    "deep tokens": Deep(2),
+    "both sides": Coupled(depth=2),
+    "frame": Frame(4, start=0.1),
+    "class frames": ClassFrames(4),
+    "several": Combined((LoRA(2), Frame(4), Deep(2, depth=1), Context())),
 }
 NAMES = Blots().names
 PROMPTS = [f"a photo of a {name}" for name in NAMES]
@@ -200,18 +214,23 @@ def test_a_step_is_the_published_loss(name: str, base: Checkpoint, tmp_path: Pat
             assert torch.equal(tensor, state[key.replace("inner.", "")]), key
 
 
+QUICK = ("AdvPT", "FAP", "MMCoA: several")
+CONTRACTS = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+    for name in [*RECIPES, "MMCoA: LoRA", "MMCoA: several"]
+]
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_recipes_keep_the_contract(name: str, base: Checkpoint) -> None:
+    recipe = RECIPES[name] if name in RECIPES else replace(MMCOA, trains=PARTS[name.removeprefix("MMCoA: ")])
+    check_recipe(recipe, base, Blots(count=8))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_word_of_a_training_answers_as_its_network(name: str, base: Checkpoint, tmp_path: Path) -> None:
-    recipe = RECIPES[name]
-    assert build(show(recipe)) == recipe
-    run = started(recipe, base, tmp_path)
-    run.train()
-    word = recipe.trains.word(base, tmp_path)
-    images = torch.stack([Blots().image(index) for index in range(4)]).float() / 255
-    network = run.learner.network.requires_grad_(False)
-    with torch.no_grad():
-        assert torch.equal(word.network.encode_image(images), network.encode_image(images))
-        assert torch.equal(word.network.encode_text(PROMPTS), network.encode_text(PROMPTS))
+def test_two_processes_take_the_steps_of_one(name: str, base: Checkpoint) -> None:
+    check_recipe(RECIPES[name], base, Blots(count=8), processes=True)
 
 
 def test_a_bank_is_made_once_and_is_the_same_after_a_kill(
@@ -258,22 +277,6 @@ def test_recipes_begin_as_published() -> None:
 
 
 # --- MMCoA with every part ---
-
-MMCOA = MMCoA(
-    steps=2, batch=8, optimizer=SGD(lr=0.01, momentum=0.0), image_attack=STRONG, budget=Both(Linf(16 / 255), Words(1))
-)
-PARTS = {
-    "towers": Towers(),
-    "last two": Towers(("image", "text"), last=2),
-    "LoRA": LoRA(2),
-    "context": Context(),
-    "contexts": Context(tokens=3, specific=True),
-    "deep tokens": Deep(2),
-    "both sides": Coupled(depth=2),
-    "frame": Frame(4, start=0.1),
-    "class frames": ClassFrames(4),
-    "several": Combined((LoRA(2), Frame(4), Deep(2, depth=1), Context())),
-}
 
 
 def written_out(network: DualEncoder, inputs: Any) -> Tensor:
