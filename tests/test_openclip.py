@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import crossguard
 import open_clips
-from crossguard import PGD, SGD, Linf, OpenCLIP, TeCoA, ZeroShot, evaluate, records
+from crossguard import PGD, SGD, Linf, Live, OpenCLIP, RobustEncoder, TeCoA, ZeroShot, evaluate, records
 from crossguard.errors import CrossguardError
 from crossguard.models.huggingface import HuggingFace
 from crossguard.models.openclip import OpenCLIPEncoder, preprocessing
@@ -491,7 +491,40 @@ def test_what_is_no_checkpoint(vit: Path, tmp_path: Path) -> None:
     assert "neither a file here nor weights that open_clip knows of 'ViT-B-32'" in told("ViT-B-32", "nothing")
     assert "there is no folder './nothing'" in told("./nothing")
     assert "is empty" in told("")
-    assert "so it is no transformers checkpoint" in refused(HuggingFace(str(vit)).load)
+    assert f"it is one of open_clip: give OpenCLIP('{vit}')" in refused(HuggingFace(str(vit)).load)
+    assert "give OpenCLIP('hf-hub:a/b')" in refused(HuggingFace("hf-hub:a/b").load)
+
+
+@pytest.mark.parametrize("name", ["ViT", "SigLIP"])
+def test_an_object_of_open_clip_in_memory(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "base", KINDS[name])
+    object_ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'base'}", return_transform=False)
+    live = Live(object_, tokenizer=open_clip.get_tokenizer(f"local-dir:{tmp_path / 'base'}"))
+    stored, images = OpenCLIP(str(tmp_path / "base")), floats(pictures(2, 40, 33))
+    assert torch.equal(live.encode_image(images), stored.encode_image(images))
+    assert torch.equal(live.encode_text(TEXTS), stored.encode_text(TEXTS))
+    trained = TeCoA(steps=1, batch=8, optimizer=SGD(lr=0.1), warmup=0).fit(live, Blots(16, 32), tmp_path / "out")
+    assert isinstance(trained, Live) and type(trained.model) is type(object_) and trained != live
+    assert not torch.equal(trained.encode_image(images), live.encode_image(images))
+    assert "needs its tokenizer" in refused(lambda: Live(object_))
+
+
+def test_robust_encoders_of_open_clip(vit: Path, tmp_path: Path) -> None:
+    """A whole checkpoint as it is; an image tower alone in a base of open_clip."""
+    images = floats(pictures(2, 32, 32))
+    expected = OpenCLIP(str(vit)).load().encode_image(images)
+    for method in ("Delta-CLIP", "FARE"):
+        assert torch.equal(RobustEncoder(method, str(vit)).load().encode_image(images), expected)
+    assert RobustEncoder("FARE", str(vit)).fingerprint == OpenCLIP(str(vit)).fingerprint
+    assert RobustEncoder("FARE", str(vit)).saved(tmp_path) == OpenCLIP(str(tmp_path))
+    write(tmp_path / "base", KINDS["ViT"], seed=5)
+    held = load_file(vit / "open_clip_model.safetensors")
+    tower = {name.removeprefix("visual."): value for name, value in held.items() if name.startswith("visual.")}
+    save_file(tower, tmp_path / "tower.safetensors")
+    grafted = RobustEncoder("QT-AFT", str(tmp_path / "tower.safetensors"), OpenCLIP(str(tmp_path / "base")))
+    assert torch.equal(grafted.load().encode_image(images), expected)
+    assert torch.equal(grafted.load().encode_text(TEXTS), OpenCLIP(str(tmp_path / "base")).load().encode_text(TEXTS))
+    assert "an image tower alone" in refused(RobustEncoder("Sim-CLIP", str(vit)).load)
 
 
 def test_the_package_is_asked_for_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

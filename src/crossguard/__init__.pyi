@@ -174,11 +174,13 @@ from .models.kinds import Purifier as Purifier
 from .models.kinds import Transform as Transform
 from .models.latent import COLA as COLA
 from .models.latent import CLIPure as CLIPure
+from .models.live import Live as Live
 from .models.noise import RN as RN
 from .models.noise import GaussianNoise as GaussianNoise
 from .models.openclip import OpenCLIP as OpenCLIP
 from .models.prompted import PromptTuned as PromptTuned
 from .models.purification import BitDepth as BitDepth
+from .models.robust import RobustEncoder as RobustEncoder
 from .models.smoothing import Smoothed as Smoothed
 from .models.transforms import JPEG as JPEG
 from .models.transforms import Crops as Crops

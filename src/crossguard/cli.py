@@ -680,6 +680,25 @@ def _labelled(option: str, texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+@app.command("convert")
+def convert_command(
+    file: Annotated[Path, typer.Argument(help="A .bin, .pt or .pth of plain tensors.")],
+    out: Annotated[Path, typer.Argument(help="A folder for a whole checkpoint, or a file that ends in .safetensors.")],
+    config: Annotated[
+        Path | None, typer.Option(help="The folder with config.json or open_clip_config.json; that of the file.")
+    ] = None,
+) -> None:
+    """Make a pickle of plain tensors a checkpoint that can be read.
+
+    Nothing in the package reads pickles by itself, since they can run code; here one is opened with torch's
+    weights_only, which makes tensors and nothing else.
+    """
+    from crossguard.convert import convert
+
+    for line in convert(file, out, config):
+        _print(line)
+
+
 @app.command()
 def transfer(
     model: Annotated[

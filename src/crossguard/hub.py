@@ -45,11 +45,12 @@ _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*.safete
 _UNWANTED = ["*.py", "*.bin", "*.pt", "*.pth", "*.pkl"]
 
 
-def snapshot(path: str, images: bool = False) -> Path:
+def snapshot(path: str, images: bool = False, words: bool = True) -> Path:
     """The folder of the local cache that holds what is read of this model; what is not there yet is fetched.
 
     Args:
         images: Whether an image processor belongs to it.
+        words: Whether a tokenizer belongs to it.
 
     Raises:
         CrossguardError: There is no such model, or it cannot be had from here.
@@ -59,7 +60,7 @@ def snapshot(path: str, images: bool = False) -> Path:
 
     try:
         found = Path(snapshot_download(path, local_files_only=True))
-        if _complete(found, images):
+        if _complete(found, images, words):
             return found
     except HFValidationError as error:
         raise CrossguardError(f"{path!r} is neither a folder here nor the name of a model of the hub") from error
@@ -72,8 +73,8 @@ def snapshot(path: str, images: bool = False) -> Path:
         raise CrossguardError(f"{path!r} cannot be fetched from the hub: {one_line(str(error))[:150]}") from error
 
 
-def _complete(folder: Path, images: bool) -> bool:
-    """Whether a folder of the cache has configuration, weights, words, and the image processor if one is needed."""
+def _complete(folder: Path, images: bool, words: bool) -> bool:
+    """Whether a folder of the cache has configuration, weights, and words and image processor if they are needed."""
     index = folder / "model.safetensors.index.json"
     whole = (folder / "model.safetensors").exists() or (
         index.exists()
@@ -81,7 +82,7 @@ def _complete(folder: Path, images: bool) -> bool:
     )
     kinds = [
         ("config.json",),
-        ("tokenizer.json", "vocab*", "*.model"),
+        *([("tokenizer.json", "vocab*", "*.model")] if words else []),
         *([("preproc*", "processor*")] if images else []),
     ]
     return whole and all(any(any(folder.glob(pattern)) for pattern in kind) for kind in kinds)

@@ -215,13 +215,16 @@ def is_damage(error: BaseException) -> bool:
 
 
 @contextmanager
-def pretrained(path: str, shown: str = "", weights: bool = True, images: bool = False) -> Iterator[Pretrained]:
+def pretrained(
+    path: str, shown: str = "", weights: bool = True, images: bool = False, words: bool = True
+) -> Iterator[Pretrained]:
     """Lends a checkpoint: a local folder, or what a hub id stands for, from the local cache if all is there.
 
     Args:
         shown: How errors shall call it; as the user does, if empty.
         weights: Whether weights are needed; else it may be a tokenizer alone.
         images: Whether an image processor is needed.
+        words: Whether a tokenizer is needed.
 
     Raises:
         CrossguardError: It is no checkpoint, or not one that may be read.
@@ -229,7 +232,7 @@ def pretrained(path: str, shown: str = "", weights: bool = True, images: bool = 
     shown = shown or path
     origin = source = Path(located(path))
     if not origin.is_dir():
-        origin = source = snapshot(path, images)
+        origin = source = snapshot(path, images, words)
         if weights and not any(origin.glob("*.safetensors")):
             source = converted(path) or origin
     with tempfile.TemporaryDirectory(prefix="crossguard-") as made:

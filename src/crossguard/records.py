@@ -78,7 +78,7 @@ class Record:
         shapes = shapes_in(self.weights, str(self.weights))
         with naming(self.shown):
             network = _built(self, Size(len(shapes), sum(shape.numel() for shape in shapes.values())))
-        held = _fitting(network, _load(self.weights))
+        held = _fitting(network, load(self.weights))
         _check_fit(network, {name: value.shape for name, value in held.items()}, self.shown)
         network.load_state_dict(held)
         check_finite(network, self.shown)
@@ -370,7 +370,7 @@ def _built(record: Record, size: Size) -> nn.Module:
             return family(**kept | {"text_cfg": text, "vision_cfg": vision}).eval()
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def load(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(file)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossguard.checkpoints import check_weights, content, located, quiet, weights
+from crossguard.checkpoints import check_weights, content, kind, located, quiet, weights
 from crossguard.errors import CrossguardError
 from crossguard.files import WriteError, reason, staging
 from crossguard.limits import LARGEST, SIDE, shortly
@@ -148,9 +149,16 @@ class TransformersEncoder(DualEncoder):
                     raise WriteError(f"{file} cannot be removed: {reason(error)}") from error
 
 
-def _load(path: str) -> DualEncoder:
+def _load(path: str, words: str = "") -> DualEncoder:
+    """A checkpoint.
+
+    Args:
+        words: another, whose tokenizer and image processor are taken.
+    """
     _check_source(path)
-    with pretrained(path, images=True) as source:
+    with ExitStack() as held:
+        source = held.enter_context(pretrained(path, images=not words, words=not words))
+        other = held.enter_context(pretrained(words, weights=False, images=True)) if words else source
         config = source.config()
         _check_kind(config, path)
         model, info = source.model(config)
@@ -161,12 +169,17 @@ def _load(path: str) -> DualEncoder:
             raise CrossguardError(
                 f"the weights in {path} lack {len(missing)} tensors of its architecture, e.g. {missing[0]!r}"
             )
-        tokenizer = source.tokenizer(config)
-        processor = source.image_processor(config)
+        tokenizer = other.tokenizer(None if words else config)
+        processor = other.image_processor(config)
         with source.naming("preprocessor_config.json"):
             _check_preprocess(_preprocess(processor, f"{path}/preprocessor_config.json"), processor, path)
         with source.naming("network"):
             return checked(TransformersEncoder(model, tokenizer, processor), path)
+
+
+def load_with_words(path: str, words: str) -> DualEncoder:
+    """A checkpoint without a tokenizer and an image processor, with those of another."""
+    return _load(path, words)
 
 
 def checked(encoder: TransformersEncoder, path: str) -> TransformersEncoder:
@@ -200,6 +213,8 @@ def _check_kind(config: Any, path: str) -> None:
 
 def _check_source(path: str) -> None:
     here = Path(path)
+    if path.startswith("hf-hub:"):
+        raise CrossguardError(f"{path!r} is the name of a checkpoint of open_clip; give OpenCLIP({path!r})")
     if not path.strip():
         raise CrossguardError("the path of the model is empty; give the folder of a checkpoint or a hub id")
     if here.is_file():
@@ -209,7 +224,8 @@ def _check_source(path: str) -> None:
         )
     if here.is_dir():
         if not (here / "config.json").is_file():
-            raise CrossguardError(f"{path} has no config.json, so it is no transformers checkpoint")
+            other = f"; it is one of open_clip: give OpenCLIP({path!r})" if kind(path) == "open_clip" else ""
+            raise CrossguardError(f"{path} has no config.json, so it is no transformers checkpoint{other}")
         check_weights(here)
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise CrossguardError(f"there is no folder {path!r}; give the folder of a checkpoint or a hub id")

@@ -71,9 +71,15 @@ class OpenCLIPEncoder(DualEncoder):
         super().__init__()
         self.model: Any = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.preprocess, self.record = preprocess, record
-        self.table = _table(self.model)
         self.tokens = OpenTokens(tokenizer, record.length if record else None, int(self.table.num_embeddings))
         self.first = next(name for name, _ in model.named_parameters() if name.startswith("visual."))
+
+    @property
+    def table(self) -> nn.Embedding:
+        """Where the text tower looks its tokens up."""
+        text = getattr(self.model, "text", self.model)
+        table = getattr(text, "token_embedding", None)
+        return table if table is not None else text.transformer.get_input_embeddings()
 
     def encode_image(self, images: Images) -> Embeddings:
         return self.encode_fitted(self.fitted(images))
@@ -276,10 +282,3 @@ def preprocessing(told: dict[str, Any], size: Any, shown: str) -> Preprocess:
     if height != width:  # open_clip forgets the interpolation here, and so takes its default
         return Preprocess(height, width, None, mean, std, "bicubic", fit="cover", rounds=True)
     return Preprocess(height, width, height, mean, std, mode, rounds=True)
-
-
-def _table(model: Any) -> nn.Embedding:
-    """Where the text tower looks its tokens up."""
-    text = getattr(model, "text", model)
-    table = getattr(text, "token_embedding", None)
-    return table if table is not None else text.transformer.get_input_embeddings()
