@@ -152,6 +152,22 @@ def test_a_path_without_quotes_is_told_so_before_names_that_are_near(text: str, 
     assert said in refusal(lambda: build(text))
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        ("data", "pcis", "unknown name 'pcis'; 'pics' is a folder here, or did you mean 'PACS'?"),
+        ("data", "letterz", "unknown name 'letterz'; 'letters' is a folder here, or did you mean 'TTE'?"),
+        ("task", "ckpt/clp", "there is no file or folder 'ckpt/clp'; 'clip' is a folder in 'ckpt'"),
+        ("data", "tabel.parquet", "there is no file or folder 'tabel.parquet'; 'table.parquet' is a file here"),
+        ("data", "no/such/place", "there is no file or folder 'no/such/place'"),
+        ("model", "./ckpt/x/y", "there is no file or folder './ckpt/x/y'"),
+        ("model", "Tinny", "unknown name 'Tinny'; did you mean 'Tiny'?"),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_so_and_what_is_near(kind: str, text: str, said: str):
+    assert refusal(lambda: read(kind, text)).endswith(said)
+
+
 # The command line
 
 

@@ -6,6 +6,7 @@ is what reports hold.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -85,6 +86,17 @@ def quoted(text: str) -> str:
     if _HUB.fullmatch(shown) and not re.fullmatch(r"[\w.]+/[\d.]+|[\d.]+/[\w.]+", shown) and "-" in shown:
         return f"a hub id needs quotes, as in HuggingFace({shown!r})"
     return ""
+
+
+def near(text: str) -> str:
+    """`; 'images' is a folder here`: what is there and has nearly the name of a path that is not; else nothing."""
+    place = Path(located(text.strip()))
+    names = {one.name: one.is_dir() for one in _listed(place.parent)}
+    close = difflib.get_close_matches(place.name, names, n=1, cutoff=0.7)
+    if not close:
+        return ""
+    where = "here" if place.parent == Path() else f"in {str(place.parent)!r}"
+    return f"; {close[0]!r} is a {'folder' if names[close[0]] else 'file'} {where}"
 
 
 def _told(read: Callable[[str], str], shown: str) -> str:

@@ -200,6 +200,9 @@ class _Module:
                     self.constants[name] = value
                 case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                     self.constants[name] = value
+                case ast.Assign(targets=[ast.Tuple(elts=named)], value=ast.Tuple(elts=values)):
+                    pairs = zip(named, values, strict=False)
+                    self.constants |= {one.id: value for one, value in pairs if isinstance(one, ast.Name)}
                 case ast.ImportFrom(module="string", names=names):
                     self.constants |= {alias.name: ast.Constant(getattr(string, alias.name)) for alias in names}
                 case ast.ImportFrom(module=str(module), names=names, level=level):

@@ -124,7 +124,11 @@ def expanded(kind: str, text: str, known: Iterable[str] = ()) -> str:
     named = re.match(r"\s*([^\W\d]\w*)\s*(\(|$)", text)
     if named and (named[2] or named[1] == "None" or named[1] in known or is_name(named[1])):
         return text
-    return _at_path(KINDS[kind], text) or text
+    found = _at_path(KINDS[kind], text)
+    paths = KINDS[kind] in ("VisionLanguageModel", "Dataset", "Task")
+    if not found and paths and re.fullmatch(r"[^()'\"]*[/\\.~][^()'\"]*", text.strip()):
+        raise WordError(f"there is no file or folder {shortly(text)}{short.near(text)}")
+    return found or text
 
 
 def _at_path(wanted: str, text: str) -> str:
@@ -539,7 +543,9 @@ def unknown(name: str, known: Iterable[str] = ()) -> WordError:
     """What is wrong with a name that is none of the vocabulary, nor of what else is known."""
     hint = short.quoted(name) or own.near_miss(name)
     if not hint:
-        hint = nearest(name, (*names(), *known)).removeprefix("; ") or f"a string needs quotes: {shortly(name)}"
+        hint = nearest(name, (*names(), *known)).removeprefix("; ")
+        there = short.near(name).removeprefix("; ")
+        hint = f"{there}, or {hint}" if hint and there else hint or there or f"a string needs quotes: {shortly(name)}"
     return WordError(f"unknown name {shortly(name)}; {hint}")
 
 
