@@ -1,7 +1,9 @@
-"""The shipped model: small enough for a laptop, real enough to attack and defend."""
+"""The shipped models: small enough for a laptop, real enough to attack and defend, and of different architectures, so
+that each can be asked about what was crafted on another."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +12,42 @@ from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.models.huggingface import HuggingFace
 
-WEIGHTS = Path(__file__).parent.parent / "assets" / "tiny"
+_ASSETS = Path(__file__).parent.parent / "assets"
+WEIGHTS = _ASSETS / "tiny"
 
 
-@dataclass(frozen=True)
-class Tiny(Checkpoint):
+class Shipped(Checkpoint, ABC):
     """A dual encoder trained on the captions of `Scenes`, shipped with the package; see its model card beside the
     weights."""
 
+    @staticmethod
+    @abstractmethod
+    def folder() -> Path:
+        """Where its weights are."""
+
     def load(self) -> DualEncoder:
-        if not WEIGHTS.is_dir():
-            raise CrossguardError(f"the shipped weights are missing from {WEIGHTS}; reinstall the package")
-        return HuggingFace(str(WEIGHTS)).load()
+        if not self.folder().is_dir():
+            raise CrossguardError(f"the shipped weights are missing from {self.folder()}; reinstall the package")
+        return HuggingFace(str(self.folder())).load()
 
     def content(self) -> str:
-        return content(str(WEIGHTS))
+        return content(str(self.folder()))
+
+
+@dataclass(frozen=True)
+class Tiny(Shipped):
+    """A dual encoder trained on the captions of `Scenes`, shipped with the package: a ConvNeXt looks at the images. See
+    its model card beside the weights."""
+
+    @staticmethod
+    def folder() -> Path:
+        return WEIGHTS
+
+
+@dataclass(frozen=True)
+class TinyViT(Shipped):
+    """The sibling of `Tiny` with a vision transformer for an image tower; see its model card beside the weights."""
+
+    @staticmethod
+    def folder() -> Path:
+        return _ASSETS / "tiny_vit"
