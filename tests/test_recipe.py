@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from crossguard import turns
 from crossguard.attacks.base import TextAttack, TextVictim
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Both, Linf, Words
@@ -41,6 +43,7 @@ from crossguard.models.huggingface import HuggingFace, TransformersEncoder
 from crossguard.models.purification import BitDepth
 from crossguard.processes import ALONE, joined
 from crossguard.shapes import Labels
+from crossguard.telling import listening
 from crossguard.words import Reads, contents
 from fixtures import Blots, changed, equal, floats, pictures, save_tokenizer, small, tensors
 
@@ -1069,3 +1072,33 @@ def test_images_of_several_sizes_are_said(base: Fresh, tmp_path: Path, monkeypat
     monkeypatch.setattr(Blots, "image", lambda self, index: pictures(1, 16 + index % 2, 16)[0])
     message = refused(lambda: FTStandard(steps=1, batch=8).fit(base, Blots(), tmp_path))
     assert "have different sizes; give the dataset a size" in message
+
+
+def test_a_training_says_how_far_it_is(
+    base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps of 40 seconds. To who waits for the folder, to who listens, and else in a line a minute."""
+    now, doing, heard = [0.0], list[str](), list[str]()
+    take = Learner.take
+
+    def slow(self: Learner, step: int) -> dict[str, float]:
+        now[0] += 40.0
+        note = turns.worker(tmp_path / "a" / ".lock")
+        doing.append("" if note is None else note.doing)
+        return take(self, step)
+
+    monkeypatch.setattr(Learner, "take", slow)
+    monkeypatch.setattr("crossguard.defenses.run.time.monotonic", lambda: now[0])
+    recipe = FTStandard(steps=5, batch=4, save_every=10**6)
+    recipe.fit(base, Blots(), tmp_path / "a")
+    assert doing[0] == "trains" and all(re.match(r"step \d of 5, loss ", one) for one in doing[1:])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "training: step" in line]
+    assert [line.split("; ")[0] for line in lines] == [
+        "crossguard: training: step 2 of 5 after 80 seconds, about 2 minutes left",
+        "crossguard: training: step 4 of 5 after 3 minutes, about 40 seconds left",
+    ]
+    assert not [path.name for path in (tmp_path / "a").iterdir() if path.name.endswith(".who")]
+    with listening(heard.append):
+        recipe.fit(base, Blots(), tmp_path / "b")
+    assert [one.split(", loss")[0] for one in heard] == [f"step {step} of 5 of the training" for step in range(1, 6)]
+    assert "training: step" not in capsys.readouterr().err

@@ -21,6 +21,11 @@ def listening(hear: Callable[[str], None]) -> Iterator[None]:
         _parts.reset(above)
 
 
+def heard() -> bool:
+    """Whether somebody listens."""
+    return _hears.get() is not None
+
+
 @contextmanager
 def part(form: str, *values: object) -> Iterator[None]:
     """Inside, whatever is told begins with the name of this part, made as by `tell`."""

@@ -40,14 +40,16 @@ from crossguard.limits import whole
 from crossguard.models.base import Checkpoint, VisionLanguageModel
 from crossguard.models.prompted import ContextEncoder, prompts
 from crossguard.opening import opening
-from crossguard.printing import LogFormatter, say
+from crossguard.printing import LogFormatter, lasting, say
 from crossguard.processes import Processes
 from crossguard.reading import parse_json, read_json
-from crossguard.turns import owned
+from crossguard.telling import heard, tell
+from crossguard.turns import Note, owned
 from crossguard.words import contents, show, within
 
 _STATE, _RECORD, _PICTURE = "training.safetensors", "crossguard.json", "validation.png"
 _ALIKE = 64  # captions that are compared with each other before the first step
+EVERY = 60.0  # seconds between lines about progress where there is no terminal
 _FLUSHED = 20.0  # seconds after which TensorBoard's file is brought up to date
 _SHARE_OF_SAVING = 20  # a save may take one part in so many of the time
 
@@ -56,10 +58,10 @@ def train(recipe: Plan, model: Checkpoint, data: Dataset, folder: Path, group: P
     """The checkpoint of this training in the folder: found finished, gone on with, or trained from the start."""
     # A `Fit` may be asked for in the middle of an evaluation, where gradients are off.
     with ExitStack() as held, torch.enable_grad(), exact():
-        question, finished = {}, False
+        question, finished, mine = {}, False, None
         with group.together():
             if group.first:  # the others wait here, for it holds the lock
-                held.enter_context(_owned(folder))
+                mine = held.enter_context(_owned(folder))
                 question = asked(recipe, model, data)
                 finished = _finished(folder, question)
         question, finished = group.tell((question, finished))
@@ -67,7 +69,7 @@ def train(recipe: Plan, model: Checkpoint, data: Dataset, folder: Path, group: P
             with group.together():
                 held.enter_context(opening())  # the teachers, which are words
                 run = Run(recipe, model, data, folder, question, group)
-            run.train()
+            run.train(mine)
     return recipe.trains.word(model, folder)
 
 
@@ -108,7 +110,12 @@ class Run:
         """Steps in all."""
         return self.learner.total
 
-    def train(self) -> None:
+    def train(self, mine: Note | None = None) -> None:
+        """Takes the steps that are left.
+
+        Args:
+            mine: the note of this process, which says to others how far it is.
+        """
         group, main = self.group, self.group.first
         with group.together():
             start = self._restore()
@@ -124,7 +131,7 @@ class Run:
         with (
             ExitStack() as feeds,
             _held_back() as signals,
-            _progress(main, self.total, start) as shown,
+            _progress(main, self.total, start, mine) as shown,
             _board(self.folder, main, start) as board,
         ):
             for feed in self.feeds.values():
@@ -546,12 +553,12 @@ def _other_run(folder: Path) -> str:
 
 
 @contextmanager
-def _owned(folder: Path) -> Iterator[None]:
+def _owned(folder: Path) -> Iterator[Note]:
     """One training run a folder at a time; a second one waits."""
     made = not folder.exists()
-    with owned(folder, "trains"):
+    with owned(folder, "trains") as note:
         try:
-            yield
+            yield note
         except CrossguardError:
             with suppress(OSError):
                 there = list(folder.iterdir())
@@ -668,8 +675,9 @@ class _Board:
 
 
 @contextmanager
-def _progress(main: bool, total: int, start: int) -> Iterator[Any]:
-    """A progress bar on the terminal with loss, accuracy and time left; silent where there is no terminal."""
+def _progress(main: bool, total: int, start: int, mine: Note | None) -> Iterator[Any]:
+    """A progress bar on the terminal with loss, accuracy and time left. Where there is no terminal, whoever listens is
+    told, or a line a minute is written."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -685,10 +693,20 @@ def _progress(main: bool, total: int, start: int) -> Iterator[Any]:
         transient=True,
     ) as bar:
         task = bar.add_task("training", total=total, completed=start, values="")
+        began = spoke = time.monotonic()
 
         def shown(step: int, values: dict[str, float]) -> None:
             text = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if name != "learning rate")
             bar.update(task, completed=step, values=text)
+            nonlocal spoke
+            if mine is not None:
+                mine.say(f"step {step} of {total}, {text}")
+            tell("step {} of {} of the training, {}", step, total, text)
+            now = time.monotonic()
+            if main and not console.is_terminal and not heard() and now - spoke >= EVERY:
+                spoke = now
+                left = lasting((now - began) / (step - start) * (total - step))
+                say(f"training: step {step} of {total} after {lasting(now - began)}, about {left} left; {text}")
 
         yield shown
 
