@@ -18,7 +18,7 @@ import pytest
 
 from crossguard import Above, CrossguardError, Experiment
 from crossguard.compare import Average, apart, difference
-from crossguard.pivot import AXES, Cell, Layout, Table, mark
+from crossguard.pivot import AXES, Cell, Layout, Published, Table, mark
 from crossguard.report import Rate, Report, Texts
 from crossguard.table import Answers, render
 from test_cli import asked, call, error, grid
@@ -215,6 +215,9 @@ def test_a_row_for_each_class(tmp_path: Path) -> None:
     assert call("table", str(tmp_path), "--per-class").stdout == render(
         answers, "markdown", Layout(("class",), ("attack", "budget"))
     )
+    published = replace(answers, published={(named.key, ""): Published(30.0, "x")})
+    assert not any(cell.published for cell in published.tables(Layout(("class",), ("attack",)))[0].numbers)
+    assert published.tables()[0].rows[0][1][1].published, "of all classes, not of each"
     unnamed = saved(tmp_path / "unnamed", replace(named, texts=None))
     assert [label for label, _ in unnamed.tables(Layout(("class",), ("attack",)))[0].rows] == ["0", "1"]
 
@@ -371,7 +374,7 @@ def test_claims_are_judged_below_the_table(grid: Path, asked: list[dict[str, Any
     assert [line.split(": ")[:2] for line in judged] == [
         ["undecided", "rounding does nothing"], ["holds", "clean is easier"], ["fails", "half is left"],
     ]  # fmt: skip
-    assert "base, Substitute(): 50.0 % \\[9.5, 90.5] minus 95 % is -45.0 points" in judged[2].replace("[9", "\\[9")
+    assert "half is left: 'base, Substitute()' 50.0 % [9.5, 90.5] minus 95 % is -45.0 points" in judged[2]
     content = json.loads(call("table", "out", "--format", "json").stdout)
     assert [one["verdict"] for one in content["claims"]] == ["undecided", "holds", "fails"]
     assert "claims" not in json.loads(call("table", "out", "--worst", "--format", "json").stdout)
@@ -404,7 +407,7 @@ def test_a_claim_about_what_is_not_there_is_undecided(tmp_path: Path) -> None:
 
     assert judged("Above('m', 'n')", one.key, "0" * 20) == "undecided: x: 'n' is not answered yet"
     assert "not of the same samples; give paired=False" in judged("Above('m', 'n')", one.key, other.key)
-    assert judged("Above('m', 'n', paired=False)", one.key, other.key).startswith("holds: x: m, n: 75.0 % ")
+    assert judged("Above('m', 'n', paired=False)", one.key, other.key).startswith("holds: x: 'm' 75.0 % ")
     assert "undecided: x: " in judged("Tiny()", one.key) and "undecided: x: " in judged("Above(", one.key)
     assert "is no claim about its cells" in judged("Above('m', 'n')", one.key)
 
@@ -483,3 +486,22 @@ def test_a_table_says_on_how_many_prompts_a_number_rests(tmp_path: Path) -> None
         "rests on 2 rewritten prompts, however many images were asked about, so its interval says little "
         "[M(), Substitute(), Words(count=1)]"
     ]
+
+
+def test_what_the_adversary_knows_stands_where_it_holds(tmp_path: Path) -> None:
+    white, gray = {"knowledge": "white box"}, {"knowledge": "gray box"}
+    both = [of(8, **PGD, **SMALL, **white), of(9, **FAB, **SMALL, **gray)]
+    rows = saved(tmp_path / "a", *both).tables(Layout(("attack",), ("model",)))[0]
+    assert [label for label, _ in rows.rows] == ["clean", "PGD(steps=100) (white box)", "FAB(steps=100) (gray box)"]
+    assert rows.header["knowledge"] == "differs, see the rows"
+    columns = saved(tmp_path / "b", *both).tables(Layout(("model",), ("budget", "attack")))[0]
+    budget = "Linf(eps=1/255)"
+    assert columns.columns == (
+        "clean", f"{budget}, PGD(steps=100) (white box)", f"{budget}, FAB(steps=100) (gray box)"
+    )  # fmt: skip
+    assert columns.header["knowledge"] == "differs, see the columns"
+    mixed = saved(
+        tmp_path / "c", *both, of(3, **PGD, **SMALL, **gray, model="N()"), of(3, **FAB, **SMALL, **white, model="N()")
+    )
+    assert mixed.tables()[0].header["knowledge"] == "differs: white box / gray box"
+    assert [label for label, _ in mixed.tables()[0].rows] == ["M()", "N()"]

@@ -74,9 +74,12 @@ class Above(Claim):
             return UNDECIDED, "the two are not of the same samples; give paired=False, or the same limit"
         middle, low, high = (100 * end for end in found)
         verdict = HOLDS if low > self.by else FAILS if high < self.by else UNDECIDED
-        right = f"{others[0].rate}" if others else f"{self.right:g} %"
+        right = f"'{self.right}' {others[0].rate}" if others else f"{self.right:g} %"
         more = f", and more than {self.by:g} is claimed" if self.by else ""
-        return verdict, f"{left.rate} minus {right} is {middle:+.1f} points [{low:+.1f}, {high:+.1f}] ({how}){more}"
+        return (
+            verdict,
+            f"'{self.left}' {left.rate} minus {right} is {middle:+.1f} points [{low:+.1f}, {high:+.1f}] ({how}){more}",
+        )
 
     def _difference(self, left: Entry, right: Entry | None) -> tuple[Difference | None, str]:
         if right is None:

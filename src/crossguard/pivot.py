@@ -165,7 +165,7 @@ class Table:
     def legend(self) -> str:
         rated = "recall" if "score" in self.header else "accuracy"
         how = "95 % interval by bootstrap over images" if "score" in self.header else "95 % Wilson interval"
-        said = [f"{rated} [{how}]" if self.layout.intervals else f"{rated} in %"]
+        said = [f"{rated} [{how}]" if self.layout.intervals else rated]
         if any(CLEAN not in head for head in self.heads):
             said.append("robust = right both clean and under attack")
         if any(isinstance(cell.rate, Average) for cell in self.numbers):
@@ -400,19 +400,22 @@ def _table(
             return Cell()
         return Cell(entry.rate, published.get(place(entry)), id(entry) in best)
 
-    heads = tuple(tuple(label(entry, axis) for axis in layout.columns) for entry in columns.values())
-    told = header(attacked, clean)
-    knowledge, differ = _knowledge(attacked, layout.rows)
-    if attacked:
-        told = {**told, "knowledge": differ or knowledge.get(_at(attacked[0], layout.rows), "")}
+    knowledge, of_rows, of_columns = _knowledge(attacked, layout)
+    heads = tuple(
+        (
+            *(label(entry, axis) for axis in layout.columns[:-1]),
+            label(entry, layout.columns[-1]) + of_columns.get(column, ""),
+        )
+        for column, entry in columns.items()
+    )
     lines = tuple(
         (
-            joined(label(entry, axis) for axis in layout.rows)
-            + (f" ({knowledge[row]})" if differ and row in knowledge else ""),
+            joined(label(entry, axis) for axis in layout.rows) + of_rows.get(row, ""),
             tuple(cell(row, column) for column in columns),
         )
         for row, entry in rows.items()
     )
+    told = {**header(attacked, clean), **({"knowledge": knowledge} if attacked else {})}
     return Table(_sorted(told), heads, lines, joined(layout.rows), layout)
 
 
@@ -423,15 +426,27 @@ def _sorted(told: Mapping[str, str]) -> dict[str, str]:
     return {name: told[name] for name in (*_HEADER, *(name for name in told if name not in _HEADER)) if name in told}
 
 
-def _knowledge(attacked: Sequence[Entry], axes: Sequence[str]) -> tuple[dict[tuple[str, ...], str], str]:
-    """What the adversary knows in each row, and what is said of it above: nothing, where it is the same in all; that
-    it differs."""
-    found: dict[tuple[str, ...], list[str]] = {}
-    for entry in attacked:
-        found.setdefault(_at(entry, axes), []).append(entry.report.question.get("knowledge", ""))
-    several = list(dict.fromkeys(one for row in found.values() for one in row))
-    told = {row: " or ".join(dict.fromkeys(said)) for row, said in found.items()}
-    return told, "differs, see the rows" if len(several) > 1 else ""
+_Behind = dict[tuple[str, ...], str]  # what stands behind the labels of some rows or columns
+
+
+def _knowledge(attacked: Sequence[Entry], layout: Layout) -> tuple[str, _Behind, _Behind]:
+    """What the adversary knows: what is said of it above the table, behind the labels of rows, and behind those of
+    columns. It stands where it holds for all that is told so: first above, then in the rows, then in the columns."""
+    several = list(dict.fromkeys(_known(entry) for entry in attacked))
+    if len(several) < 2:
+        return "".join(several), {}, {}
+    for place, axes in (("rows", layout.rows), ("columns", layout.columns)):
+        told: dict[tuple[str, ...], set[str]] = {}
+        for entry in attacked:
+            told.setdefault(_at(entry, axes), set()).add(_known(entry))
+        if all(len(said) == 1 for said in told.values()):
+            behind = {at: f" ({next(iter(said))})" for at, said in told.items()}
+            return f"differs, see the {place}", behind if place == "rows" else {}, behind if place == "columns" else {}
+    return f"differs: {' / '.join(several)}", {}, {}
+
+
+def _known(entry: Entry) -> str:
+    return entry.report.question.get("knowledge", "")
 
 
 def _at(entry: Entry, axes: Sequence[str]) -> tuple[str, ...]:

@@ -206,6 +206,7 @@ class Answers:
             for entry in found
             if (told := self.published.get((entry.report.key, entry.at["score"]))) is not None
             and entry.when == ("robust" if entry.report.attacked else CLEAN)
+            and entry.rows is None
         }
 
     def _matrices(self, layout: Layout) -> list[Table]:
@@ -269,7 +270,7 @@ class Answers:
         except CrossguardError as error:
             return Judged(claimed["name"], UNDECIDED, str(error))
         verdict, why = claim.judge(numbers)
-        return Judged(claimed["name"], verdict, f"{', '.join(claim.cells)}: {why}")
+        return Judged(claimed["name"], verdict, why)
 
     def notes(self) -> list[str]:
         """Every warning once, with the cell that it is about, or how many."""
@@ -482,7 +483,7 @@ def _latex(answers: Answers, layout: Layout) -> str:
         lines += [
             "\\begin{table}",
             "\\centering",
-            f"\\caption{{{_in_latex(table.caption)}. In \\%: {_in_latex(table.legend)}.}}",
+            f"\\caption{{{_in_latex(table.caption)}. Numbers in \\%: {_in_latex(table.legend)}.}}",
             f"\\begin{{tabular}}{{l{'r' * len(table.heads)}}}",
             "\\toprule",
             *_heads(table),
