@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from crossguard import (
+    TAPT,
     BitDepth,
     HuggingFace,
     Interpolated,
@@ -23,9 +24,12 @@ from crossguard import (
     build,
     check_model,
     check_wrapper,
+    short,
     show,
+    token_statistics,
 )
 from crossguard.errors import CrossguardError
+from crossguard.models.alignment import ImageTokens
 from crossguard.models.base import Checkpoint, DualEncoder
 from crossguard.models.huggingface import TransformersEncoder
 from crossguard.models.prompted import (
@@ -289,6 +293,27 @@ def test_texts_of_other_lists_are_read_together_in_a_packed_tower(bases: dict[st
     assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 
+def test_tokens_are_tuned_beside_learned_ones(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
+    network = stirred(made(bases["clip"], "deep tokens"), 1.0)
+    network.save(tmp_path)
+    classes = Prompts.of(("disc", "star"), ("a photo of a {}",))
+    word, statistics = PromptTuned(bases["clip"], str(tmp_path)), tmp_path / "statistics.safetensors"
+    token_statistics(word, [IMAGES], [1.0 - IMAGES], statistics)
+    with torch.no_grad():
+        found = TAPT(word, str(statistics), views=1, steps=0, layers=2).answer(classes).encode(IMAGES)
+        inner: Any = network.inner
+        tower, vectors = inner.model.vision_model, network.own()["vectors"]
+        start = ImageTokens.of(inner, 2, 0).start.expand(3, -1, -1)
+        states = tower.embeddings(inner.preprocess(IMAGES))
+        count = states.shape[1]
+        states = tower.pre_layrnorm(torch.cat([states, vectors[0].expand(3, -1, -1), start], 1))
+        states = tower.encoder.layers[0](states, None)
+        states = torch.cat([states[:, :count], vectors[1].expand(3, -1, -1), states[:, count + 3 :]], 1)
+        states = tower.encoder.layers[1](states, None)
+        expected = inner.model.visual_projection(tower.post_layernorm(states[:, 0]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_learned_words_are_tuned_further(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
     classes = Prompts.of(("disc", "star"), ("a photo of a {}",))
     stirred(made(bases["clip"], "context")).save(tmp_path / "context")
@@ -370,6 +395,12 @@ def told(folder: Path, **changes: Any) -> None:
     for name, value in changes.items():
         (entry if name == "kind" else entry["settings"])[name] = value
     (folder / "prompts.json").write_text(json.dumps(record))
+
+
+def test_a_folder_of_prompts_alone_is_no_model(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
+    made(bases["clip"], "frame").save(tmp_path)
+    with pytest.raises(CrossguardError, match="holds prompts and not the model that they were learned for"):
+        short.model(str(tmp_path))
 
 
 def test_prompts_of_another_base_are_refused(bases: dict[str, Checkpoint], tmp_path: Path) -> None:

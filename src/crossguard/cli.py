@@ -435,7 +435,8 @@ def train(
     if leads():
         if told := _trained(out):
             say(told)
-            say(f"to measure it: crossguard eval --model {shlex.quote(str(out))} --data ... --attack APGD --eps 4/255")
+            model = show(trained, short=True) if (out / "prompts.json").exists() else str(out)  # which is half of it
+            say(f"to measure it: crossguard eval --model {shlex.quote(model)} --data ... --attack APGD --eps 4/255")
         _print(show(trained, short=True))
 
 

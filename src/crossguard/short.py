@@ -40,6 +40,11 @@ def model(text: str) -> str:
         return f"OpenCLIP({shown!r})"
     place = Path(located(shown))
     if _exists(place):
+        if (place / "prompts.json").is_file():
+            raise CrossguardError(
+                f"{shown!r} holds prompts and not the model that they were learned for; give both, as in "
+                f"PromptTuned(Tiny(), {shown!r})"
+            )
         if what == "pickle":
             raise CrossguardError(f"{shown!r} holds pickles, which are not read; save the model with safetensors")
         if what == "weights":
