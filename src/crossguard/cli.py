@@ -589,7 +589,7 @@ def audit_command(
         list[str] | None,
         typer.Option(help="Another model to craft on too, as WORD or as LABEL=WORD; may be given several times."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Draws that attacks average over, if the defense draws noise.")] = 8,
+    samples: Annotated[int, typer.Option(help="Draws that attacks average over, if the defense draws noise.")] = 4,
     queries: Annotated[int, typer.Option(help="Of the attacks without gradients; 0 leaves them out.")] = 1000,
     draws: Annotated[int, typer.Option(help="Draws that judge each image, if the defense draws noise.")] = 5,
     limit: _Limit = None,
