@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from crossguard import PGD, SGD, Linf, Live, TeCoA, ZeroShot, build, evaluate
 from crossguard.errors import CrossguardError
 from crossguard.models.huggingface import HuggingFace
-from crossguard.words import show
+from crossguard.words import given, show
 from fixtures import Blots, floats, pictures, save_clip
 
 IMAGES, TEXTS = floats(pictures(3, 40, 36)), ("a red circle", "two squares")
@@ -159,6 +159,7 @@ def test_no_text_makes_one(folder: Path) -> None:
 
 def test_what_is_no_model(folder: Path) -> None:
     model, processor, tokenizer = held(folder)
+    assert "give Live(model, processor, tokenizer)" in refused(lambda: given("model", model))
     assert "needs its image processor and its tokenizer" in refused(lambda: Live(model))
     assert "needs its image processor and its tokenizer" in refused(lambda: Live(model, processor))
     assert "Live cannot read a Linear" in refused(lambda: Live(nn.Linear(1, 1), processor, tokenizer))

@@ -301,6 +301,7 @@ def test_it_is_trained_and_stays_open_clip_s(name: str, tmp_path: Path) -> None:
     before, after = (load_file(folder / "open_clip_model.safetensors") for folder in (base, tmp_path / "out"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert "visual.proj" in moved and all(name.startswith("visual.") for name in moved)
+    assert "library_name: open_clip" in (tmp_path / "out" / "README.md").read_text()
     theirs = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}", return_transform=False).eval()
     prepared = torch.stack([transform(kind, theirs)(one) for one in pil(pictures(2, 32, 32))])
     with torch.no_grad():

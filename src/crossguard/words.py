@@ -113,7 +113,7 @@ def _of_kind(kind: str, value: Any) -> Any:
         article = "an" if kind[0] in "aeiou" else "a"
         hint = "see the list of 'crossguard words'"
         if KINDS[kind] == "VisionLanguageModel" and callable(getattr(value, "forward", None)):
-            hint = "save the network with its tokenizer and image processor (save_pretrained), and give the folder"
+            hint = "give Live(model, processor, tokenizer), or the folder that it was saved to (save_pretrained)"
         raise CrossguardError(f"{quoted(value)} is not {article} {kind}; {hint}")
     return value
 

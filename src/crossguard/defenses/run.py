@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossguard.attacks.candidates import doubts
-from crossguard.checkpoints import check_finite
+from crossguard.checkpoints import RECORD, check_finite
 from crossguard.data import Dataset
 from crossguard.defenses.feed import Feed
 from crossguard.defenses.plan import Plan
@@ -729,7 +729,7 @@ def _card(run: Run) -> str:
     word = show(run.recipe.trains.word(run.model, run.folder), short=True)
     teachers = ", ".join(f"{name}: `{show(one)}`" for name, one in run.recipe.teachers().items())
     return f"""---
-library_name: transformers
+library_name: {"open_clip" if (run.folder / RECORD).is_file() else "transformers"}
 tags: [clip, adversarial-robustness, crossguard]
 ---
 
