@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ from crossguard.defenses.distillation import FARE, HPTGPD, PMGAFT
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
 from crossguard.defenses.optimizers import SGD
 from crossguard.defenses.parts import Towers
-from crossguard.defenses.plan import EMA, Augment
+from crossguard.defenses.plan import EMA, Adversary, Augment, Stage
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
-from crossguard.defenses.terms import CLASSES
+from crossguard.defenses.terms import CLASSES, Need, Seen, Term
 from crossguard.errors import CrossguardError
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace
 from crossguard.processes import ALONE
 from crossguard.testing import check_recipe
-from fixtures import Blots, save_tokenizer, small
+from fixtures import Blots, save_clip, save_tokenizer, small
 
 INNER = PGD(steps=3, step=0.5, best=False, stop=False)
 BUDGET = Linf(16 / 255)
@@ -195,6 +195,16 @@ def test_fare_needs_neither_labels_nor_texts(base: Fresh, tmp_path: Path) -> Non
     assert refused(lambda: started(TeCoA(steps=1, batch=8), base, tmp_path, Bare())) == "nobody may look"
 
 
+def test_a_teacher_is_asked_once_about_a_clean_image(base: Fresh, tmp_path: Path, monkeypatch: Any) -> None:
+    """The adversary and the loss share the answer; no step of the attack asks again."""
+    run = started(FARE(steps=2, batch=8, image_attack=INNER), base, tmp_path)
+    start, asked = run.learner.teachers["start"], list[int]()
+    encode = start.encode_image
+    monkeypatch.setattr(start, "encode_image", lambda images: (asked.append(len(images)), encode(images))[1])
+    run.learner.take(0)
+    assert asked == [8]
+
+
 def test_the_stages_of_hpt_start_where_the_paper_says(base: Fresh, proxy: Fresh, tmp_path: Path) -> None:
     """Two epochs of three steps each stage: the average follows the epochs, stage 2 begins with the model as it was,
     and its second epoch half of the way to the average."""
@@ -275,6 +285,50 @@ SWITCHES = {"anchor": "mine", "starts": "now", "reduce": "max"}
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switches_say_what_there_is(base: Fresh, name: str) -> None:
     assert f"{name}={SWITCHES[name]!r}" in refused(lambda: HPTGPD(proxy=base, **{name: SWITCHES[name]}))
+
+
+# --- Patch tokens ---
+
+
+@dataclass(frozen=True)
+class Moved(Term):
+    """How far patch tokens have moved from those of the model as it was."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("patches", "adversarial"), Need("patches", "clean", "start"), Need("image", "adversarial"))
+
+    def each(self, seen: Seen) -> Tensor:
+        far = (seen.patches("adversarial") - seen.patches("clean", "start")).square().sum((1, 2))
+        return far + seen.image("adversarial").square().sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patched(Recipe):
+    def stages(self) -> tuple[Stage, ...]:
+        return (self.stage(Moved(), adversaries=(Adversary(INNER, BUDGET, Moved()),)),)
+
+
+def test_patch_tokens_come_with_the_embedding_and_may_be_climbed(base: Fresh, tmp_path: Path) -> None:
+    clip = HuggingFace(str(save_clip(tmp_path / "clip")))
+    run = started(Patched(steps=1, batch=8), base, tmp_path)
+    assert "has no patch tokens" in refused(lambda: run.learner.take(0))
+    run = started(Patched(steps=1, batch=8, trains=Towers(("image",))), clip, tmp_path)
+    inputs, network = run.learner.views(0), clip.load()
+    clean, bad = inputs.images["clean"], inputs.images["adversarial"]
+    stock: Any = network.stock
+    with torch.no_grad():
+        embeddings, tokens = network.patches(clean)
+        assert torch.allclose(embeddings, network.encode_image(clean), atol=1e-6)
+        pixels = network.preprocess(clean)  # type: ignore[operator]
+        layers = stock.vision_model(pixel_values=pixels).last_hidden_state
+        every = stock.visual_projection(stock.vision_model.post_layernorm(layers))
+        assert torch.allclose(every[:, 0], embeddings, atol=1e-6) and torch.allclose(every[:, 1:], tokens, atol=1e-6)
+        moved = network.patches(bad)
+        expected = ((moved[1] - tokens) ** 2).sum((1, 2)) + (moved[0] ** 2).sum(1)
+        assert float(run.learner.loss(0, inputs)[0]) == pytest.approx(float(expected.mean()), rel=1e-4)
+        noise = BUDGET.project(clean + BUDGET.sample(inputs.batch.seeds, clean), clean)
+        there = network.patches(noise)
+        assert bool((((there[1] - tokens) ** 2).sum((1, 2)) + (there[0] ** 2).sum(1) < expected).all())
 
 
 # --- The contract ---

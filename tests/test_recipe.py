@@ -931,7 +931,7 @@ def test_the_share_of_changed_texts_is_logged(base: Fresh, tmp_path: Path, capsy
     assert "texts changed" not in started(TECOA, base, tmp_path).learner.take(0)
     idle = replace(recipe, text_attack=Still())
     idle.fit(base, Blots(), tmp_path / "idle")
-    assert "changed none of the texts of step 1" in notes(tmp_path / "idle", capsys.readouterr().err)[0]
+    assert "changes none of the texts of step 1" in notes(tmp_path / "idle", capsys.readouterr().err)[0]
     assert "texts changed 0" in (tmp_path / "idle" / "log.txt").read_text()
 
 

@@ -134,7 +134,7 @@ class Feed:
         seeds = keys((self.data.id(index) for index in mine), self.recipe.seed, step)
         if self.recipe.augment is not None:
             images = self.recipe.augment(images, seeds)
-        return Batch(images, seeds, mine, self._texts(step, chosen))
+        return Batch(images, seeds, mine, self.texts(step))
 
     def still(self, step: int, missing: AbstractSet[int]) -> Iterator[Batch]:
         """Images as they are, without augmentation, in groups that are the same whenever they are asked for: those of
@@ -187,12 +187,12 @@ class Feed:
             )
         return torch.stack(list(pictures))
 
-    def _texts(self, step: int, chosen: Sequence[int]) -> dict[str, Texts]:
+    def texts(self, step: int) -> dict[str, Texts]:
         """The distinct texts of the step, by what they are over."""
         if not self.overs:
             return {}
         if self.prompts is None:
-            captions = [self._caption(step, index) for index in chosen]
+            captions = [self._caption(step, index) for index in self.chosen(step)]
             texts = list(dict.fromkeys(captions))
             place = {text: row for row, text in enumerate(texts)}
             whole = torch.tensor([place[caption] for caption in captions])
@@ -201,7 +201,7 @@ class Feed:
         template = derive(self.recipe.seed, step, "template") % templates
         classes = [texts[template] for texts in self.prompts.texts]
         rivals = self._rivals[template::templates]
-        label = None if self.labels is None else self.labels[list(chosen)]
+        label = None if self.labels is None else self.labels[self.chosen(step)]
         found = {CLASSES: self._placed(classes, rivals, label)}
         if BATCH in self.overs and label is not None:
             present, own = torch.unique(label, return_inverse=True)

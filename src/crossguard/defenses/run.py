@@ -176,12 +176,6 @@ class Run:
             measured = self._validated(step)
             if not main:
                 continue
-            if step == start and values.get("texts changed") == 0.0:
-                self.notes.append(
-                    f"the text attack changed none of the texts of step {step + 1}, so they may train as if nobody "
-                    "attacked them; see 'texts changed' in the log"
-                )
-                self._note(log, self.notes[-1])
             for name, value in values.items():
                 board.add_scalar(name, value, step + 1)
             shown(step + 1, values)
@@ -254,6 +248,11 @@ class Run:
         for name, teacher in self.learner.teachers.items():
             if isinstance(teacher, VisionLanguageModel):
                 self._check_teacher(name, teacher, some)
+        if self.learner.idle(0):
+            notes.append(
+                "the text attack changes none of the texts of step 1, so they may train as if nobody attacked them; "
+                "see 'texts changed' in the log"
+            )
         attacks = {one.attack: None for stage in self.learner.stages for one in stage.adversaries}
         return [*notes, *(doubt for attack in attacks for doubt in doubts(attack, strings))]
 

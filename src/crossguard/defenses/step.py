@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class Learner:
     def prepare(self, number: int) -> None:
         """What a stage moves the weights with."""
         stage = self.stages[number]
-        self.optimizer = stage.optimizer.over(self._ordered())
+        self.optimizer = stage.optimizer.over(self._ordered)
         self.average = None if stage.average is None else self._copy()
 
     def rate(self, step: int) -> float:
@@ -155,6 +156,20 @@ class Learner:
         values = [term.weight * term.value(seen) for term in stage.terms]
         return torch.stack(values).sum(), seen
 
+    def idle(self, step: int) -> list[TextAttack]:
+        """The attacks on texts that change none of the texts of a step, of those of this process."""
+        found: list[TextAttack] = []
+        feed = self.feeds[""]
+        listed = feed.texts(step)
+        batch = Batch(torch.empty(0, 3, 1, 1), torch.empty(0, dtype=torch.int64), [], listed)
+        inputs = Inputs({"": batch}, {}, {(CLEAN, over): one.texts for over, one in listed.items()})
+        for one in self.stages[self.place(step)[0]].adversaries:
+            if isinstance(one.attack, TextAttack) and one.of == CLEAN:
+                over = one.spots[0].over
+                if self._attacked_texts(one, inputs, over) == self.group.share(listed[over].texts):
+                    found.append(one.attack)
+        return found
+
     def take(self, step: int) -> dict[str, float]:
         """Takes a step and says how it went: loss, accuracy on the batch where a term tells texts apart, learning rate,
         and the share of the texts that an attack changed, where one attacks texts."""
@@ -179,7 +194,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if recipe.clip is not None:
-            nn.utils.clip_grad_norm_(self._ordered(), recipe.clip)
+            nn.utils.clip_grad_norm_(self._ordered, recipe.clip)
         self.optimizer.step()
         if recipe.clamp_scale:
             _clamp_scale(self.network)
@@ -265,6 +280,7 @@ class Learner:
     def _copy(self) -> dict[str, Tensor]:
         return {name: one.detach().clone() for name, one in self.trained.items()}
 
+    @cached_property
     def _ordered(self) -> list[nn.Parameter]:
         """What is trained, tower by tower, then what is in no tower."""
         towers = [one for named in self.network.towers().values() for one in named.values() if one.requires_grad]
@@ -480,7 +496,7 @@ class Learner:
     def _share_gradients(self) -> None:
         """The gradients become the mean over the processes, all in one message."""
         world = self.group.world
-        gradients = [one.grad for one in self._ordered() if one.grad is not None]
+        gradients = [one.grad for one in self._ordered if one.grad is not None]
         if world == 1 or not gradients:
             return
         message = torch.cat([gradient.flatten() for gradient in gradients])

@@ -21,7 +21,7 @@ from crossguard.device import Choice, chosen
 from crossguard.errors import CrossguardError
 from crossguard.models.splicing import Splice
 from crossguard.opening import Opened, Opens, opened, opening
-from crossguard.shapes import Embeddings, Images, Logits, Resized, TextEmbeddings, Tokens
+from crossguard.shapes import Embeddings, Images, Logits, PatchTokens, Resized, TextEmbeddings
 from crossguard.words import Word, quoted
 
 _LARGEST_NUMBER = 1e6  # that pixels are shifted or divided by; those of towers in use are below 1, or 255 at most
@@ -152,7 +152,7 @@ class DualEncoder(nn.Module):
         """Raw embeddings of such pixels, which need not be in [0, 1]: the second half of `encode_image`."""
         return self.encode_image(pixels)
 
-    def patches(self, images: Images) -> tuple[Embeddings, Tokens]:
+    def patches(self, images: Images) -> tuple[Embeddings, PatchTokens]:
         """Raw image embeddings and, from the same forward, the patch tokens in their space, row by row of the image."""
         del images
         raise CrossguardError(

@@ -23,7 +23,7 @@ from crossguard.models.probing import PROBES, check_images, check_texts
 from crossguard.models.splicing import Splice
 from crossguard.models.tokens import Tokens
 from crossguard.pretrained import pretrained
-from crossguard.shapes import Embeddings, Images, Resized
+from crossguard.shapes import Embeddings, Images, PatchTokens, Resized
 from crossguard.words import Reads
 
 _STRINGS = 256  # read at once: the states of many more fall out of the caches
@@ -84,6 +84,16 @@ class TransformersEncoder(DualEncoder):
     def encode_fitted(self, pixels: Resized) -> Embeddings:
         pixels = self.preprocess.normalized(pixels).to(self.model.get_parameter(self.first).dtype)
         return _features(self.model.get_image_features(pixel_values=pixels))
+
+    def patches(self, images: Images) -> tuple[Embeddings, PatchTokens]:
+        """Of a CLIP: the tokens behind the class token, normalized and projected as that one is."""
+        norm = getattr(getattr(self.model, "vision_model", None), "post_layernorm", None)
+        project = getattr(self.model, "visual_projection", None)
+        if norm is None or project is None:
+            return super().patches(images)
+        pixels = self.preprocess.normalized(self.fitted(images)).to(self.model.get_parameter(self.first).dtype)
+        output = self.model.get_image_features(pixel_values=pixels)
+        return _features(output), project(norm(output.last_hidden_state[:, 1:]))
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         ids, mask = self.tokens(texts)
