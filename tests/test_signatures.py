@@ -103,6 +103,20 @@ def test_names_of_an_experiment_file_are_known_where_it_says_so():
         check("Fit(TeCoA(), Tiny(), dta)", ["data"])
 
 
+def test_what_was_listed_is_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CROSSGUARD_CACHE", str(tmp_path / "cache"))
+    listed = signatures.listed()
+    assert [name for name, _, _ in listed] == [name for name in signatures.names() if name in crossguard.VOCABULARY]
+    assert ["PGD", "attack", find("PGD").summary] in listed
+    kept = tmp_path / "cache" / "words.json"
+    written = json.loads(kept.read_text())
+    monkeypatch.setattr(signatures, "_exports", dict)  # whoever reads the source now finds nothing
+    assert signatures.listed() == listed
+    for content in ("{", json.dumps(written | {"about": "others"}), json.dumps(written | {"words": [["PGD"]]})):
+        kept.write_text(content)
+        assert signatures.listed() == []
+
+
 def test_the_stub_names_everything_once():
     tree = ast.parse(Path(crossguard.__file__).with_suffix(".pyi").read_text())
     named = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]

@@ -802,7 +802,9 @@ def _print_vocabulary() -> None:
     from crossguard import signatures
 
     groups: dict[str, list[tuple[str, str]]] = {}
-    for name in signatures.names():
+    for name, kind, summary in signatures.listed():
+        groups.setdefault(kind, []).append((name, summary))
+    for name in signatures.others():
         try:
             found = signatures.find(name)
         except CrossguardError as error:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import operator
+import os
 import re
 import string
 from abc import ABC
 from collections.abc import Collection
+from contextlib import suppress
 from functools import cache
 from inspect import cleandoc
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import crossguard
-from crossguard import own, words
+from crossguard import files, own, words
+from crossguard.errors import CrossguardError
+from crossguard.reading import below, fingerprint, read_json
 
 _ROOT = Path(__file__).parent
 _PLAIN = ("int", "float", "str", "bool", "tuple", "object", "Any")
@@ -91,8 +96,36 @@ def find(name: str) -> Signature:
 
 def names() -> list[str]:
     """The names of all words, in the order of the stub, then those of one's own and of installed plugins."""
-    ours = [name for name in _exports() if _may_be_word(name)]
-    return [*ours, *(name for name in words.names() if name not in crossguard.VOCABULARY and not _is_base(name))]
+    return [*(name for name in _exports() if _may_be_word(name)), *others()]
+
+
+def others() -> list[str]:
+    """The names of the words of one's own and of installed plugins."""
+    return [name for name in words.names() if name not in crossguard.VOCABULARY and not _is_base(name)]
+
+
+def listed() -> list[list[str]]:
+    """Name, kind and summary of each word of the package. To read them all from the source takes the better part of a
+    second, so they are kept in the folder CROSSGUARD_CACHE (by default in the user's cache folder) until a file of the
+    package changes."""
+    around = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    kept = Path(os.environ.get("CROSSGUARD_CACHE") or f"{around}/crossguard").expanduser() / "words.json"
+    about = fingerprint(
+        (str(_ROOT), *((file.path, file.size, file.modified) for file in below(_ROOT, (".py", ".pyi"))))
+    )
+    with suppress(CrossguardError):
+        found = read_json(kept, _Listed, "delete it")
+        if found["about"] == about and all(len(row) == 3 for row in found["words"]):
+            return found["words"]
+    made = [[name, find(name).kind, find(name).summary] for name in _exports() if _may_be_word(name)]
+    with suppress(CrossguardError, OSError):
+        files.write(kept, json.dumps({"about": about, "words": made}))
+    return made
+
+
+class _Listed(TypedDict):
+    about: str
+    words: list[list[str]]
 
 
 def _is_base(name: str) -> bool:
