@@ -2,7 +2,7 @@
 
     python scripts/train_tiny.py --model vit --out runs/tiny_vit --ship src/crossguard/assets/tiny_vit
 
-`tiny` is `Tiny()`, a ConvNeXt; `vit` and `cnn` are its siblings of other architectures, `TinyViT()` and `TinyCNN()`.
+`tiny` is `Tiny()`, a ConvNeXt, and `vit` its sibling `TinyViT()`, a vision transformer.
 
 Two or three stages, about half an hour on one core: the names of shapes first, because a contrastive loss on captions
 alone sits on a long plateau there (it finds colors at once and shapes late), then captions. A run that was stopped goes
@@ -27,14 +27,11 @@ from crossguard import (
     Augment,
     Contrastive,
     Fresh,
-    FreshCNN,
     FreshViT,
     FTStandard,
     HuggingFace,
     Linf,
     Scenes,
-    Towers,
-    Trainable,
     ZeroShot,
     evaluate,
 )
@@ -53,7 +50,6 @@ class Course:
     steps: tuple[int, ...]
     rates: tuple[float, ...]
     augment: Augment | None = None
-    first: Trainable = Towers()  # what learns the names of the shapes; all of it learns the captions
     bars: Mapping[str, tuple[float, float]] = field(default_factory=lambda: BARS)
 
 
@@ -61,8 +57,6 @@ COURSES = {
     "tiny": Course(Fresh(), (500, 1600, 1500), (2e-3, 2e-3, 1.5e-3)),
     # Patches do not know that a thing may lie elsewhere: shifted images say so.
     "vit": Course(FreshViT(patch=8, width=128), (1500, 1400), (1e-3, 1e-3), Augment(flip=False, shift=3), bars=LOWER),
-    # Were its texts to learn with it from the start, they would learn to be alike before its images learn to differ.
-    "cnn": Course(FreshCNN(), (700, 950), (2e-3, 1.5e-3), first=Towers(("image", "head")), bars=LOWER),
 }
 
 
@@ -77,7 +71,6 @@ def train(course: Course, out: Path) -> Checkpoint:
         clip=1.0,
         clamp_scale=True,
         augment=course.augment,
-        trains=course.first,
         save_every=400,
     ).fit(course.start, Scenes("shape", "train"), out / "1-shapes")
     for number in range(1, len(rates)):

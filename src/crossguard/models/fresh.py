@@ -228,6 +228,9 @@ class FreshCNN(FromScratch):
     measured once, on 256 images of smooth noise, and stay: from there on batch norm is a learned scale and shift of
     each channel. The projection starts without what the features of all these images have in common.
 
+    It learns later than the others: on the generated scenes, at rates from 7e-4 to 2e-3, texts that learn with it from
+    the first step learned to be alike within 100 steps. Begin with `trains=Towers(("image", "head"))`.
+
     Args:
         tokenizer: folder of a tokenizer; the vocabulary of the generated scenes by default.
         size: the side of the square images the network works on, 32 or more; others are resized. The tower halves them
