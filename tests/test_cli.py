@@ -189,6 +189,9 @@ def test_words_shows_the_fields_of_one():
     assert "Both (budget)" in result.stdout and "  pixels: PixelBudget\n  words: TextBudget\n" in result.stdout
     assert "count: int = 1" in call("words", "Words").stdout
     assert "did you mean 'PGD'?" in error("words", "PGDD")
+    listed = call("words", "Recipe").stdout
+    assert listed.startswith("recipe\n") and "  FARE" in listed and "  HPTGPD" in listed and "\n  PGD " not in listed
+    assert "  MaskedLM" in call("words", "CandidateSource").stdout
 
 
 def test_version():

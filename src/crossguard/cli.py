@@ -744,12 +744,18 @@ def transfer(
 
 @app.command()
 def words(
-    name: Annotated[str | None, typer.Argument(help="One word, to be shown with its fields.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One word, to be shown with its fields, or a kind of words, such as Recipe.")
+    ] = None,
     own_words: _Own = None,
 ) -> None:
     """List the words: everything that can be named on the command line and in experiment files."""
+    from crossguard import signatures
+
     if name is None:
-        _print_vocabulary()
+        _print_vocabulary(_vocabulary())
+    elif name not in signatures.names() and (listed := _vocabulary().get(_heading(name))):
+        _print_vocabulary({_heading(name): listed})
     else:
         _print_word(name)
 
@@ -798,7 +804,13 @@ def _print_table(
         typer.echo(render(answers, form or "markdown", layout), nl=False)
 
 
-def _print_vocabulary() -> None:
+def _heading(kind: str) -> str:
+    """The name of a kind of words as it stands above them: `CandidateSource` is 'candidate source'."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
+
+
+def _vocabulary() -> dict[str, list[tuple[str, str]]]:
+    """The words by their kinds, each with a line about it."""
     from crossguard import signatures
 
     groups: dict[str, list[tuple[str, str]]] = {}
@@ -811,6 +823,10 @@ def _print_vocabulary() -> None:
             groups.setdefault("cannot be loaded", []).append((name, str(error)))
         else:
             groups.setdefault(found.kind, []).append((name, found.summary))
+    return groups
+
+
+def _print_vocabulary(groups: dict[str, list[tuple[str, str]]]) -> None:
     width = max(len(name) for listed in groups.values() for name, _ in listed)
     for kind, listed in sorted(groups.items(), key=lambda group: group[0] == "cannot be loaded"):
         _print(kind)
