@@ -181,6 +181,9 @@ def _check(node: ast.AST, known: Collection[str], depth: int) -> None:
             raise words.needs(name, missing, [one.text for one in signature.parameters])
 
 
+_BRANCHED = ("VisionLanguageModel", "Trainable")  # what stands between these and a word is no kind of its own
+
+
 def _made(
     name: str,
     roots: list[str],
@@ -188,7 +191,8 @@ def _made(
     parameters: list[Parameter],
     bases: list[tuple[str, str | None]],
 ) -> Signature:
-    kind = "model" if roots[:1] == ["VisionLanguageModel"] else roots[0] if roots else "other"
+    kind = next((root for root in roots if root in _BRANCHED), roots[0] if roots else "other")
+    kind = "model" if kind == "VisionLanguageModel" else kind
     inherited = [(base, cleandoc(text or "").partition("\nArgs:\n")[2]) for base, text in bases]
     return Signature(
         name,
