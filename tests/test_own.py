@@ -388,4 +388,7 @@ def test_every_process_of_torchrun_knows_the_words(mine: Path):
     for prefix, out in ((run, "two.json"), ([sys.executable, "-m", "crossguard"], "one.json")):
         subprocess.run([*prefix, *asked, "--out", out], check=True, capture_output=True, timeout=200)
     one, two = (json.loads(Path(file).read_text()) for file in ("one.json", "two.json"))
-    assert one["question"] == two["question"] and one["outcomes"] == two["outcomes"]
+    assert one["question"] == two["question"] and "Corner.code:" in one["question"]["attack files"]
+    for column in ("id", "label", "clean", "adversarial"):
+        assert one["outcomes"][column] == two["outcomes"][column]
+    assert one["outcomes"]["adversarial_margin"] == pytest.approx(two["outcomes"]["adversarial_margin"], abs=1e-3)
