@@ -25,8 +25,10 @@ _SHOWN = "the model in memory"  # what errors call it
 
 @dataclass(frozen=True, init=False)
 class Live(Checkpoint):
-    """A model in memory, to evaluate and to train in Python: `Live(model, processor, tokenizer)` for an object of
-    `transformers` or open_clip, `Live(images=..., texts=...)` for two functions.
+    """A model in memory, to evaluate and to train in Python.
+
+    `Live(model, processor, tokenizer)` is of an object of `transformers` or open_clip, `Live(images=..., texts=...)` of
+    two functions.
 
     It means the model as it is when this is written: nothing that is done here touches the object, since a copy is
     asked and trained, and a model that was trained on meanwhile is refused; write `Live(...)` again for it. In a
