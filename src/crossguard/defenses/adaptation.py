@@ -11,6 +11,7 @@ and the image tower is trained. Learning rates are ours where nothing else is sa
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -234,29 +235,18 @@ class SelfTraining(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DANN(Recipe):
-    """Domain-adversarial training (Ganin et al. 2016): cross-entropy on the source, while a discriminator learns to
-    tell the two domains by their image embeddings, and the image tower, by a reversed gradient, to prevent that.
-
-    With an attack it is the entangled baseline "source AT + DANN" (AT-UDA in DomainRobust): labels and the domain of
-    the source are learned from its adversarial images.
-
-    The published strength rises from 0 to 1 over the training and the published rate falls; here the strength stays
-    as it is given, and the rate is the recipe's.
+class AgainstDomains(Recipe, ABC):
+    """What recipes with a discriminator of the two domains share.
 
     Args:
         strength: the factor of the reversed gradient.
-        hidden: units in each of the two hidden layers of the discriminator (1,024 in the paper).
-        image_attack: who attacks the images of the source, climbing their cross-entropy; nobody, if None.
-        budget: how far.
+        hidden: units in each of the two hidden layers of the discriminator.
     """
 
     optimizer: Optimizer = AdamW()
     trains: Trainable = Towers(("image",))
     strength: float = 1.0
     hidden: int = 256
-    image_attack: ImageAttack | None = None
-    budget: Budget = Linf(2 / 255)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,6 +257,28 @@ class DANN(Recipe):
 
     def modules(self, width: int) -> Mapping[str, nn.Module]:
         return {"domain": Discriminator(width, self.hidden)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DANN(AgainstDomains):
+    """Domain-adversarial training (Ganin et al. 2016): cross-entropy on the source, while a discriminator learns to
+    tell the two domains by their image embeddings, and the image tower, by a reversed gradient, to prevent that.
+
+    With an attack it is the entangled baseline "source AT + DANN" (AT-UDA in DomainRobust): labels and the domain of
+    the source are learned from its adversarial images.
+
+    The published strength rises from 0 to 1 over the training and the published rate falls; here the strength stays
+    as it is given, and the rate is the recipe's.
+
+    Args:
+        strength: see `AgainstDomains`.
+        hidden: the same; the paper has 1,024.
+        image_attack: who attacks the images of the source, climbing their cross-entropy; nobody, if None.
+        budget: how far.
+    """
+
+    image_attack: ImageAttack | None = None
+    budget: Budget = Linf(2 / 255)
 
     def stages(self) -> tuple[Stage, ...]:
         view = CLEAN if self.image_attack is None else ADVERSARIAL
@@ -278,7 +290,7 @@ class DANN(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ARTUDA(Recipe):
+class ARTUDA(AgainstDomains):
     """Adversarially robust training for unsupervised domain adaptation (Lo and Patel 2022), everything in one loss:
     cross-entropy on the source, the divergence of the answer to adversarial images of the target from that to the clean
     ones, which the adversary climbs without labels, and a discriminator that meets both of them (`DANN`).
@@ -288,30 +300,16 @@ class ARTUDA(Recipe):
     through both answers, is a reconstruction.
 
     Args:
-        strength, hidden: see `DANN`.
+        strength, hidden: see `AgainstDomains`.
         consistency: weight of the divergence.
         image_attack: who attacks the images of the target. It must begin with a random step: at the clean image, the
             divergence has no gradient.
         budget: how far.
     """
 
-    optimizer: Optimizer = AdamW()
-    trains: Trainable = Towers(("image",))
-    strength: float = 1.0
-    hidden: int = 256
     consistency: float = 1.0
     image_attack: ImageAttack = PGD(steps=5, step=0.5, best=False, stop=False)
     budget: Budget = Linf(2 / 255)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_discriminator(self)
-
-    def feeds(self, data: Dataset) -> Mapping[str, Dataset]:
-        return _both(self, data)
-
-    def modules(self, width: int) -> Mapping[str, nn.Module]:
-        return {"domain": Discriminator(width, self.hidden)}
 
     def stages(self) -> tuple[Stage, ...]:
         loss = KL(TARGET_ADVERSARIAL, to=(STUDENT, TARGET), weight=self.consistency)
@@ -407,7 +405,7 @@ def _both(recipe: Recipe, data: Dataset) -> Mapping[str, Dataset]:
     return {"": data, "target": data.unlabelled}
 
 
-def _check_discriminator(recipe: DANN | ARTUDA) -> None:
+def _check_discriminator(recipe: AgainstDomains) -> None:
     name = type(recipe).__name__
     if recipe.hidden < 1:
         raise CrossguardError(f"{name}(hidden={recipe.hidden}) is not possible; give 1 or more units")
