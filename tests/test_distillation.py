@@ -3,7 +3,6 @@ contract of every recipe."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,26 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard.attacks.gradient import PGD
-from crossguard.budgets import Both, Linf, Words
+from crossguard.budgets import Both, Words
 from crossguard.defenses.distillation import FARE, HPTGPD, PMGAFT
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
 from crossguard.defenses.optimizers import SGD
 from crossguard.defenses.parts import Towers
 from crossguard.defenses.plan import EMA, Adversary, Augment, Stage
 from crossguard.defenses.recipe import Recipe
-from crossguard.defenses.run import Run
-from crossguard.defenses.terms import CLASSES, Need, Seen, Term
+from crossguard.defenses.terms import Need, Seen, Term
 from crossguard.errors import CrossguardError
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace
-from crossguard.processes import ALONE
 from crossguard.testing import check_recipe
 from fixtures import Blots, save_clip, save_tokenizer, small
-
-INNER = PGD(steps=3, step=0.5, best=False, stop=False)
-BUDGET = Linf(16 / 255)
-PROMPTS = [f"a photo of a {name}" for name in Blots().names]
+from formulas import BUDGET, INNER, check_formula, kl, logits, refused, started
 
 
 @pytest.fixture(scope="module")
@@ -49,43 +42,9 @@ def proxy(base: Fresh) -> Fresh:
     return replace(base, widths=(8, 8, 16), depths=(1, 1, 1), dimensions=20, seed=5)
 
 
-def started(recipe: Recipe, base: Fresh, folder: Path, data: Any = None) -> Run:
-    return Run(recipe, base, data or Blots(), folder, {"recipe": "", "model": "", "data": ""}, ALONE)
-
-
-def refused(attempt: Callable[[], object]) -> str:
-    with pytest.raises(CrossguardError) as raised:
-        attempt()
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-def moved(base: Fresh, folder: Path) -> HuggingFace:
-    """The base as it may be after some training, so that it differs from what it was."""
-    network: Any = base.load()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in network.model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    network.save(folder)
-    return HuggingFace(str(folder))
-
-
-def logits(network: Any, images: Tensor, scale: float | None = None) -> Tensor:
-    """Written out: cosines of raw embeddings with the class prompts."""
-    one, other = F.normalize(network.encode_image(images), dim=1), F.normalize(network.encode_text(PROMPTS), dim=1)
-    return one @ other.T * (network.scale if scale is None else scale)
-
-
 def fare(student: Any, start: Any, proxy: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
     difference = student.encode_image(bad) - start.encode_image(clean).detach()
     return (difference**2).sum(1).mean()
-
-
-def kl(first: Tensor, second: Tensor) -> Tensor:
-    """KL(first || second) of the distributions with these logits, for each row."""
-    p, q = first.softmax(1), second.softmax(1)
-    return (p * (p.log() - q.log())).sum(1)
 
 
 def pmg(student: Any, start: Any, proxy: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
@@ -120,30 +79,8 @@ CASES: dict[str, tuple[Callable[[Fresh], Recipe], Callable[..., Tensor]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_the_formula_of_its_paper(base: Fresh, proxy: Fresh, tmp_path: Path, name: str) -> None:
-    """Value and gradient at the adversarial images that the step itself made, of a student that has moved already."""
     make, formula = CASES[name]
-    recipe = replace(make(proxy), steps=2, batch=8, warmup=0, clamp_scale=False, image_attack=INNER, budget=BUDGET)
-    run = started(recipe, base, tmp_path)
-    learner, other = run.learner, moved(base, tmp_path / "moved").load()
-    with torch.no_grad():
-        for mine, theirs in zip(learner.network.parameters(), other.parameters(), strict=True):
-            mine.copy_(theirs)
-    learner._remembered.clear()  # texts of the weights before
-    before: Any = copy.deepcopy(learner.network)
-    inputs = learner.views(0)
-    clean, bad, labels = inputs.images["clean"], inputs.images["adversarial"], inputs.batch.texts
-    labels = labels[CLASSES].place if labels else torch.zeros(0)
-    assert 0.0 < float((bad - clean).abs().max()) <= 16 / 255 + 1e-6
-    teachers = base.load(), proxy.load()
-    loss = formula(before, *teachers, clean, bad, labels)
-    found, _ = learner.loss(0, inputs)
-    assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
-    wanted = {name.removeprefix("network."): one for name, one in learner.trained.items()}
-    left = torch.autograd.grad(found, list(wanted.values()))
-    right = torch.autograd.grad(loss, [dict(before.named_parameters())[name] for name in wanted])
-    for one, two in zip(left, right, strict=True):
-        assert torch.allclose(one, two, rtol=1e-3, atol=1e-5 * float(loss.detach().abs()) + 1e-6)
-    assert max(float(one.abs().max()) for one in left) > 1e-4
+    check_formula(make(proxy), formula, base, proxy, tmp_path)
 
 
 def test_the_second_stage_of_hpt_asks_the_proxy_about_the_same_image(base: Fresh, proxy: Fresh, tmp_path: Path) -> None:

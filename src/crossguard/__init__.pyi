@@ -99,6 +99,8 @@ from .defenses.adaptation import DANN as DANN
 from .defenses.adaptation import DisentangledDistillation as DisentangledDistillation
 from .defenses.adaptation import SelfTraining as SelfTraining
 from .defenses.adaptation import SourceFinetuning as SourceFinetuning
+from .defenses.anchored import AGFT as AGFT
+from .defenses.anchored import TGAZSR as TGAZSR
 from .defenses.distillation import FARE as FARE
 from .defenses.distillation import HPTGPD as HPTGPD
 from .defenses.distillation import PMGAFT as PMGAFT

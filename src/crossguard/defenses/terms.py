@@ -336,6 +336,7 @@ class KL(Term):
         reverse: KL(student || teacher) instead, which seeks a mode of the teacher.
         scale: the factor on the cosines of both; each model's own, if None.
         temperature: divides the logits of both, without the factor of its square.
+        softened: a further factor on the logits of the teacher; below 1 its answer is less sure.
     """
 
     image: str = ADVERSARIAL
@@ -344,6 +345,7 @@ class KL(Term):
     reverse: bool = False
     scale: float | None = None
     temperature: float = 1.0
+    softened: float = 1.0
 
     def needs(self) -> tuple[Need, ...]:
         who, view = self.to
@@ -352,7 +354,7 @@ class KL(Term):
     def each(self, seen: Seen) -> PerImage:
         who, view = self.to
         mine = F.log_softmax(self._logits(seen, self.image, STUDENT), dim=1)
-        theirs = F.log_softmax(self._logits(seen, view, who), dim=1)
+        theirs = F.log_softmax(self._logits(seen, view, who) * self.softened, dim=1)
         first, second = (mine, theirs) if self.reverse else (theirs, mine)
         return (first.exp() * (first - second)).sum(1)
 

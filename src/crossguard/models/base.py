@@ -156,7 +156,8 @@ class DualEncoder(nn.Module):
         """Raw image embeddings and, from the same forward, the patch tokens in their space, row by row of the image."""
         del images
         raise CrossguardError(
-            f"a {type(self).__name__} has no patch tokens in the space of its embeddings; give a CLIP"
+            f"a {type(self).__name__} has no patch tokens in the space of its embeddings; give a CLIP, or a "
+            "VisionTextDualEncoder with a ViT"
         )
 
     def splice(self, texts: Sequence[str], words: str, lists: Sequence[int] = ()) -> Splice:

@@ -86,14 +86,22 @@ class TransformersEncoder(DualEncoder):
         return _features(self.model.get_image_features(pixel_values=pixels))
 
     def patches(self, images: Images) -> tuple[Embeddings, PatchTokens]:
-        """Of a CLIP: the tokens behind the class token, normalized and projected as that one is."""
-        norm = getattr(getattr(self.model, "vision_model", None), "post_layernorm", None)
-        project = getattr(self.model, "visual_projection", None)
-        if norm is None or project is None:
+        """Of a CLIP, and of a VisionTextDualEncoder with the image tower of a CLIP or a ViT: the tokens of the patches,
+        normalized or pooled, and projected, as the class token is."""
+        tower, project = getattr(self.model, "vision_model", None), getattr(self.model, "visual_projection", None)
+        norm: Any = getattr(tower, "post_layernorm", None)
+        pooler: Any = getattr(tower, "pooler", None)
+        if project is None or (norm is None and not isinstance(getattr(pooler, "dense", None), nn.Linear)):
             return super().patches(images)
         pixels = self.preprocess.normalized(self.fitted(images)).to(self.model.get_parameter(self.first).dtype)
         output = self.model.get_image_features(pixel_values=pixels)
-        return _features(output), project(norm(output.last_hidden_state[:, 1:]))
+        config = self.model.config.vision_config
+        count = (pixels.shape[2] // config.patch_size) * (pixels.shape[3] // config.patch_size)
+        tokens = output.last_hidden_state[:, -count:]  # in front of them is the class token, and DeiT's other one
+        if norm is not None:
+            return _features(output), project(norm(tokens))
+        pooled = pooler(tokens.flatten(0, 1)[:, None])  # it takes the first of each row
+        return _features(output), project(pooled).unflatten(0, tokens.shape[:2])
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         ids, mask = self.tokens(texts)
