@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Linf
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
-from crossguard.defenses.terms import CLASSES
 from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint
 from crossguard.models.huggingface import HuggingFace
@@ -51,9 +50,9 @@ def moved(base: Checkpoint, folder: Path) -> HuggingFace:
     return HuggingFace(str(folder))
 
 
-def logits(network: Any, images: Tensor, scale: float | None = None) -> Tensor:
-    """Written out: cosines of raw embeddings with the class prompts."""
-    one, other = F.normalize(network.encode_image(images), dim=1), F.normalize(network.encode_text(PROMPTS), dim=1)
+def logits(network: Any, images: Tensor, scale: float | None = None, texts: Sequence[str] = PROMPTS) -> Tensor:
+    """Written out: cosines of raw embeddings with the class prompts, or with other texts."""
+    one, other = F.normalize(network.encode_image(images), dim=1), F.normalize(network.encode_text(texts), dim=1)
     return one @ other.T * (network.scale if scale is None else scale)
 
 
@@ -69,7 +68,8 @@ def check_formula(recipe: Recipe, formula: Callable[..., Tensor], base: Checkpoi
     student that has moved already.
 
     Args:
-        formula: called with the student, the model as it was, another model, clean and adversarial images and labels.
+        formula: called with the student, the model as it was, another model, clean and adversarial images and labels;
+            where the recipe trains on captions, labels are rows of the distinct captions, which come last.
         settings: of the recipe, beside those of a short training.
     """
     short: dict[str, Any] = {"steps": 2, "batch": 8, "warmup": 0, "clamp_scale": False, **settings}
@@ -81,15 +81,18 @@ def check_formula(recipe: Recipe, formula: Callable[..., Tensor], base: Checkpoi
     learner._remembered.clear()  # texts of the weights before
     before: Any = copy.deepcopy(learner.network)
     inputs = learner.views(0)
-    clean, bad, labels = inputs.images["clean"], inputs.images["adversarial"], inputs.batch.texts
-    labels = labels[CLASSES].place if labels else torch.zeros(0)
+    clean, bad = inputs.images["clean"], inputs.images["adversarial"]
+    labels, captions = Blots().labels()[inputs.batch.indices], []
+    if recipe.captions:
+        (found, *_) = inputs.batch.texts.values()  # the same whatever they are over
+        labels, captions = found.place, [found.texts]
     assert 0.0 < float((bad - clean).abs().max()) <= 16 / 255 + 1e-6
     teachers = base.load(), proxy.load()
-    loss = formula(before, *teachers, clean, bad, labels)
-    found, _ = learner.loss(0, inputs)
-    assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
+    loss = formula(before, *teachers, clean, bad, labels, *captions)
+    value, _ = learner.loss(0, inputs)
+    assert float(value.detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
     wanted = {name.removeprefix("network."): one for name, one in learner.trained.items()}
-    left = torch.autograd.grad(found, list(wanted.values()))
+    left = torch.autograd.grad(value, list(wanted.values()))
     right = torch.autograd.grad(loss, [dict(before.named_parameters())[name] for name in wanted])
     for one, two in zip(left, right, strict=True):
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-5 * float(loss.detach().abs()) + 1e-6)

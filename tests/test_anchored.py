@@ -3,6 +3,7 @@ contract of every recipe."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard.defenses.anchored import AGFT, TGAZSR
+from crossguard.defenses.anchored import AGFT, TGAZSR, AdvFLYP, RobustHead
 from crossguard.defenses.optimizers import SGD
 from crossguard.defenses.recipe import Recipe
 from crossguard.models.fresh import Fresh, FreshViT
 from crossguard.models.huggingface import HuggingFace
 from crossguard.testing import check_recipe
 from fixtures import Blots, save_clip, save_tokenizer, small
-from formulas import BUDGET, INNER, PROMPTS, check_formula, logits, refused, started
+from formulas import BUDGET, INNER, PROMPTS, check_formula, kl, logits, refused, started
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +108,74 @@ def test_patches_of_a_vit_are_pooled_as_its_class_token(base: Fresh) -> None:
     assert torch.allclose(every[:, 0], embeddings, atol=1e-5) and torch.allclose(every[:, 1:], tokens, atol=1e-5)
 
 
+# --- AdvFLYP ---
+
+
+def both_ways(found: Tensor) -> Tensor:
+    """CLIP's loss without the half: of pairs, in a square of logits whose diagonal belongs together."""
+    own = torch.arange(len(found))
+    return F.cross_entropy(found, own) + F.cross_entropy(found.T, own)
+
+
+@pytest.mark.parametrize(("features", "answers"), [(1.0, 1.0), (0.0, 2.0), (0.5, 0.0)])
+def test_advflyp_is_the_formula_of_its_code(base: Fresh, tmp_path: Path, features: float, answers: float) -> None:
+    def formula(
+        student: Any, start: Any, other: Any, clean: Tensor, bad: Tensor, own: Tensor, captions: list[str]
+    ) -> Tensor:
+        del other
+        assert len(captions) < len(own), "some images share a caption"
+        loss = 0.5 * both_ways(logits(student, bad, texts=[captions[row] for row in own]))
+        unit, there, near = (
+            F.normalize(network.encode_image(images), dim=1)
+            for network, images in ((student, bad), (start, bad), (student, clean))
+        )
+        loss = loss + features * ((unit - there.detach()).norm(dim=1) + (unit - near).norm(dim=1)).mean()
+        mine = logits(student, bad, texts=captions)
+        others = logits(start, bad, texts=captions).detach(), logits(student, clean, texts=captions)
+        return loss + answers * sum(kl(mine, one) for one in others).mean()
+
+    check_formula(AdvFLYP(features=features, answers=answers), formula, base, base, tmp_path)
+
+
+# --- A head alone ---
+
+
+def of_classes(student: Any, start: Any, other: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits(student, bad), labels)
+
+
+def of_distances(student: Any, start: Any, other: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
+    return (student.encode_image(bad) - start.encode_image(clean).detach()).square().sum(1).mean()
+
+
+def of_pairs(student: Any, start: Any, other: Any, clean: Tensor, bad: Tensor, labels: Tensor) -> Tensor:
+    return both_ways(logits(student, bad, texts=[PROMPTS[label] for label in labels]))
+
+
+HEADS = {"cross-entropy": of_classes, "distance": of_distances, "contrastive": of_pairs}
+
+
+@pytest.mark.parametrize("loss", HEADS)
+def test_a_head_descends_its_loss_and_is_all_that_is_trained(base: Fresh, tmp_path: Path, loss: str) -> None:
+    recipe = RobustHead(loss=loss)
+    check_formula(recipe, HEADS[loss], base, base, tmp_path / "formula")
+    run = started(replace(recipe, steps=1, batch=8), base, tmp_path / "run")
+    assert list(run.learner.trained) == ["network.model.visual_projection.weight"]
+
+
 # --- The contract ---
 
 SGDS = SGD(lr=0.05)
 RECIPES: dict[str, Recipe] = {
     "AGFT": AGFT(optimizer=SGDS, image_attack=INNER, budget=BUDGET),
     "TGAZSR": TGAZSR(optimizer=SGDS, image_attack=INNER, budget=BUDGET, size=16),
+    "AdvFLYP": AdvFLYP(optimizer=SGDS, image_attack=INNER, budget=BUDGET),
+    "RobustHead": RobustHead(loss="contrastive", image_attack=INNER, budget=BUDGET),
 }
 REFUSED: dict[str, tuple[Any, str]] = {
     "AGFT": (lambda: AGFT(softened=0.0), "AGFT(scale=180.0, softened=0.0) teaches nothing"),
     "TGAZSR": (lambda: TGAZSR(size=0), "TGAZSR(size=0)"),
+    "RobustHead": (lambda: RobustHead(loss="none"), "give one of cross-entropy, distance, contrastive"),
 }
 
 

@@ -101,6 +101,8 @@ from .defenses.adaptation import SelfTraining as SelfTraining
 from .defenses.adaptation import SourceFinetuning as SourceFinetuning
 from .defenses.anchored import AGFT as AGFT
 from .defenses.anchored import TGAZSR as TGAZSR
+from .defenses.anchored import AdvFLYP as AdvFLYP
+from .defenses.anchored import RobustHead as RobustHead
 from .defenses.distillation import FARE as FARE
 from .defenses.distillation import HPTGPD as HPTGPD
 from .defenses.distillation import PMGAFT as PMGAFT

@@ -18,7 +18,23 @@ from crossguard.defenses.optimizers import SGD, Optimizer
 from crossguard.defenses.parts import Towers, Trainable
 from crossguard.defenses.plan import Adversary, Stage
 from crossguard.defenses.recipe import Recipe
-from crossguard.defenses.terms import ADVERSARIAL, CLEAN, IMAGE, KL, PATCHES, START, TEXT, Need, OverClasses, Seen, Term
+from crossguard.defenses.terms import (
+    ADVERSARIAL,
+    BATCH,
+    CLEAN,
+    IMAGE,
+    KL,
+    PATCHES,
+    START,
+    STUDENT,
+    TEXT,
+    Far,
+    InBatch,
+    Need,
+    OverClasses,
+    Seen,
+    Term,
+)
 from crossguard.errors import CrossguardError
 from crossguard.shapes import PerImage
 
@@ -87,7 +103,7 @@ class Attention(Term):
     labelled: ClassVar[bool] = True
 
     def needs(self) -> tuple[Need, ...]:
-        pairs = ((self.view, "student"), (CLEAN, START))
+        pairs = ((self.view, STUDENT), (CLEAN, START))
         return (*(Need(tower, view, who) for view, who in pairs for tower in (PATCHES, IMAGE)), Need(TEXT))
 
     def each(self, seen: Seen) -> PerImage:
@@ -153,3 +169,90 @@ class TGAZSR(Recipe):
         constrained = Attention(CLEAN, self.size, self.over_tokens, weight=self.constrained)
         attack = Adversary(self.image_attack, self.budget, loss)
         return (self.stage(loss, refined, constrained, adversaries=(attack,)),)
+
+
+@dataclass(frozen=True)
+class Apart(Far):
+    """The distance, not squared, between embeddings of unit length and a teacher's."""
+
+    def each(self, seen: Seen) -> PerImage:
+        mine, theirs = (F.normalize(seen[need].float(), dim=1) for need in self.needs())
+        return torch.linalg.vector_norm(mine - theirs, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvFLYP(Recipe):
+    """Adversarial fine-tuning of the image tower as it was pre-trained (Xing et al. 2026, arXiv 2604.11576):
+    adversarial images are matched with captions by CLIP's own loss. Two more terms hold the adversarial image near what
+    the model as it was makes of it, and near the clean one: distances of unit embeddings, and divergences of the
+    answers over the captions of the batch.
+
+    Settings of the released code: both weights 1, SGD with momentum at 1e-4, 1,000 steps of warm-up and a cosine,
+    batches of 256, two steps of 1/255 at 1/255. Its command asks for 100 epochs of a million pairs of the web and stops
+    early; ten are what its code has without. A reconstruction in two points: the adversary climbs the image-to-text
+    half of the loss, since in the other half, which it climbs there as well, the images of a batch depend on each
+    other; and the answers are over the distinct captions.
+
+    Args:
+        features: weight of the two distances; 0 leaves them out.
+        answers: weight of the two divergences; 0 leaves them out.
+    """
+
+    optimizer: Optimizer = SGD(lr=1e-4)
+    trains: Trainable = Towers(("image",))
+    epochs: float = 10.0
+    batch: int = 256
+    warmup: int = 1000
+    cosine: bool = True
+    captions: bool = True
+    image_attack: ImageAttack = _TWO_STEPS
+    budget: Budget = Linf(1 / 255)
+    features: float = 1.0
+    answers: float = 1.0
+
+    def stages(self) -> tuple[Stage, ...]:
+        to = ((START, ADVERSARIAL), (STUDENT, CLEAN))
+        held = [Apart(ADVERSARIAL, one, weight=self.features) for one in to]
+        held += [KL(ADVERSARIAL, one, reverse=True, weight=self.answers) for one in to]
+        attack = Adversary(self.image_attack, self.budget, OverClasses(ADVERSARIAL, over=BATCH))
+        loss = InBatch(ADVERSARIAL, weight=0.5)
+        return (self.stage(loss, *(term for term in held if term.weight), adversaries=(attack,)),)
+
+
+_HEADS = ("cross-entropy", "distance", "contrastive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustHead(Recipe):
+    """Adversarial training of the last layer of the image tower alone, its projection into the shared space: what a
+    defense that changes more should beat.
+
+    A reconstruction of the idea of training small heads on the adversarial examples of a frozen backbone
+    (arXiv 2505.11895), with the three losses named there. The head here is the one that the model has, and rates,
+    budget and steps are ours. The attack goes through the whole tower.
+
+    In a model of open_clip the last layer is the norm in front of the projection.
+
+    Args:
+        loss: 'cross-entropy' over class prompts (as TeCoA), 'distance' of raw embeddings from those of the clean images
+            (as FARE, without labels), or 'contrastive' (as the images of MMCoA).
+    """
+
+    optimizer: Optimizer = SGD(lr=1e-2)
+    trains: Trainable = Towers(("image",), last=1)
+    cosine: bool = True
+    image_attack: ImageAttack = PGD(steps=10, step=0.25, best=False, stop=False)
+    budget: Budget = Linf(4 / 255)
+    loss: str = "cross-entropy"
+
+    def __post_init__(self) -> None:
+        if self.loss not in _HEADS:
+            raise CrossguardError(f"RobustHead(loss={self.loss!r}) is not known; give one of {', '.join(_HEADS)}")
+        super().__post_init__()
+
+    def stages(self) -> tuple[Stage, ...]:
+        if self.loss == "contrastive":
+            loss, climbs = InBatch(ADVERSARIAL), OverClasses(ADVERSARIAL, over=BATCH)
+        else:
+            loss = climbs = Far(ADVERSARIAL) if self.loss == "distance" else OverClasses(ADVERSARIAL)
+        return (self.stage(loss, adversaries=(Adversary(self.image_attack, self.budget, climbs),)),)
