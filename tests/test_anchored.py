@@ -3,6 +3,7 @@ contract of every recipe."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard.defenses.anchored import AGFT, TGAZSR, AdvFLYP, RobustHead
+from crossguard.attacks.text import Charmer
+from crossguard.budgets import Characters
+from crossguard.defenses.anchored import AGFT, LEAF, TGAZSR, AdvFLYP, RobustHead
 from crossguard.defenses.optimizers import SGD
 from crossguard.defenses.recipe import Recipe
+from crossguard.defenses.step import Inputs
 from crossguard.models.fresh import Fresh, FreshViT
 from crossguard.models.huggingface import HuggingFace
 from crossguard.testing import check_recipe
 from fixtures import Blots, save_clip, save_tokenizer, small
-from formulas import BUDGET, INNER, PROMPTS, check_formula, kl, logits, refused, started
+from formulas import BUDGET, INNER, PROMPTS, check_formula, kl, logits, moved, refused, started
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,39 @@ def test_advflyp_is_the_formula_of_its_code(base: Fresh, tmp_path: Path, feature
     check_formula(AdvFLYP(features=features, answers=answers), formula, base, base, tmp_path)
 
 
+# --- LEAF ---
+
+
+def test_leaf_is_the_formula_of_its_paper(clip: HuggingFace, tmp_path: Path) -> None:
+    """Value and gradient at the texts that the step itself made, of a text tower that has moved already; the edits are
+    of one character, climb the distance, and are drawn anew in each step."""
+    learner = started(LEAF(steps=2, batch=8, warmup=0), clip, tmp_path).learner
+    other, start = moved(clip, tmp_path / "moved").load(), clip.load()
+    learner.put({name: dict(other.named_parameters())[name.removeprefix("network.")] for name in learner.trained})
+    before: Any = copy.deepcopy(learner.network)
+    inputs = learner.views(0)
+    clean, bad = inputs.texts["clean", "classes"], inputs.texts["adversarial", "classes"]
+    edits = [Characters().size(one, old) for one, old in zip(bad, clean, strict=True)]
+    assert set(edits) <= {0, 1} and sum(edits) > len(clean) / 2  # where no edit climbs, none is made
+
+    def far(texts: list[str]) -> Tensor:
+        return (before.encode_text(texts) - start.encode_text(clean).detach()).square().sum(1)
+
+    assert bool((far(bad) > far(clean))[torch.tensor(edits) > 0].all())
+    value, _ = learner.loss(0, inputs)
+    assert float(value.detach()) == pytest.approx(float(far(bad).mean().detach()), rel=1e-4)
+    names = [name.removeprefix("network.") for name in learner.trained]
+    assert all(name.startswith(("model.text_model", "model.text_projection")) for name in names)
+    left = torch.autograd.grad(value, list(learner.trained.values()))
+    right = torch.autograd.grad(far(bad).mean(), [dict(before.named_parameters())[name] for name in names])
+    assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(left, right, strict=True))
+    assert max(float(one.abs().max()) for one in left) > 1e-4
+    same = Inputs(inputs.batches, inputs.images, {("clean", "classes"): clean})
+    adversary = learner.stages[0].adversaries[0]
+    later = [learner._attacked_texts(adversary, same, "classes", step) for step in (0, 1)]
+    assert later[0] == bad and later[1] != bad
+
+
 # --- A head alone ---
 
 
@@ -170,6 +207,7 @@ RECIPES: dict[str, Recipe] = {
     "AGFT": AGFT(optimizer=SGDS, image_attack=INNER, budget=BUDGET),
     "TGAZSR": TGAZSR(optimizer=SGDS, image_attack=INNER, budget=BUDGET, size=16),
     "AdvFLYP": AdvFLYP(optimizer=SGDS, image_attack=INNER, budget=BUDGET),
+    "LEAF": LEAF(optimizer=SGDS, text_attack=Charmer(positions=5, random=True)),
     "RobustHead": RobustHead(loss="contrastive", image_attack=INNER, budget=BUDGET),
 }
 REFUSED: dict[str, tuple[Any, str]] = {

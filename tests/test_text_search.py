@@ -94,6 +94,7 @@ def attacks(thesaurus: str) -> list[tuple[TextAttack, tuple[Words | Characters, 
         (Charmer(positions=3, alphabet="ae "), characters),
         (Charmer(positions=0, alphabet="e"), characters),
         (Charmer(positions=2, stop_words=False), characters),
+        (Charmer(positions=6, alphabet="ae ", random=True, seed=3), characters),
     ]
 
 
@@ -328,6 +329,40 @@ def test_few_places_are_those_a_space_hurts_most() -> None:
     tried = set(asked) - set(probes) - {text}
     assert 1 <= len(tried) <= len(alphabet) + 1
     assert all(any(option.startswith(text[:i]) and option.endswith(text[i + 1 :]) for i in places) for option in tried)
+
+
+def test_random_places_are_probed_and_the_best_of_them_tried_with_random_edits() -> None:
+    """LEAF's relative: four places, then four edits at the one where a space hurts most."""
+    text, alphabet = "a photo of a red circle", "abcdefgh "
+    probed, tried = list[str](), list[str]()
+
+    def heard(texts: Sequence[str]) -> Tensor:
+        (tried if probed else probed).extend(texts)
+        return bag(texts)
+
+    attack = Charmer(positions=4, alphabet=alphabet, random=True)
+    goal = Drift(bag([text]))
+    (found,) = attack(heard, [text], goal, Characters(1))
+    spaces = {text[:i] + " " + text[i:] for i in range(len(text) + 1)}
+    spaces |= {text[:i] + ("" if text[i] == " " else " ") + text[i + 1 :] for i in range(len(text))}
+    assert text in probed and set(probed) - {text} <= spaces and len(probed) <= 5
+    assert 0 < len(tried) <= 4 and set(tried) <= single_edits(text, alphabet)
+    assert drift([found], text)[0] == pytest.approx(max(drift(tried, text)), abs=2e-6)
+    best = max((one for one in probed if one != text), key=lambda one: drift([one], text)[0])
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(best, text, strict=False)))
+    assert all(one.startswith(text[: shared - 1]) for one in tried), "all edits are at one place"
+
+
+def test_what_a_random_search_draws_follows_from_the_seed_and_the_text_alone() -> None:
+    texts = ["a photo of a red circle", "a blue cat on the red square", "a photo of a green star"]
+    attack = Charmer(positions=3, random=True)
+    together = attack(bag, texts, None, Characters(1))
+    assert together == [attack(bag, [text], None, Characters(1))[0] for text in texts]
+    assert attack.redrawn(1) == attack.redrawn(1) and attack.redrawn(1)(bag, texts, None, Characters(1)) != together
+    assert Charmer().redrawn(1) == Charmer()
+    every = Charmer(positions=10_000, random=True)(bag, texts, None, Characters(1))
+    whole = Charmer(positions=1)(bag, texts, None, Characters(1))
+    assert every == whole, "with nothing left out it is the search that tries one place in full"
 
 
 def test_more_places_are_never_weaker_and_all_edits_within_words_agree_with_the_list_of_edits() -> None:
@@ -618,6 +653,7 @@ def test_what_cannot_be_meant_is_refused(thesaurus: str) -> None:
         (lambda: PWWS(source, collisions="no"), "'forbid'"),
         (lambda: TextBugger(overlap=-0.5), "below 1"),
         (lambda: Charmer(positions=-1), "0 positions for all"),
+        (lambda: Charmer(positions=0, random=True), "cannot draw; give 1 position or more"),
         (lambda: Charmer(collisions="no"), "'forbid'"),
         (lambda: CharacterEdits(("typo",)), "keyboard"),
         (lambda: CharacterEdits(()), "keyboard"),

@@ -100,6 +100,7 @@ from .defenses.adaptation import DisentangledDistillation as DisentangledDistill
 from .defenses.adaptation import SelfTraining as SelfTraining
 from .defenses.adaptation import SourceFinetuning as SourceFinetuning
 from .defenses.anchored import AGFT as AGFT
+from .defenses.anchored import LEAF as LEAF
 from .defenses.anchored import TGAZSR as TGAZSR
 from .defenses.anchored import AdvFLYP as AdvFLYP
 from .defenses.anchored import RobustHead as RobustHead

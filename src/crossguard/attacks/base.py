@@ -587,6 +587,12 @@ class TextAttack(Attack):
 
     on = ("text",)
 
+    def redrawn(self, number: int) -> TextAttack:
+        """The same attack with other random draws; itself, where it draws nothing. A training asks for it with a number
+        of each step."""
+        del number
+        return self
+
     def rewrite(
         self,
         victim: TextVictim,

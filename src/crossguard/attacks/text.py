@@ -12,9 +12,10 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from string import ascii_lowercase, digits, punctuation
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ from crossguard.budgets import Characters, TextBudget, Words, WordShare
 from crossguard.data import all_rivals
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal
+from crossguard.seeds import derive, uniform
 from crossguard.telling import tell
 from crossguard.words import Reads
 
@@ -36,6 +38,8 @@ FORWARDS = 64
 
 # So many texts are searched together where each has thousands of candidates.
 TEXTS = 128
+
+_Option = TypeVar("_Option", int, str)  # a place, or a text as it may become
 
 ORDERS = ("unknown", "deletion", "gain", "saliency", "given")
 
@@ -306,13 +310,15 @@ class Charmer(TextAttack, Reads):
     Each character and each gap is a place. All places are probed with a space (a space by its deletion), the
     `positions` with the largest losses are kept, and the text becomes the best of all single edits there; that is
     done once per character of a `Characters` budget. Under a budget of words the edits stay inside words, one edit
-    for each word it allows. Deterministic; LEAF (2025) trains against a random relative, which samples its positions
-    and characters.
+    for each word it allows. Deterministic; with `random=True` it is the relative against which LEAF (Abad Rocamora et
+    al. 2025) trains: only `positions` places, drawn at random, are probed, and at the best of them as many edits, drawn
+    at random, are tried. An edit that climbs less than nothing is not made, where LEAF makes the best in any case.
 
     The constraints that Charmer adds for large language models are not here.
 
     Args:
-        positions: how many places are tried in full; 0 for all: with `Characters(1)` the best edit there is.
+        positions: how many places are tried in full; 0 for all: with `Characters(1)` the best edit there is. If
+            `random`, how many places are probed, and how many edits are tried then; 50 in LEAF.
         alphabet: what can be put in, as in LEAF; no capitals, which CLIP does not see.
         stop_words: whether function words may be edited, as in the paper.
         no_new_words: a list of English words (see `CharacterEdits`); an edit that makes one that was not in the text
@@ -322,6 +328,9 @@ class Charmer(TextAttack, Reads):
         protected: words that are left alone.
         collisions: 'report' or 'forbid', see `Substitute`.
         batch: the most strings of one forward of the victim.
+        random: draw places and edits. What is drawn follows from `seed` and the text alone; a training draws anew in
+            each step.
+        seed: of what is drawn.
     """
 
     positions: int = 20
@@ -332,6 +341,8 @@ class Charmer(TextAttack, Reads):
     protected: tuple[str, ...] = ()
     collisions: str = "report"
     batch: int = 1024
+    random: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.collisions not in ("report", "forbid"):
@@ -340,11 +351,19 @@ class Charmer(TextAttack, Reads):
             raise CrossguardError(
                 f"Charmer(positions={self.positions}, batch={self.batch}) cannot search; give 0 positions for all"
             )
+        if self.seed < 0 or (self.random and not self.positions):
+            raise CrossguardError(
+                f"Charmer(positions={self.positions}, random={self.random}, seed={self.seed}) cannot draw; give 1 "
+                "position or more, and a seed of 0 or more"
+            )
         _check_protection("Charmer", self.protect, self.protected)
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.no_new_words)
+
+    def redrawn(self, number: int) -> Charmer:
+        return replace(self, seed=derive(self.seed, number)) if self.random else self
 
     def search(
         self,
@@ -380,7 +399,7 @@ class Charmer(TextAttack, Reads):
 
     def _round(self, victim: TextVictim, goal: Goal, texts: Sequence[_Edited], rules: _Rules) -> list[_Edited]:
         """One edit of each text; the texts that can be edited further."""
-        places = [rules.places(text.text) for text in texts]
+        places = [self._some(rules.places(text.text), "places", text) for text in texts]
         asked = (
             (text.number, string)
             for text, open_ in zip(texts, places, strict=True)
@@ -392,8 +411,9 @@ class Charmer(TextAttack, Reads):
             text.loss = next(losses)
             chosen = open_
             if self.positions:
-                chosen = sorted(_ranked({place: next(losses) for place in open_})[: self.positions])
-            options.append(rules.edits(text, chosen))
+                kept = 1 if self.random else self.positions
+                chosen = sorted(_ranked({place: next(losses) for place in open_})[:kept])
+            options.append(self._some(rules.edits(text, chosen), "edits", text))
         asked = ((text.number, string) for text, strings in zip(texts, options, strict=True) for string in strings)
         losses = iter(_losses(victim, goal, asked, self.batch))
         return [
@@ -401,6 +421,14 @@ class Charmer(TextAttack, Reads):
             for text, strings in zip(texts, options, strict=True)
             if text.take(strings, [next(losses) for _ in strings])
         ]
+
+    def _some(self, options: list[_Option], what: str, text: _Edited) -> list[_Option]:
+        """Some of these in their order, drawn for this text; all, where nothing is drawn."""
+        if not self.random or len(options) <= self.positions:
+            return options
+        key = torch.tensor([derive(self.seed, what, text.text)])
+        drawn = uniform(key, (len(options),))[0].argsort()[: self.positions]
+        return [options[place] for place in drawn.sort().values.tolist()]
 
 
 def collisions(texts: Sequence[str], clean: Sequence[str], rivals: Sequence[AbstractSet[str]]) -> list[bool]:

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard.attacks.base import ImageAttack
+from crossguard.attacks.base import ImageAttack, TextAttack
 from crossguard.attacks.gradient import PGD
-from crossguard.budgets import Budget, Linf
-from crossguard.defenses.optimizers import SGD, Optimizer
+from crossguard.attacks.text import Charmer
+from crossguard.budgets import Budget, Characters, Linf
+from crossguard.defenses.optimizers import SGD, AdamW, Optimizer
 from crossguard.defenses.parts import Towers, Trainable
 from crossguard.defenses.plan import Adversary, Stage
 from crossguard.defenses.recipe import Recipe
@@ -217,6 +218,35 @@ class AdvFLYP(Recipe):
         attack = Adversary(self.image_attack, self.budget, OverClasses(ADVERSARIAL, over=BATCH))
         loss = InBatch(ADVERSARIAL, weight=0.5)
         return (self.stage(loss, *(term for term in held if term.weight), adversaries=(attack,)),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LEAF(Recipe):
+    """Unsupervised adversarial fine-tuning of the text tower (Abad Rocamora et al. 2025, arXiv 2506.03355), FARE for
+    texts: the raw embedding of the adversarial text stays where that of the clean text was before the training, by the
+    squared distance summed over dimensions; the adversary edits one character and climbs the same. It needs captions,
+    or with `captions=False` class prompts, and no labels; images are not looked at.
+
+    Settings of the released code and its script for a ViT-L: AdamW at 1e-5 with PyTorch's betas and decay 1e-4, 1,400
+    steps of warm-up and a cosine, 30 epochs of 80,000 captions in batches of 128; 50 random places, then 50 random
+    characters at the best of them. A reconstruction in three points: the mean is over the distinct texts of a batch,
+    decay reaches gains and biases too, and the script's constraint that the text must lose an English word needs a list
+    of them, which does not come with this package. `text_attack=Charmer(positions=50, random=True,
+    no_new_words='words.json')` asks for less: that it gains none. The paper begins with a FARE of the image tower.
+    """
+
+    optimizer: Optimizer = AdamW(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    trains: Trainable = Towers(("text",))
+    epochs: float = 30.0
+    warmup: int = 1400
+    cosine: bool = True
+    captions: bool = True
+    text_attack: TextAttack = Charmer(positions=50, random=True)
+    budget: Budget = Characters(1)
+
+    def stages(self) -> tuple[Stage, ...]:
+        loss = Far(ADVERSARIAL, to=(START, CLEAN), tower=TEXT)
+        return (self.stage(loss, adversaries=(Adversary(self.text_attack, self.budget, loss),)),)
 
 
 _HEADS = ("cross-entropy", "distance", "contrastive")

@@ -145,7 +145,7 @@ class Learner:
                 continue
             over = one.spots[0].over
             with self.group.together():
-                share = self._attacked_texts(one, inputs, over)
+                share = self._attacked_texts(one, inputs, over, step)
             inputs.texts[one.makes, over] = self._whole(inputs.texts[one.of, over], self.group.gather(share))
         return inputs
 
@@ -166,7 +166,7 @@ class Learner:
         for one in self.stages[self.place(step)[0]].adversaries:
             if isinstance(one.attack, TextAttack) and one.of == CLEAN:
                 over = one.spots[0].over
-                if self._attacked_texts(one, inputs, over) == self.group.share(listed[over].texts):
+                if self._attacked_texts(one, inputs, over, step) == self.group.share(listed[over].texts):
                     found.append(one.attack)
         return found
 
@@ -440,7 +440,7 @@ class Learner:
                 bank[index] = {need: said[row] for need, said in found.items()}
         return {need: torch.stack([bank[index][need] for index in indices]) for need in needs}
 
-    def _attacked_texts(self, one: Adversary, inputs: Inputs, over: str) -> list[str]:
+    def _attacked_texts(self, one: Adversary, inputs: Inputs, over: str, step: int) -> list[str]:
         """This process's share of the distinct texts, attacked."""
         assert isinstance(one.attack, TextAttack)
         found: Texts = inputs.batch.texts[over]
@@ -455,7 +455,8 @@ class Learner:
                 return one.climbs.outputs(rest.replaced(encoded), spot)
 
             goal = one.climbs.goal(rest, spot)
-            return one.attack.rewrite(encode, share[one.of, over], one.budget, self.group.share(found.rivals), goal)
+            attack = one.attack.redrawn(derive(self.recipe.seed, step))
+            return attack.rewrite(encode, share[one.of, over], one.budget, self.group.share(found.rivals), goal)
 
     def _whole(self, texts: Sequence[str], parts: Sequence[Sequence[str]]) -> list[str]:
         """The texts of all processes in their order: each had every `world`-th of them."""
