@@ -14,10 +14,15 @@ from crossguard import (
     Context,
     Coupled,
     Deep,
+    Fit,
     Frame,
+    FTStandard,
     HuggingFace,
+    Interpolated,
     LoRA,
     Prompts,
+    PromptTuned,
+    Scenes,
     Tiny,
     build,
     check_model,
@@ -107,6 +112,37 @@ def test_a_part_learns_alone_and_is_read_again(name: str, clip: Checkpoint, tmp_
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
     if name in ("weights and prompts", "prompts"):
         check_model(word)
+
+
+@pytest.mark.parametrize("name", [*PARTS, "all weights"])
+def test_a_part_of_a_model_that_has_learned_prompts_is_read_again(name: str, clip: Checkpoint, tmp_path: Path) -> None:
+    """Prompts of the base stay behind its word, or are kept with the weights that were trained with them."""
+    first, part = Frame(4, start=0.1), PARTS.get(name, Towers())
+    first.save(attached(first, clip, seed=1), tmp_path / "first")
+    base = first.word(clip, tmp_path / "first")
+    network = attached(part, base)
+    trained(network)
+    part.save(network, tmp_path / "second")
+    again = part.word(base, tmp_path / "second").load()
+    with torch.no_grad():
+        for own, expected in (
+            (again.encode_image(IMAGES), network.encode_image(IMAGES)),
+            (again.encode_text(PROMPTS.flat), network.encode_text(PROMPTS.flat)),
+        ):
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_of_a_model_with_prompts_is_its_weights_and_its_prompts() -> None:
+    """Whatever word has led to them: what was trained once more is read with both."""
+    both, folder = PromptTuned(HuggingFace("out"), "out"), Path("out")
+    once = PromptTuned(Tiny(), "once")
+    assert once.saved(folder) == both
+    assert PromptTuned(once, "twice").saved(folder) == both  # all prompts are in one folder
+    assert Interpolated(once, once).saved(folder) == both
+    assert Fit(FTStandard(trains=Frame()), Tiny(), Scenes("object")).saved(folder) == both
+    assert Fit(FTStandard(), Tiny(), Scenes("object")).saved(folder) is None
+    assert Combined((Towers(), Frame())).word(once, folder) == both
+    assert LoRA().word(once, folder) == both
 
 
 @pytest.mark.parametrize("name", FOR_TINY)

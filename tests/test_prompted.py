@@ -41,6 +41,7 @@ from crossguard.models.prompted import (
     PromptedEncoder,
     TokenEncoder,
     prompts,
+    save_prompts,
 )
 from crossguard.models.tuning import TPT
 from crossguard.opening import release
@@ -175,7 +176,7 @@ def test_the_saved_word_answers_as_the_network(
     bases: dict[str, Checkpoint], family: str, kind: str, tmp_path: Path
 ) -> None:
     network = stirred(made(bases[family], kind))
-    network.save(tmp_path)
+    save_prompts(prompts(network), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"prompts.json", "prompts.safetensors"}
     word = PromptTuned(bases[family], str(tmp_path))
     for own, again in zip(said(network), said(word.network), strict=True):
@@ -189,7 +190,7 @@ def test_the_saved_word_answers_as_the_network(
 def test_the_word_is_a_model_that_can_be_attacked_and_defended(
     bases: dict[str, Checkpoint], family: str, kind: str, tmp_path: Path
 ) -> None:
-    stirred(made(bases[family], kind)).save(tmp_path)
+    save_prompts(prompts(stirred(made(bases[family], kind))), tmp_path)
     word = PromptTuned(bases[family], str(tmp_path))
     check_model(word)
     if kind in ("frame", "coupled"):
@@ -202,7 +203,7 @@ def test_kinds_stand_around_each_other(bases: dict[str, Checkpoint], tmp_path: P
         network = stirred(KINDS[kind](network))
     assert isinstance(network, PromptedEncoder)
     assert [one.kind for one in prompts(network)] == ["image tokens", "image tokens", "context", "frame"]
-    network.save(tmp_path)
+    save_prompts(prompts(network), tmp_path)
     word = PromptTuned(bases["clip"], str(tmp_path))
     for own, again in zip(said(network), said(word.network), strict=True):
         assert torch.equal(own, again)
@@ -295,7 +296,7 @@ def test_texts_of_other_lists_are_read_together_in_a_packed_tower(bases: dict[st
 
 def test_tokens_are_tuned_beside_learned_ones(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
     network = stirred(made(bases["clip"], "deep tokens"), 1.0)
-    network.save(tmp_path)
+    save_prompts(prompts(network), tmp_path)
     classes = Prompts.of(("disc", "star"), ("a photo of a {}",))
     word, statistics = PromptTuned(bases["clip"], str(tmp_path)), tmp_path / "statistics.safetensors"
     token_statistics(word, [IMAGES], [1.0 - IMAGES], statistics)
@@ -316,7 +317,7 @@ def test_tokens_are_tuned_beside_learned_ones(bases: dict[str, Checkpoint], tmp_
 
 def test_learned_words_are_tuned_further(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
     classes = Prompts.of(("disc", "star"), ("a photo of a {}",))
-    stirred(made(bases["clip"], "context")).save(tmp_path / "context")
+    save_prompts(prompts(stirred(made(bases["clip"], "context"))), tmp_path / "context")
     word = PromptTuned(bases["clip"], str(tmp_path / "context"))
     still = TPT(word, words=WORDS, views=2, steps=0).answer(classes)(IMAGES)
     torch.testing.assert_close(still, word.answer(classes)(IMAGES), rtol=1e-4, atol=1e-4)
@@ -329,7 +330,7 @@ def test_learned_words_are_tuned_further(bases: dict[str, Checkpoint], tmp_path:
 def test_each_class_is_seen_with_pixels_of_its_own(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
     base = bases["clip"].load().requires_grad_(False)
     network = stirred(ClassFramedEncoder(base, NAMES, 3, True), 1.0)
-    network.save(tmp_path)
+    save_prompts(prompts(network), tmp_path)
     word = PromptTuned(bases["clip"], str(tmp_path))
     frames = network.own()["pixels"].detach().clone()
     frames[:, :, 3:-3, 3:-3] = 0.0
@@ -356,10 +357,10 @@ def test_each_class_is_seen_with_pixels_of_its_own(bases: dict[str, Checkpoint],
 def test_the_word_knows_its_files(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
     word = PromptTuned(bases["clip"], str(tmp_path))
     assert word.fingerprint == ""
-    stirred(made(bases["clip"], "frame")).save(tmp_path)
+    save_prompts(prompts(stirred(made(bases["clip"], "frame"))), tmp_path)
     first = word.fingerprint
     answer = word.encode_image(IMAGES)
-    stirred(made(bases["clip"], "frame"), 0.5).save(tmp_path)
+    save_prompts(prompts(stirred(made(bases["clip"], "frame"), 0.5)), tmp_path)
     assert word.fingerprint not in ("", first)
     assert not torch.equal(word.encode_image(IMAGES), answer)
     release()
@@ -382,7 +383,7 @@ def test_the_word_knows_its_files(bases: dict[str, Checkpoint], tmp_path: Path) 
 def test_a_broken_folder_is_refused_in_a_sentence(
     bases: dict[str, Checkpoint], tmp_path: Path, damage: Callable[[Path], object], says: str
 ) -> None:
-    made(bases["clip"], "deep tokens").save(tmp_path)
+    save_prompts(prompts(made(bases["clip"], "deep tokens")), tmp_path)
     damage(tmp_path)
     with pytest.raises(CrossguardError, match=says):
         PromptTuned(bases["clip"], str(tmp_path)).load()
@@ -398,14 +399,23 @@ def told(folder: Path, **changes: Any) -> None:
 
 
 def test_a_folder_of_prompts_alone_is_no_model(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
-    made(bases["clip"], "frame").save(tmp_path)
+    save_prompts(prompts(made(bases["clip"], "frame")), tmp_path)
     with pytest.raises(CrossguardError, match="holds prompts and not the model that they were learned for"):
         short.model(str(tmp_path))
 
 
+def test_a_folder_of_prompts_and_weights_is_both(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
+    network = stirred(made(bases["clip"], "frame"))
+    network.save(tmp_path)
+    path = str(tmp_path)
+    assert short.model(path) == f"PromptTuned(HuggingFace({path!r}), {path!r})"
+    for own, again in zip(said(network), said(PromptTuned(HuggingFace(path), path).network), strict=True):
+        assert torch.equal(own, again)
+
+
 def test_prompts_of_another_base_are_refused(bases: dict[str, Checkpoint], tmp_path: Path) -> None:
-    made(bases["clip"], "frame").save(tmp_path / "frame")
-    made(bases["clip"], "tokens").save(tmp_path / "tokens")
+    save_prompts(prompts(made(bases["clip"], "frame")), tmp_path / "frame")
+    save_prompts(prompts(made(bases["clip"], "tokens")), tmp_path / "tokens")
     other = HuggingFace(str(save_clip(tmp_path / "other", size=40)))
     with pytest.raises(CrossguardError, match="images of 32 x 32 pixels, and this base reads 40 x 40"):
         PromptTuned(other, str(tmp_path / "frame")).load()

@@ -33,12 +33,12 @@ def model(text: str) -> str:
         CrossguardError: the path is there, and no model.
     """
     shown = text.strip()
-    what = kind(shown)
-    if what == "transformers":
-        return f"HuggingFace({shown!r})"
-    if what == "open_clip":
-        return f"OpenCLIP({shown!r})"
-    place = Path(located(shown))
+    what, place = kind(shown), Path(located(shown))
+    word = {"transformers": "HuggingFace", "open_clip": "OpenCLIP"}.get(what or "")
+    if word is not None:
+        found = f"{word}({shown!r})"
+        both = (place / "prompts.json").is_file()  # weights and prompts that were trained together
+        return f"PromptTuned({found}, {shown!r})" if both else found
     if _exists(place):
         if (place / "prompts.json").is_file():
             raise CrossguardError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from crossguard.data import Dataset
 from crossguard.defenses.recipe import Recipe
-from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel
+from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, checkpoint
 from crossguard.words import contents, show
 
 
@@ -36,6 +36,9 @@ class Fit(Checkpoint):
     def trained(self) -> bool:
         """Whether the training is finished, so that the model can be read at once."""
         return (self.folder / "crossguard.json").exists()
+
+    def saved(self, folder: Path) -> Checkpoint | None:
+        return self.recipe.trains.word(checkpoint(self.model, "Fit"), self.folder).saved(folder)
 
     def load(self) -> DualEncoder:
         """Under `torchrun` each process trains on its own, and waits where another one trains the same."""

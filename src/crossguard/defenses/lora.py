@@ -85,8 +85,7 @@ class LoRA(Trainable):
         merged.save(folder)
 
     def word(self, base: Checkpoint, folder: Path) -> Checkpoint:
-        del base
-        return HuggingFace(str(folder))
+        return base.saved(folder) or HuggingFace(str(folder))
 
     def _named(self, name: str) -> bool:
         return any(name == end or name.endswith(f".{end}") for end in self.layers)

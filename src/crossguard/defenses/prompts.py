@@ -19,6 +19,8 @@ from crossguard.models.prompted import (
     PromptedEncoder,
     PromptTuned,
     TokenEncoder,
+    prompts,
+    save_prompts,
 )
 
 
@@ -30,7 +32,7 @@ class Prompt(Trainable, ABC):
     def attach(self, network: DualEncoder, prompts: Prompts | None, seed: int) -> PromptedEncoder: ...
 
     def save(self, network: DualEncoder, folder: Path) -> None:
-        network.save(folder)
+        save_prompts(prompts(network)[-1:], folder)
 
     def word(self, base: Checkpoint, folder: Path) -> Checkpoint:
         return PromptTuned(base, str(folder))
@@ -194,17 +196,22 @@ class Combined(Trainable):
         return network
 
     def save(self, network: DualEncoder, folder: Path) -> None:
-        if isinstance(network, PromptedEncoder):
-            network.save(folder)
-        while isinstance(network, PromptedEncoder):
-            network = network.inner
-        if not isinstance(self.parts[0], Prompt):
-            self.parts[0].save(network, folder)
+        listed = prompts(network)
+        own = listed[len(listed) - sum(isinstance(part, Prompt) for part in self.parts) :]
+        if isinstance(self.parts[0], Prompt):
+            save_prompts(own, folder)
+            return
+        # A base may have learned prompts too, which were trained with its weights: they are all kept together.
+        self.parts[0].save(own[0].inner if own else network, folder)
+        if own:
+            save_prompts(listed, folder)
 
     def word(self, base: Checkpoint, folder: Path) -> Checkpoint:
-        if not isinstance(self.parts[0], Prompt):
-            base = self.parts[0].word(base, folder)
-        return PromptTuned(base, str(folder)) if any(isinstance(part, Prompt) for part in self.parts) else base
+        if isinstance(self.parts[0], Prompt):
+            return PromptTuned(base, str(folder))
+        base = self.parts[0].word(base, folder)
+        alone = len(self.parts) == 1 or isinstance(base, PromptTuned)
+        return base if alone else PromptTuned(base, str(folder))
 
 
 def _check_least(part: Prompt, *names: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,9 @@ class Interpolated(Checkpoint):
             checkpoint(end, "Interpolated")
         if not 0.0 <= self.alpha <= 1.0:
             raise CrossguardError(f"Interpolated(alpha={self.alpha}) is not between the models; give 0 (a) to 1 (b)")
+
+    def saved(self, folder: Path) -> Checkpoint | None:
+        return checkpoint(self.a, "Interpolated").saved(folder)
 
     def load(self) -> DualEncoder:
         network, other = (checkpoint(one, "Interpolated").load() for one in (self.a, self.b))

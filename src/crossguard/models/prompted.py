@@ -2,7 +2,8 @@
 word that reads them.
 
 Each kind of prompt is a dual encoder around another one and changes one thing of it, so kinds combine by standing
-around each other. Only the prompts are saved: what they are in `prompts.json`, their numbers in `prompts.safetensors`.
+around each other. What they are is saved in `prompts.json`, their numbers in `prompts.safetensors`, and the encoder
+that they stand around only where it was trained with them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from crossguard.errors import CrossguardError
 from crossguard.files import digest, save_tensors, write
 from crossguard.limits import SETTINGS, shortly
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, checkpoint
-from crossguard.models.huggingface import TransformersEncoder
+from crossguard.models.huggingface import HuggingFace, TransformersEncoder
 from crossguard.models.splicing import Splice
 from crossguard.models.towers import ImageTower, blocks
 from crossguard.reading import misfit, read_json
@@ -120,16 +121,12 @@ class PromptedEncoder(DualEncoder):
         return self
 
     def save(self, folder: Path) -> None:
-        """Writes the prompts, and not the encoder that they stand around."""
-        listed = prompts(self)
-        told = [{"kind": one.kind, "settings": one.settings} for one in listed]
-        numbers = {
-            f"{number}.{name}": parameter.detach().float().cpu().contiguous().clone()
-            for number, one in enumerate(listed)
-            for name, parameter in one.own().items()
-        }
-        save_tensors(folder / _NUMBERS, numbers)
-        write(folder / _RECORD, json.dumps({"prompts": told}, indent=1))
+        """Writes all prompts and the encoder inside, each in its own format."""
+        inner: DualEncoder = self
+        while isinstance(inner, PromptedEncoder):
+            inner = inner.inner
+        inner.save(folder)
+        save_prompts(prompts(self), folder)
 
 
 def prompts(network: DualEncoder) -> list[PromptedEncoder]:
@@ -139,6 +136,18 @@ def prompts(network: DualEncoder) -> list[PromptedEncoder]:
         found.append(network)
         network = network.inner
     return found[::-1]
+
+
+def save_prompts(listed: Sequence[PromptedEncoder], folder: Path) -> None:
+    """Writes these prompts, from the inside out, and not the encoder that they stand around."""
+    told = [{"kind": one.kind, "settings": one.settings} for one in listed]
+    numbers = {
+        f"{number}.{name}": parameter.detach().float().cpu().contiguous().clone()
+        for number, one in enumerate(listed)
+        for name, parameter in one.own().items()
+    }
+    save_tensors(folder / _NUMBERS, numbers)
+    write(folder / _RECORD, json.dumps({"prompts": told}, indent=1))
 
 
 # Pixels
@@ -568,6 +577,11 @@ class PromptTuned(Checkpoint):
         files = [folder / _RECORD, folder / _NUMBERS]
         return digest(files) if all(file.is_file() for file in files) else ""
 
+    def saved(self, folder: Path) -> Checkpoint:
+        """The base and its prompts were trained together, so that both are there, with those inside of the base."""
+        base = checkpoint(self.base, "PromptTuned").saved(folder) or HuggingFace(str(folder))
+        return base if isinstance(base, PromptTuned) else PromptTuned(base, str(folder))
+
     def load(self) -> DualEncoder:
         folder = Path(located(self.folder))
         if not (folder / _NUMBERS).is_file():
@@ -582,7 +596,7 @@ class PromptTuned(Checkpoint):
                 network = _KINDS[entry["kind"]].remade(network, entry["settings"])
             except CrossguardError as error:
                 raise CrossguardError(f"the prompts of {self.folder!r} do not fit {base}: {error}") from error
-        _fill(network, folder / _NUMBERS, base)
+        _fill(prompts(network)[-len(told["prompts"]) :] if told["prompts"] else [], folder / _NUMBERS, base)
         check_finite(network, str(folder))
         return network.eval()
 
@@ -592,8 +606,8 @@ _KINDS: dict[str, type[PromptedEncoder]] = {
 }
 
 
-def _fill(network: DualEncoder, path: Path, base: str) -> None:
-    """Reads the numbers of all prompts."""
+def _fill(listed: Sequence[PromptedEncoder], path: Path, base: str) -> None:
+    """Reads the numbers of these prompts."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -601,7 +615,7 @@ def _fill(network: DualEncoder, path: Path, base: str) -> None:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CrossguardError(f"{path} cannot be read as safetensors; {_FOLDER}") from error
-    wanted = {f"{n}.{name}": one for n, p in enumerate(prompts(network)) for name, one in p.own().items()}
+    wanted = {f"{n}.{name}": one for n, p in enumerate(listed) for name, one in p.own().items()}
     if found.keys() != wanted.keys():
         raise CrossguardError(f"{path} holds the numbers of other prompts than {_RECORD} beside it says; {_FOLDER}")
     for name, parameter in wanted.items():
