@@ -226,7 +226,7 @@ def test_parts_that_do_not_fit_are_refused_in_a_sentence(clip: Checkpoint) -> No
     ):
         with pytest.raises(CrossguardError, match=says):
             attached(part, clip)
-    with pytest.raises(CrossguardError, match="captions instead of classes"):
+    with pytest.raises(CrossguardError, match="reads no class prompts"):
         Context(specific=True).attach(clip.load(), None, 0)
     with pytest.raises(CrossguardError, match="has none that are known here"):
         attached(Deep(), Tiny())

@@ -376,7 +376,7 @@ def test_the_word_knows_its_files(bases: dict[str, Checkpoint], tmp_path: Path) 
         (lambda folder: told(folder, kind="frame"), "do not fit"),
         (lambda folder: told(folder, tokens=10**12), "give 1 to 1000"),
         (lambda folder: told(folder, tokens=4), "learned for"),
-        (lambda folder: told(folder, depth=9), "9 layers are not possible in an image tower of 2"),
+        (lambda folder: told(folder, depth=9), "before 9 layers are not possible: the image tower has 2"),
     ],
     ids=["missing", "pickle", "empty", "kind", "settings", "huge", "shape", "depth"],
 )
@@ -435,11 +435,11 @@ def test_prompts_of_another_base_are_refused(bases: dict[str, Checkpoint], tmp_p
         ),
         (lambda network: FramedEncoder(network, 0, True), "give 1 to 15"),
         (lambda network: TokenEncoder(network, 0, 1), "0 learned tokens"),
-        (lambda network: TokenEncoder(network, 1, 3), "before 3 layers are not possible in an image tower of 2"),
+        (lambda network: TokenEncoder(network, 1, 3), "before 3 layers are not possible: the image tower has 2"),
         (lambda network: ContextEncoder(network, Place(WORDS, 40), 1), "context of 40 tokens is longer than the text"),
         (lambda network: ContextEncoder(network, Place("a " * 40, None), 1), "context of 40 words is longer"),
         (lambda network: ContextEncoder(network, Place("", None), 1), "no tokens to be replaced"),
-        (lambda network: ContextEncoder(network, Place(WORDS, 2), 3), "not possible in an text tower of 2"),
+        (lambda network: ContextEncoder(network, Place(WORDS, 2), 3), "not possible: the text tower has 2"),
         (lambda network: CoupledEncoder(network, Place(WORDS, 2), 0), "before 0 layers"),
     ],
 )

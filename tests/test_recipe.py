@@ -23,13 +23,22 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from crossguard import turns
+from crossguard import (
+    FARE,
+    AdvPT,
+    ClassFrames,
+    Context,
+    DisentangledDistillation,
+    SelfTraining,
+    Tiny,
+    turns,
+)
 from crossguard.attacks.base import TextAttack, TextVictim
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Both, Linf, Words
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
 from crossguard.defenses.fit import Fit
-from crossguard.defenses.optimizers import SGD, Adam, AdamW
+from crossguard.defenses.optimizers import SGD, Adam, AdamW, Optimizer
 from crossguard.defenses.parts import Towers
 from crossguard.defenses.plan import Adversary, Augment
 from crossguard.defenses.recipe import Recipe
@@ -44,7 +53,7 @@ from crossguard.models.purification import BitDepth
 from crossguard.processes import ALONE, joined
 from crossguard.shapes import Labels
 from crossguard.telling import listening
-from crossguard.words import Reads, contents
+from crossguard.words import Reads, build, contents
 from fixtures import Blots, changed, equal, floats, pictures, save_tokenizer, small, tensors
 
 ENVIRONMENT = os.environ | {
@@ -1054,6 +1063,35 @@ def test_a_loss_that_explodes_is_said(base: Fresh, tmp_path: Path, recipe: Recip
     said = refused(lambda: replace(recipe, steps=6, optimizer=SGD(lr=1e30)).fit(base, Blots(), tmp_path))
     assert "is not finite; lower the learning rate (now 1e+30)" in said
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "crossguard.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (FARE(trains=Towers(("text",))), "FARE trains nothing with .*text.*its loss sees the image embeddings of"),
+        (FARE(trains=Context()), "FARE trains nothing with .*Context"),
+        (AdvPT(trains=Towers(("image",))), "AdvPT trains nothing with .*its loss sees the text embeddings of"),
+        (FARE(trains=Context(specific=True)), "this training reads no class prompts; give specific=False"),
+        (
+            DisentangledDistillation(trains=ClassFrames(pad=2)),
+            "Matched compares embeddings, .*'start' have 12 and those of 'student' have 36 numbers",
+        ),
+        (AdvPT(trains=ClassFrames(pad=2)), "OfBank compares embeddings"),
+        (DisentangledDistillation(teacher=Tiny()), "'adapted' have 64 and those of 'student' have 12"),
+        (SelfTraining(shots=2), r"SelfTraining\(shots=2\) takes so many images of each class, .*leave shots out"),
+    ],
+)
+def test_what_cannot_learn_is_refused_in_a_sentence(base: Fresh, tmp_path: Path, recipe: Recipe, says: str) -> None:
+    with pytest.raises(CrossguardError, match=says):
+        replace(recipe, steps=1, batch=6, warmup=0).fit(base, Blots(6), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("word", "wrong"), [(SGD, "momentum=-1.0"), (SGD, "momentum=1.0"), (Adam, "eps=0.0"), (AdamW, "eps=-1.0")]
+)
+def test_what_an_optimizer_cannot_be_is_said(word: type[Optimizer], wrong: str) -> None:
+    with pytest.raises(CrossguardError, match=f"{wrong}\\) is not possible; give"):
+        build(f"{word.__name__}({wrong})")
 
 
 def test_captions_that_are_not_there_are_said(base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

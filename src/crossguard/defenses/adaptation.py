@@ -14,6 +14,7 @@ import math
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,8 @@ class Matched(Term):
     image: str = CLEAN
     to: tuple[str, str] = (START, CLEAN)
     unit: bool = False
+
+    compares: ClassVar[bool] = True
 
     def needs(self) -> tuple[Need, ...]:
         who, view = self.to

@@ -82,6 +82,11 @@ class Feed:
         self.overs, self.total = overs, 1
         self.labels: Labels | None = None
         if labelled or recipe.shots is not None:
+            if not labelled and not data.labelled:
+                raise CrossguardError(
+                    f"{type(recipe).__name__}(shots={recipe.shots}) takes so many images of each class, and nobody can "
+                    f"ask for the labels of {show(data, short=True)}; leave shots out, or train on less with Subset"
+                )
             self.labels = data.labels()
             _check_labels(recipe, data, self.labels)
         self._ranked = None if recipe.shots is None or self.labels is None else _ranked(recipe, data, self.labels)

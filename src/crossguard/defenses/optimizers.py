@@ -88,6 +88,12 @@ def _check(optimizer: Adam | AdamW | SGD) -> None:
         raise CrossguardError(
             f"{type(optimizer).__name__}(weight_decay={optimizer.weight_decay}) is not possible; give 0 or more"
         )
+    momentum = getattr(optimizer, "momentum", 0.0)
+    if not 0.0 <= momentum < 1.0:
+        raise CrossguardError(f"SGD(momentum={momentum}) is not possible; give a number from 0 to below 1")
+    eps = getattr(optimizer, "eps", 1.0)
+    if not eps > 0:
+        raise CrossguardError(f"{type(optimizer).__name__}(eps={eps}) is not possible; give a positive number")
     betas = getattr(optimizer, "betas", ())
     if not all(0.0 <= beta < 1.0 for beta in betas):
         raise CrossguardError(f"{type(optimizer).__name__}(betas={betas}) is not possible; give two from 0 to below 1")

@@ -63,6 +63,7 @@ class OfBank(Term):
     image: str = ADVERSARIAL
 
     labelled: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
 
     def needs(self) -> tuple[Need, ...]:
         return (Need(IMAGE, self.image, START), Need(TEXT, CLEAN))

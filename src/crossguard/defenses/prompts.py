@@ -65,8 +65,8 @@ class Context(Prompt):
         if self.specific:
             if prompts is None:
                 raise CrossguardError(
-                    "Context(specific=True) learns vectors for each class, and this training has captions instead of "
-                    "classes; give specific=False"
+                    "Context(specific=True) learns vectors for each class, and this training reads no class "
+                    "prompts; give specific=False"
                 )
             names = prompts.names
         return ContextEncoder(network, Place(self.words, self.tokens, names), self.depth, seed)
@@ -169,8 +169,7 @@ class ClassFrames(Prompt):
         del seed  # they begin at zero
         if prompts is None:
             raise CrossguardError(
-                "ClassFrames learns pixels for each class, and this training has captions instead of classes; give "
-                "Frame()"
+                "ClassFrames learns pixels for each class, and this training reads no class prompts; give Frame()"
             )
         return ClassFramedEncoder(network, prompts.names, self.pad, self.clip)
 

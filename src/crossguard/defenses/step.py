@@ -20,6 +20,7 @@ from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel,
 from crossguard.processes import Processes
 from crossguard.seeds import derive, drawing, fold
 from crossguard.shapes import Images, TextEmbeddings
+from crossguard.words import show
 
 _REMEMBERED = 64  # lists of texts whose embeddings are kept, where nobody changes them
 
@@ -68,10 +69,11 @@ class Learner:
         self.whole = nn.ModuleDict({"network": self.network, "beside": self.modules})
         self.trained = {name: one for name, one in self.whole.named_parameters() if one.requires_grad}
         if not self.trained:
-            raise CrossguardError(f"nothing is left to train with trains={recipe.trains}")
+            raise CrossguardError(f"nothing is left to train with trains={show(recipe.trains, short=True)}")
         self.teachers: dict[str, DualEncoder | VisionLanguageModel] = dict(recipe.teachers())
         if any(need.who == START for stage in self.stages for need in stage.everything):
             self.teachers[START] = model.load().to(main.device).requires_grad_(False).eval()
+        self._check_widths()
         self._trains_texts = any(one.requires_grad for one in self.network.towers()["text"].values())
         self._remembered: dict[tuple[str, tuple[str, ...]], TextEmbeddings] = {}
         self.vanilla = self._copy() if any(stage.pull or stage.starts == VANILLA for stage in self.stages) else None
@@ -80,6 +82,20 @@ class Learner:
         self.best: dict[str, Tensor] | None = None
         self._banks: dict[Adversary, dict[int, dict[Need, Tensor]]] = {}
         self.begin(0)
+
+    def _check_widths(self) -> None:
+        """Raises where a term compares embeddings of other numbers of dimensions."""
+        for stage in self.stages:
+            listed = [(STUDENT, term) for term in stage.terms] + [(one.on, one.climbs) for one in stage.adversaries]
+            for on, term in listed:
+                known = {need.by(on).who for need in term.needs()} if term.compares else set[str]()
+                widths = {who: _width(self._encoder(who)) for who in sorted(known)}
+                if len(set(widths.values())) > 1:
+                    told = " and ".join(f"those of {who!r} have {width}" for who, width in widths.items())
+                    raise CrossguardError(
+                        f"{type(term).__name__} compares embeddings, and {told} numbers; give a teacher whose "
+                        "embeddings are as wide, and train a part that keeps their width, which ClassFrames does not"
+                    )
 
     @property
     def total(self) -> int:
@@ -184,6 +200,13 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self._accumulate(inputs)
         total, seen = self.loss(step, inputs)
+        if not total.requires_grad:
+            sees = sorted({need.tower for need in stage.needs if need.who == STUDENT})
+            raise CrossguardError(
+                f"{type(recipe).__name__} trains nothing with trains={show(recipe.trains, short=True)}: its loss sees "
+                f"the {' and the '.join(sees)} embeddings of the student alone, which do not depend on that; give a "
+                "part that changes them"
+            )
         accuracy = _accuracy(stage, seen)
         told = torch.stack([total.detach(), *accuracy.values()]).tolist()  # the device is waited for once
         if not math.isfinite(told[0]):
@@ -528,7 +551,7 @@ def _of(key: tuple[str, str], who: str) -> tuple[str, str, str]:
     return view, who, over
 
 
-def _width(network: DualEncoder) -> int:
+def _width(network: DualEncoder | VisionLanguageModel) -> int:
     """The number of dimensions of an embedding."""
     with torch.no_grad():
         return network.encode_text(["a"]).shape[1]

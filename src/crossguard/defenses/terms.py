@@ -174,6 +174,7 @@ class Term(ABC):
 
     coupled: ClassVar[bool] = False  # whether the value of an image depends on the others in its batch
     labelled: ClassVar[bool] = False  # whether it asks for labels
+    compares: ClassVar[bool] = False  # whether it puts embeddings of one beside those of another
 
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):
@@ -383,6 +384,8 @@ class Far(Term):
     to: tuple[str, str] = (START, CLEAN)
     tower: str = IMAGE
     over: str = CLASSES
+
+    compares: ClassVar[bool] = True
 
     def needs(self) -> tuple[Need, ...]:
         who, view = self.to

@@ -662,7 +662,7 @@ def _check_tokens(tokens: int) -> None:
 
 def _check_depth(depth: int, layers: int, tower: str) -> None:
     if not 1 <= depth <= layers:
-        raise CrossguardError(f"tokens before {depth} layers are not possible in an {tower} tower of {layers}")
+        raise CrossguardError(f"tokens before {depth} layers are not possible: the {tower} tower has {layers}")
 
 
 def _check_text_depth(inner: DualEncoder, depth: int) -> None:
