@@ -34,6 +34,7 @@ from crossguard import (
     Scenes,
     Square,
     Tiny,
+    TinyViT,
     Untargeted,
     Wrapper,
     ZeroShot,
@@ -523,3 +524,27 @@ def test_places_and_labels_that_are_taken(tmp_path: Path) -> None:
               "--against", "a=BitDepth(Tiny())"],
     )  # fmt: skip
     assert answer.exit_code == 2 and "'a' is given twice" in answer.stderr
+
+
+def test_words_may_be_given_as_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    grids = list[Any]()
+
+    def run(experiment: Any, *_: Any) -> None:
+        grids.append([experiment.grid, *experiment.more])
+        raise CrossguardError("asked enough")
+
+    monkeypatch.setattr(audit_module.Experiment, "run", run)
+    scenes, text = ZeroShot(Scenes("object")), "Scenes('object')"
+    for words in (
+        (scenes, BitDepth(Tiny()), Linf(1 / 255), PGD(steps=3), BitDepth(Tiny(), bits=2), TinyViT()),
+        (text, "BitDepth(Tiny())", "Linf(1/255)", "PGD(steps=3)", "BitDepth(Tiny(), bits=2)", "TinyViT"),
+    ):
+        task, model, budget, attack, other, source = words
+        with pytest.raises(CrossguardError, match="asked enough"):
+            audit(
+                task, model, budget, tmp_path, attack=attack, against={"coarse": other}, transfer={"vit": source},
+                limit=2,
+            )  # fmt: skip
+    assert grids[0] == grids[1] and len(grids[0]) == 6, "three models, each attacked straight and by transfer"
+    with pytest.raises(CrossguardError, match="'Tny'; did you mean 'Tiny'"):
+        audit(text, "Tny", "Linf(1/255)", tmp_path)

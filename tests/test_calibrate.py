@@ -48,6 +48,11 @@ def gates(model: VisionLanguageModel, name: str, count: int = 40) -> Tensor:
         return model.answer(data.prompts(None)).hard(images).gates[name]
 
 
+def test_words_may_be_given_as_text():
+    text = calibrate("CSR(Tiny())", "Scenes('object')", limit=8)
+    assert text == calibrate(CSR(Tiny()), ZeroShot(Scenes("object")), limit=8)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize(
     ("model", "gate"),

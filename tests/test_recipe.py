@@ -29,6 +29,7 @@ from crossguard import (
     ClassFrames,
     Context,
     DisentangledDistillation,
+    Scenes,
     SelfTraining,
     Tiny,
     turns,
@@ -390,6 +391,14 @@ def test_the_result_is_a_checkpoint_of_its_own(base: Fresh, tmp_path: Path) -> N
         assert "holds a run of another recipe, model or data" in refused(other)
     (out / "crossguard.json").write_text("{")
     assert "is broken" in refused(lambda: MMCOA.fit(base, Blots(), out))
+
+
+def test_a_recipe_takes_words_as_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr("crossguard.defenses.recipe.train", lambda *words: taken.append(words[1:3]) or words[1])
+    MMCOA.fit("Tiny", "Scenes('object', 'train')", tmp_path)
+    assert taken == [(Tiny(), Scenes("object", "train"))]
+    assert "'Tny'; did you mean 'Tiny'" in refused(lambda: MMCOA.fit("Tny", Blots(), tmp_path))
 
 
 def test_the_seed_decides(base: Fresh, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from crossguard.attacks.meta import EOT, PredictedLabel
 from crossguard.attacks.query import RayS, Square
 from crossguard.budgets import Both, Budget, PixelBudget
 from crossguard.compare import Difference, difference
+from crossguard.data import Dataset
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Experiment, Unanswered, Watch, answered_in, check_folder, files_of
@@ -48,7 +49,7 @@ from crossguard.seeds import drawing, fold, keys
 from crossguard.table import in_markdown, worst
 from crossguard.tasks.base import Task
 from crossguard.tasks.retrieval import Retrieval
-from crossguard.words import quoted, show
+from crossguard.words import given, quoted, show
 
 PICTURE, TEXT = "ladder.png", "ladder.md"
 
@@ -245,14 +246,14 @@ class Audit:
 
 @evaluating()
 def audit(
-    task: Task,
-    model: VisionLanguageModel,
-    budget: Budget | None,
+    task: Task | Dataset | str | Path,
+    model: VisionLanguageModel | str | Path,
+    budget: Budget | str | None,
     out: str | Path,
     *,
-    attack: Attack | None = None,
-    against: Mapping[str, VisionLanguageModel] | None = None,
-    transfer: Mapping[str, VisionLanguageModel] | None = None,
+    attack: Attack | type[Attack] | str | None = None,
+    against: Mapping[str, VisionLanguageModel | str | Path] | None = None,
+    transfer: Mapping[str, VisionLanguageModel | str | Path] | None = None,
     samples: int = 4,
     queries: int = 1000,
     draws: int = 5,
@@ -268,7 +269,10 @@ def audit(
     `crossguard table --worst` reads it. Where an adversary cannot be carried out the others go on; the ladder then says
     that it is not complete, and `Audit.unanswered` why.
 
+    Words may be given as text, as `evaluate` takes them.
+
     Args:
+        task: data stand for the task that fits them.
         budget: of pixels.
         attack: what is carried out on each rung; APGD, if None.
         against: other models by name, each with a worst case of its own for comparison.
@@ -283,8 +287,12 @@ def audit(
         doubt: run the checks of `diagnose` on so many samples, with the attack straight at the defense. They are run
             again when an audit is read again.
     """
-    if not isinstance(model, VisionLanguageModel):
-        raise CrossguardError(f"{quoted(model)} is no model to audit; give one, as 'TTC(Tiny())'")
+    task, model, budget = given("task", task), given("model", model), given("budget", budget)
+    attack = given("attack", attack)
+    assert isinstance(task, Task) and isinstance(model, VisionLanguageModel)
+    others, sources = (
+        {label: given("model", one) for label, one in (some or {}).items()} for some in (against, transfer)
+    )
     if isinstance(budget, Both) or not isinstance(budget, PixelBudget):
         raise CrossguardError(
             f"an audit is about pixels, and {quoted(budget)} is no budget of those, as 'Linf(4/255)' is"
@@ -297,9 +305,7 @@ def audit(
     names = {show(model, short=True): model}
     if bare is not model:
         names[show(bare, short=True)] = bare
-    for name, other in (against or {}).items():
-        if not isinstance(other, VisionLanguageModel):
-            raise CrossguardError(f"{quoted(other)} is no model to compare with; give one, as 'Tiny()'")
+    for name, other in others.items():
         if other in names.values():
             continue  # it has its rows
         if name in names:
@@ -320,7 +326,7 @@ def audit(
             "budget": {show(budget, short=True): budget},
         }
         grids.append(axes | {"attack": rungs[name], "surrogate": {"None": None}})
-        crafted = {label: source for label, source in (transfer or {}).items() if source != one}
+        crafted = {label: source for label, source in sources.items() if source != one}
         if crafted:
             grids.append(axes | {"attack": {"transfer": adaptive.attack}, "surrogate": crafted})
     experiment = Experiment(
@@ -338,7 +344,7 @@ def audit(
         name = next(name for name, one in names.items() if one == cell.words["model"])
         label = next((label for label, one in rungs[name].items() if one == cell.words["attack"]), "transfer")
         if cell.words["surrogate"] is not None:
-            source = next(label for label, one in (transfer or {}).items() if one == cell.words["surrogate"])
+            source = next(label for label, one in sources.items() if one == cell.words["surrogate"])
             label = f"crafted on {source}"
         if cell.key in reports:
             found.setdefault(name, []).append(Rung(label, reports[cell.key]))

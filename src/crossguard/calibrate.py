@@ -6,12 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from crossguard.answer import Answer
+from crossguard.data import Dataset
 from crossguard.errors import CrossguardError
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
@@ -20,7 +22,7 @@ from crossguard.opening import evaluating
 from crossguard.report import Rate
 from crossguard.seeds import drawing, fold, keys
 from crossguard.tasks.base import CLEAN, Task
-from crossguard.words import mapped, show
+from crossguard.words import given, mapped, show
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Calibrated:
 
 @evaluating()
 def calibrate(
-    model: VisionLanguageModel,
-    task: Task,
+    model: VisionLanguageModel | str | Path,
+    task: Task | Dataset | str | Path,
     share: float = 0.05,
     limit: int | None = 200,
     seed: int = 0,
@@ -73,6 +75,8 @@ def calibrate(
     Of defenses around each other the innermost is calibrated first, and the next around what came of it. Whether
     attacked images then pass the gate is another question, which the notes of a report answer.
 
+    Words may be given as text, as `evaluate` takes them.
+
     Args:
         task: whose images are asked about, and whose classes, where a defense looks at them.
         share: of the clean images; 0.05 opens for one of twenty.
@@ -82,6 +86,8 @@ def calibrate(
     if not 0.0 <= share <= 1.0:
         raise CrossguardError(f"a gate cannot open for {share} of the images; give a share from 0 to 1, such as 0.05")
     batch, seed = at_least("batch", batch, 1), at_least("seed", seed, 0)
+    model, task = given("model", model), given("task", task)
+    assert isinstance(task, Task) and isinstance(model, VisionLanguageModel)
     indices, found = task.chosen(limit), list[Threshold]()
     if not indices:
         raise CrossguardError(f"{show(task, short=True)} has no samples to calibrate on")
