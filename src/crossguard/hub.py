@@ -199,11 +199,17 @@ def revision(path: str, file: str = "config.json") -> str:
     Args:
         file: one that every revision has.
     """
+    found = cached(path, file)
+    return "" if found is None else found.parent.name[:12]
+
+
+def cached(path: str, file: str) -> Path | None:
+    """A file of this model in the local cache of the hub; None where it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         found = try_to_load_from_cache(path, file)
     except HFValidationError:  # a path of this machine, and nothing is there
-        return ""
-    return Path(found).parent.name[:12] if isinstance(found, str) else ""
+        return None
+    return Path(found) if isinstance(found, str) else None

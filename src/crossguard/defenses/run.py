@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossguard.attacks.candidates import doubts
-from crossguard.checkpoints import RECORD, check_finite
+from crossguard.checkpoints import check_finite
 from crossguard.data import Dataset
+from crossguard.defenses.card import Trained, card
 from crossguard.defenses.feed import Feed
 from crossguard.defenses.plan import Plan
 from crossguard.defenses.step import Learner
@@ -293,6 +294,13 @@ class Run:
         }
         save_tensors(self.folder / _STATE, tensors, meta)
 
+    def _made(self) -> Trained:
+        ends = self.learner.ends
+        return Trained(
+            self.recipe, self.model, self.data, self.folder, self.question.get("contents", ""), self.total,
+            ends[-2] if len(ends) > 1 else 0, self.feed.size, self.seconds, self.notes, self.history,
+        )  # fmt: skip
+
     def _restore(self) -> int:
         """Goes back to where the folder's run last saved; the number of steps that were taken."""
         path = self.folder / _STATE
@@ -332,7 +340,7 @@ class Run:
             self.recipe.trains.save(network, self.folder)
         except WriteError as error:
             raise full or error from error
-        write(self.folder / "README.md", _card(self))
+        write(self.folder / "README.md", card(self._made()))
         record = {
             **self.question,
             "steps": self.total,
@@ -721,58 +729,3 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _card(run: Run) -> str:
-    notes = "".join(f"* {note}\n" for note in run.notes) or "Nothing was noted.\n"
-    word = show(run.recipe.trains.word(run.model, run.folder), short=True)
-    teachers = ", ".join(f"{name}: `{show(one)}`" for name, one in run.recipe.teachers().items())
-    return f"""---
-library_name: {"open_clip" if (run.folder / RECORD).is_file() else "transformers"}
-tags: [clip, adversarial-robustness, crossguard]
----
-
-# {type(run.recipe).__name__} of {show(run.model, short=True)}
-
-A dual encoder trained with [Crossguard](https://pypi.org/project/crossguard/), which reads it as `{word}`.{_stock(run)}
-
-| | |
-|---|---|
-| recipe | `{run.question["recipe"]}` |
-| what is trained | `{show(run.recipe.trains)}` |
-| teachers | {teachers or "none but the model itself"} |
-| base | `{run.question["model"]}` |
-| data | `{run.question["data"]}` |
-| files read | {run.question.get("contents", "none")} |
-| steps | {run.total} of {run.feed.size} images |
-| seconds | {run.seconds:.0f} |
-
-## What is to be known of the training
-
-{notes}
-{_seen(run)}## What it is worth
-
-A robust accuracy of this model means nothing without its attack, budget and number of images; measure it with
-
-```
-crossguard eval --model "{word}" --task ... --attack ... --budget ...
-```
-"""
-
-
-def _stock(run: Run) -> str:
-    """Who else reads the result."""
-    stock = (run.folder / "config.json").is_file()
-    return "\n`transformers.AutoModel` loads it without Crossguard." if stock else ""
-
-
-def _seen(run: Run) -> str:
-    """What the training saw of accuracy, as a table; nothing, where it did not look."""
-    if not run.history or run.recipe.validate is None:
-        return ""
-    names = [name for name in run.history[-1] if name != "step"]
-    rows = [f"| {one['step']:.0f} | {' | '.join(f'{one[name]:.1%}' for name in names)} |" for one in run.history]
-    head = [f"| step | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    best = ", of which the weights are those with the highest robust accuracy" if run.recipe.best else ""
-    table = "\n".join([*head, *rows])
-    return f"## What it saw\n\nBy `{show(run.recipe.validate)}`{best}:\n\n{table}\n\n"
