@@ -25,6 +25,7 @@ from torch import Tensor
 
 from crossguard import (
     FARE,
+    HPTGPD,
     AdvPT,
     ClassFrames,
     Context,
@@ -40,7 +41,7 @@ from crossguard.budgets import Both, Linf, Words
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
 from crossguard.defenses.fit import Fit
 from crossguard.defenses.optimizers import SGD, Adam, AdamW, Optimizer
-from crossguard.defenses.parts import Towers
+from crossguard.defenses.parts import Towers, Trainable
 from crossguard.defenses.plan import Adversary, Augment
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
@@ -1102,6 +1103,13 @@ def test_what_cannot_learn_is_refused_in_a_sentence(base: Fresh, tmp_path: Path,
 def test_what_an_optimizer_cannot_be_is_said(word: type[Optimizer], wrong: str) -> None:
     with pytest.raises(CrossguardError, match=f"{wrong}\\) is not possible; give"):
         build(f"{word.__name__}({wrong})")
+
+
+@pytest.mark.parametrize("part", [Context(tokens=1, specific=True), ClassFrames(pad=2)])
+def test_a_teacher_with_prompts_of_other_classes_is_refused(base: Fresh, tmp_path: Path, part: Trainable) -> None:
+    proxy = FTStandard(trains=part, steps=1, batch=2).fit(Tiny(), Scenes("shape", count=4), tmp_path / "proxy")
+    with pytest.raises(CrossguardError, match="about 3 classes, and the teacher 'proxy' about 12"):
+        HPTGPD(proxy=proxy, steps=1, batch=6, warmup=0).fit(base, Blots(6), tmp_path / "out")
 
 
 def test_captions_that_are_not_there_are_said(base: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

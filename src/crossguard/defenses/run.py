@@ -39,7 +39,7 @@ from crossguard.errors import CrossguardError
 from crossguard.files import LOCK, LogFile, WriteError, hashed, reason, save_tensors, tidy, write
 from crossguard.limits import whole
 from crossguard.models.base import Checkpoint, VisionLanguageModel
-from crossguard.models.prompted import ContextEncoder, prompts
+from crossguard.models.prompted import ClassFramedEncoder, ContextEncoder, prompts
 from crossguard.opening import opening
 from crossguard.printing import LogFormatter, lasting, say
 from crossguard.processes import Processes
@@ -262,7 +262,7 @@ class Run:
         whose = f"the teacher {name!r}"
         for word in within(teacher, Checkpoint):
             for part in prompts(word.network):
-                if isinstance(part, ContextEncoder) and self.feed.prompts is not None:
+                if isinstance(part, ContextEncoder | ClassFramedEncoder) and self.feed.prompts is not None:
                     check_class_lists(self.feed.prompts.names, part.place.names, whose)
         if len(set(some)) > 1:
             with torch.no_grad():
