@@ -277,3 +277,13 @@ def test_answers_are_found_whatever_they_are_called(grid: Path, asked: list[dict
     again = Experiment.load(grid)
     assert {cell.file[:8] for cell in again.cells()} == {"base-cle", "base-PGD", "base-Sub", "3-bits_2"}
     assert len(again.run(out)) == 6 and len(asked) == 6, "the hash is the truth"
+
+
+def test_the_status_of_a_grid_says_why_a_cell_failed(tmp_path: Path):
+    path, out = tmp_path / "grid.toml", tmp_path / "out"
+    path.write_text("task = \"ZeroShot(Scenes('object'))\"\nmodel = {lost = \"HuggingFace('./lost')\"}\nlimit = 2\n")
+    with pytest.raises(CrossguardError) as raised:
+        Experiment.load(path).run(out)
+    (line,) = status(out)[1:]
+    assert line.startswith("  failed: ") and line.partition("lost: ")[2] and "./lost" in line
+    assert line.rpartition(": ")[2][:40] in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -92,13 +93,33 @@ def _grid(folder: Path) -> Iterator[str]:
             yield f"  {line}"
     for one in workers(folder / LOCKS, "cells.").values():
         yield f"  waiting: {one.name} {one.doing}, {one.times}"
+    failed = _failed(folder / "log.txt")
     left = [key for key in missing if key not in running]
+    for key in [one for one in left if one in asked and asked[one]["label"] in failed][:_LISTED]:
+        label = asked[key]["label"]
+        yield f"  failed: {label}: {failed[label]}"
+        left.remove(key)
     for key in left[:_LISTED]:
         needs = [Path(fit).name for fit in asked.get(key, {"fits": []})["fits"] if Path(fit) in untrained]
         waits = f", when {' and '.join(needs)} is trained" if needs else ""
         yield f"  left: {asked[key]['label'] if key in asked else key}{waits}"
     if len(left) > _LISTED:
         yield f"  left: {len(left) - _LISTED} more"
+
+
+def _failed(log: Path) -> dict[str, str]:
+    """Why cells could not be answered, by their labels, as the log of the run that began last has it."""
+    found: dict[str, str] = {}
+    try:
+        lines = log.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        if re.search(r" INFO .*: \d+ cells, \d+ answered$", line):
+            found = {}
+        elif told := re.match(r"\S+ \S+ \d+ ERROR (.*?): (.*)", line):
+            found[told[1]] = told[2]
+    return found
 
 
 def _running(found: Mapping[str, Worker]) -> Iterator[str]:
