@@ -255,7 +255,7 @@ def test_bad_input(base: Fresh, tmp_path: Path) -> None:
         message = refused(lambda recipe=recipe: recipe.fit(base, Blots(), tmp_path / "one"))
         assert "is one set of images; give Domains(source, target)" in message
     message = refused(lambda: SelfTraining(**COMMON, shots=1).fit(base, DATA, tmp_path / "shots"))
-    assert "nobody may look at them" in message
+    assert "nobody can ask for the labels" in message and "leave shots out" in message
     assert not (tmp_path / "one" / "crossguard.json").exists()
     assert "no probability" in refused(lambda: PseudoLabelled(threshold=1.5))
     assert "no probability" in refused(lambda: SelfTraining(threshold=-0.1).stages())
