@@ -82,6 +82,13 @@ class AGFT(Recipe):
         return (self.stage(loss, adversaries=(Adversary(self.image_attack, self.budget, loss),)),)
 
 
+def _length(rows: Tensor) -> PerImage:
+    """The Euclidean length of each row; without a gradient where it is but rounding, as at the start of a training,
+    when the direction would be chance and yet of length one."""
+    length = torch.linalg.vector_norm(rows, dim=1)
+    return torch.where(length > 1e-4, length, length.detach())
+
+
 @dataclass(frozen=True)
 class Attention(Term):
     """How far the text-guided attention map of an image has moved from the one that the model as it was makes of the
@@ -111,7 +118,7 @@ class Attention(Term):
         texts = F.normalize(seen.text().float(), dim=1)[seen.labels]
         mine = self._map(seen.patches(self.view), seen.image(self.view), texts)
         there = self._map(seen.patches(CLEAN, START), seen.image(CLEAN, START), texts)
-        return torch.linalg.vector_norm((mine - there).flatten(1), dim=1)
+        return _length((mine - there).flatten(1))
 
     def _map(self, patches: Tensor, image: Tensor, texts: Tensor) -> Tensor:
         side = isqrt(patches.shape[1])
@@ -178,7 +185,7 @@ class Apart(Far):
 
     def each(self, seen: Seen) -> PerImage:
         mine, theirs = (F.normalize(seen[need].float(), dim=1) for need in self.needs())
-        return torch.linalg.vector_norm(mine - theirs, dim=1)
+        return _length(mine - theirs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -513,7 +513,7 @@ class Learner:
         parts = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(parts, own.detach())
         if own.requires_grad:
-            own.register_hook(lambda gradient: gradient * world)
+            own.register_hook(lambda gradient: None if gradient is None else gradient * world)  # None: nobody uses it
         parts[self.group.rank] = own
         return torch.cat(parts)
 
