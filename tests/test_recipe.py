@@ -1105,6 +1105,12 @@ def test_what_an_optimizer_cannot_be_is_said(word: type[Optimizer], wrong: str) 
         build(f"{word.__name__}({wrong})")
 
 
+@pytest.mark.parametrize("weights", ["alpha=-1.0", "beta=-0.1", "alpha=0.0, beta=0.0"])
+def test_mmcoa_learns_at_least_one_of_its_halves(weights: str) -> None:
+    with pytest.raises(CrossguardError):
+        build(f"MMCoA({weights})")
+
+
 @pytest.mark.parametrize("part", [Context(tokens=1, specific=True), ClassFrames(pad=2)])
 def test_a_teacher_with_prompts_of_other_classes_is_refused(base: Fresh, tmp_path: Path, part: Trainable) -> None:
     proxy = FTStandard(trains=part, steps=1, batch=2).fit(Tiny(), Scenes("shape", count=4), tmp_path / "proxy")

@@ -13,6 +13,7 @@ from crossguard.defenses.parts import Towers, Trainable
 from crossguard.defenses.plan import Adversary, Stage
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.terms import ADVERSARIAL, BATCH, CLASSES, CLEAN, DRIFTED, InBatch, OverClasses
+from crossguard.errors import CrossguardError
 
 _INNER_PGD = PGD(steps=10, step=1.0, best=False, stop=False)
 
@@ -101,6 +102,14 @@ class MMCoA(Recipe):
     beta: float = 0.5
     one_way: bool = False
     accumulate_attack_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.alpha >= 0.0 and self.beta >= 0.0 and self.alpha + self.beta > 0.0):
+            raise CrossguardError(
+                f"MMCoA(alpha={self.alpha}, beta={self.beta}) does not learn what it attacks; give weights of 0 or "
+                "more, and not both 0"
+            )
 
     def stages(self) -> tuple[Stage, ...]:
         term, leaks = OverClasses if self.one_way else InBatch, self.accumulate_attack_gradients
