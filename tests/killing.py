@@ -90,7 +90,9 @@ def found(folder: Path) -> dict[str, Any]:
                 content.pop(key, None)
             told[name] = content
         elif path.name == "README.md":
-            card = data.decode().replace(str(folder), "FOLDER")
+            card = data.decode()
+            for place in (str(folder), f"'{folder.name}'", f'"{folder.name}"'):  # a card has no path of the machine
+                card = card.replace(place, "FOLDER")
             told[name] = [line for line in card.splitlines() if not line.startswith("| seconds")]
         else:
             told[name] = hashlib.sha256(data).hexdigest()

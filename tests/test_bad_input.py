@@ -40,7 +40,7 @@ def trained(out: Path, recipe: str = "FTStandard(steps=1, batch=8)", model: str 
     [
         (("frob",), "No such command 'frob'"),
         (("eval", "--limit", "x"), "Invalid value for '--limit'"),
-        (("eval",), "Missing option '--task'"),
+        (("eval",), "Missing option '--model'"),
         (("eval", "--modle", "x"), "No such option"),
     ],
 )
