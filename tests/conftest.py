@@ -59,3 +59,13 @@ def needed(name: str, *_: object, **__: object) -> ModuleType:
 
 if os.environ.get("CROSSGUARD_STRICT", "0") not in ("", "0"):
     pytest.importorskip = needed  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny dual encoder of random weights, for trainings (a `Fresh`)."""
+    from fixtures import save_tokenizer, small  # not before the checks of shapes are in place
+
+    folder = tmp_path_factory.mktemp("base") / "tokenizer"
+    save_tokenizer(folder)
+    return small(folder)

@@ -37,7 +37,7 @@ from crossguard.models.huggingface import HuggingFace
 from crossguard.processes import ALONE
 from crossguard.shapes import Labels
 from crossguard.testing import check_recipe
-from fixtures import Blots, save_tokenizer, small
+from fixtures import Blots
 
 ATTACK = PGD(steps=2, step=0.5, best=False, stop=False)
 BUDGET = Linf(16 / 255)
@@ -73,13 +73,6 @@ RECIPES: tuple[Recipe, ...] = (
     DisentangledDistillation(**ATTACKED),
     DisentangledDistillation(**ATTACKED, batch_confidence=True, unit=True, weight=0.7),
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    folder = tmp_path_factory.mktemp("base") / "tokenizer"
-    save_tokenizer(folder)
-    return small(folder)
 
 
 def refused(attempt: Callable[[], object]) -> str:

@@ -22,15 +22,8 @@ from crossguard.defenses.step import Inputs
 from crossguard.models.fresh import Fresh, FreshViT
 from crossguard.models.huggingface import HuggingFace
 from crossguard.testing import check_recipe
-from fixtures import Blots, save_clip, save_tokenizer, small
+from fixtures import Blots, save_clip
 from formulas import BUDGET, INNER, PROMPTS, check_formula, kl, logits, moved, refused, started
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    folder = tmp_path_factory.mktemp("base") / "tokenizer"
-    save_tokenizer(folder)
-    return small(folder)
 
 
 @pytest.fixture(scope="module")

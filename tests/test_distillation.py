@@ -25,15 +25,8 @@ from crossguard.errors import CrossguardError
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace
 from crossguard.testing import check_recipe
-from fixtures import Blots, save_clip, save_tokenizer, small
+from fixtures import Blots, save_clip, save_tokenizer
 from formulas import BUDGET, INNER, check_formula, kl, logits, refused, started
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    folder = tmp_path_factory.mktemp("base") / "tokenizer"
-    save_tokenizer(folder)
-    return small(folder)
 
 
 @pytest.fixture(scope="module")

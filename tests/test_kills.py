@@ -31,7 +31,7 @@ from crossguard.defenses.recipe import Recipe
 from crossguard.experiment import Experiment
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace
-from fixtures import Blots, save_tokenizer, small
+from fixtures import Blots
 from killing import COMMANDS, OPERATIONS, Killed, found
 
 ROUNDS = int(os.environ.get("CROSSGUARD_KILLS", "25"))
@@ -40,13 +40,6 @@ SEED = int(os.environ.get("CROSSGUARD_KILL_SEED", "0"))
 TASK, ATTACK, BUDGET = ZeroShot(Scenes("shape")), PGD(steps=1), Linf(4 / 255)
 STRONG = PGD(steps=1, best=False, stop=False)
 STEPS: dict[str, Any] = {"steps": 3, "batch": 8, "save_every": 0, "optimizer": Adam(lr=1e-3)}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    folder = tmp_path_factory.mktemp("base") / "tokenizer"
-    save_tokenizer(folder)
-    return small(folder)
 
 
 def trained(recipe: Recipe, base: Fresh) -> Callable[[Path], object]:

@@ -56,7 +56,7 @@ from crossguard.processes import ALONE, joined
 from crossguard.shapes import Labels
 from crossguard.telling import listening
 from crossguard.words import Reads, build, contents
-from fixtures import Blots, changed, equal, floats, pictures, save_tokenizer, small, tensors
+from fixtures import Blots, changed, equal, floats, pictures, small, tensors
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -68,13 +68,6 @@ TECOA = TeCoA(steps=2, batch=8, optimizer=SGD(lr=0.1), warmup=0, image_attack=ST
 
 
 LONG = replace(MMCOA, steps=12, save_every=0, optimizer=AdamW(lr=1e-2), augment=Augment(shift=2), cosine=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    folder = tmp_path_factory.mktemp("base") / "tokenizer"
-    save_tokenizer(folder)
-    return small(folder)
 
 
 def weights(model: Any) -> dict[str, Tensor]:

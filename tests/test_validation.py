@@ -27,7 +27,7 @@ from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace
 from crossguard.processes import ALONE
 from crossguard.seeds import keys
-from fixtures import Blots, equal, floats, save_tokenizer, small, tensors
+from fixtures import Blots, equal, floats, tensors
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,6 @@ INNER, BUDGET = PGD(steps=3, step=0.5), Both(Linf(8 / 255), Words(1))
 HELD_OUT = Blots(count=40)
 LOOK = Validation(HELD_OUT, INNER, BUDGET, Wrong(), batch=16)
 RECIPE = FTStandard(epochs=4.0, batch=8, optimizer=SGD(lr=0.2), validate=LOOK)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    folder = tmp_path_factory.mktemp("base") / "tokenizer"
-    save_tokenizer(folder)
-    return small(folder)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
 from crossguard.files import LOCK, LogFile, WriteError, hashed, reason, save_tensors, tidy, write
 from crossguard.limits import whole
-from crossguard.models.base import Checkpoint, VisionLanguageModel
+from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel
 from crossguard.models.prompted import ClassFramedEncoder, ContextEncoder, prompts
 from crossguard.opening import opening
 from crossguard.printing import LogFormatter, lasting, say
@@ -197,10 +197,11 @@ class Run:
         recipe, learner = self.recipe, self.learner
         if recipe.validate is None or not learner.ends_epoch(step):
             return {}
-        last = learner.place(step)[0] + 1 == len(learner.stages)
+        number = learner.place(step)[0]
+        last = number + 1 == len(learner.stages)
         with learner.handing() as network:
             measured = recipe.validate.measure(network, self.feed.device, recipe.seed, self.group)
-            before = [one[ROBUST] for one in self.history if last and one["step"] > (learner.ends[-2:-1] or [0])[0]]
+            before = [one[ROBUST] for one in self.history if last and one["step"] > learner.first(number)]
             if recipe.best and last and measured[ROBUST] > max(before, default=-1.0):
                 learner.keep()
         self.history.append({"step": step + 1.0, **measured})
@@ -221,17 +222,14 @@ class Run:
         network = self.learner.network
         strings, classes = self.feed.strings(), self.feed.prompts
         kind, some = ("captions", strings[:_ALIKE]) if classes is None else ("class prompts", self.feed.classes)
-        if len(set(some)) > 1:
-            with torch.no_grad():
-                embeddings = F.normalize(network.encode_text(some).float(), dim=1)
-            if float((embeddings - embeddings[0]).abs().max()) < 1e-6:
-                raise CrossguardError(
-                    f"{show(self.model, short=True)} has one embedding for all {kind}, such as {some[0]!r} and "
-                    f"{some[-1]!r}: it does not read them; give a base whose tokenizer knows their words"
-                )
+        if not _reads(network, some):
+            raise CrossguardError(
+                f"{show(self.model, short=True)} has one embedding for all {kind}, such as {some[0]!r} and "
+                f"{some[-1]!r}: it does not read them; give a base whose tokenizer knows their words"
+            )
         notes = []
         for number, stage in enumerate(self.learner.stages):
-            length = self.learner.ends[number] - (self.learner.ends[number - 1] if number else 0)
+            length = self.learner.length(number)
             if stage.warmup >= length:
                 of = f"stage {number + 1} of " if len(self.learner.stages) > 1 else ""
                 reached = stage.optimizer.lr * length / stage.warmup
@@ -264,14 +262,11 @@ class Run:
             for part in prompts(word.network):
                 if isinstance(part, ContextEncoder | ClassFramedEncoder) and self.feed.prompts is not None:
                     check_class_lists(self.feed.prompts.names, part.place.names, whose)
-        if len(set(some)) > 1:
-            with torch.no_grad():
-                embeddings = F.normalize(teacher.encode_text(some).float(), dim=1)
-            if float((embeddings - embeddings[0]).abs().max()) < 1e-6:
-                raise CrossguardError(
-                    f"{whose}, {show(teacher, short=True)}, has one embedding for all of these texts, such as "
-                    f"{some[0]!r} and {some[-1]!r}: it does not read them; give another teacher"
-                )
+        if not _reads(teacher, some):
+            raise CrossguardError(
+                f"{whose}, {show(teacher, short=True)}, has one embedding for all of these texts, such as {some[0]!r} "
+                f"and {some[-1]!r}: it does not read them; give another teacher"
+            )
 
     # State on disk
 
@@ -295,10 +290,10 @@ class Run:
         save_tensors(self.folder / _STATE, tensors, meta)
 
     def _made(self) -> Trained:
-        ends = self.learner.ends
+        last = self.learner.first(len(self.learner.stages) - 1)
         return Trained(
             self.recipe, self.model, self.data, self.folder, self.question.get("contents", ""), self.total,
-            ends[-2] if len(ends) > 1 else 0, self.feed.size, self.seconds, self.notes, self.history,
+            last, self.feed.size, self.seconds, self.notes, self.history,
         )  # fmt: skip
 
     def _restore(self) -> int:
@@ -386,6 +381,15 @@ def check_class_lists(mine: Sequence[str], theirs: Sequence[str], whose: str) ->
         f"class {place} of the training is {mine[place]!r}, and that of {whose} is {theirs[place]!r}; give the same "
         "classes in the same order"
     )
+
+
+def _reads(model: DualEncoder | VisionLanguageModel, texts: Sequence[str]) -> bool:
+    """Whether a model tells any of these texts apart, where they are not all the same."""
+    if len(set(texts)) < 2:
+        return True
+    with torch.no_grad():
+        embeddings = F.normalize(model.encode_text(texts).float(), dim=1)
+    return not float((embeddings - embeddings[0]).abs().max()) < 1e-6
 
 
 def _finished(folder: Path, question: dict[str, str]) -> bool:

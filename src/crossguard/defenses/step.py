@@ -105,7 +105,15 @@ class Learner:
     def place(self, step: int) -> tuple[int, int]:
         """The stage of a step, and its number in there; behind the last step, that of the last stage."""
         number = next((number for number, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
-        return number, step - (self.ends[number - 1] if number else 0)
+        return number, step - self.first(number)
+
+    def first(self, number: int) -> int:
+        """The steps before a stage."""
+        return self.ends[number - 1] if number else 0
+
+    def length(self, number: int) -> int:
+        """The steps of a stage."""
+        return self.ends[number] - self.first(number)
 
     def begin(self, number: int) -> None:
         """The beginning of a stage: its weights, an optimizer that knows nothing yet, a new average."""
@@ -129,8 +137,7 @@ class Learner:
         if place < stage.warmup:
             return rate * (place + 1) / stage.warmup
         if stage.cosine:
-            length = self.ends[number] - (self.ends[number - 1] if number else 0)
-            done = (place - stage.warmup) / max(1, length - stage.warmup)
+            done = (place - stage.warmup) / max(1, self.length(number) - stage.warmup)
             return rate * 0.5 * (1.0 + math.cos(math.pi * done))
         return rate
 
@@ -221,7 +228,7 @@ class Learner:
         self.optimizer.step()
         if recipe.clamp_scale:
             _clamp_scale(self.network)
-        self._after(number, place)
+        self._after(step, number)
         said = dict(zip(["loss", *accuracy], told, strict=True)) | {"learning rate": rate}
         changed = [
             new != old
@@ -317,12 +324,11 @@ class Learner:
             for name, parameter in self.trained.items():
                 parameter.lerp_(self.handed[name], part)
 
-    def _after(self, number: int, place: int) -> None:
+    def _after(self, step: int, number: int) -> None:
         """What happens behind a step: the average takes it in, and the last one of a stage hands on."""
-        stage, length = self.stages[number], self.ends[number] - (self.ends[number - 1] if number else 0)
-        last = place + 1 == length
-        full = (place + 1) % self.feeds[""].per_epoch == 0
-        if stage.average is not None and self.average is not None and (stage.average.per == "step" or full or last):
+        stage, last = self.stages[number], step + 1 == self.ends[number]
+        due = stage.average is not None and (stage.average.per == "step" or self.ends_epoch(step))
+        if stage.average is not None and self.average is not None and due:
             for name, one in self.trained.items():
                 self.average[name].lerp_(one.detach(), 1.0 - stage.average.decay)
         if last and number + 1 < len(self.stages):
