@@ -35,6 +35,19 @@ def test_the_source_says_of_every_word_what_its_class_says(monkeypatch: pytest.M
         assert find(name) == signature
 
 
+@pytest.mark.parametrize(
+    ("above", "kind"), [("Recipe", "recipe"), ("Trainable", "trainable"), ("VisionLanguageModel", "model")]
+)
+def test_what_stands_between_is_no_kind_of_its_own(above: str, kind: str):
+    """`AgainstDomains` stands between `Recipe` and `DANN`."""
+    below = [
+        name
+        for name in signatures.names()
+        if isinstance(word := getattr(crossguard, name), type) and issubclass(word, getattr(crossguard, above))
+    ]
+    assert below and {name: find(name).kind for name in below} == dict.fromkeys(below, kind)
+
+
 def test_a_signature_in_full():
     found = find("WordShare")
     assert (found.name, found.kind) == ("WordShare", "budget")

@@ -181,7 +181,7 @@ def _check(node: ast.AST, known: Collection[str], depth: int) -> None:
             raise words.needs(name, missing, [one.text for one in signature.parameters])
 
 
-_BRANCHED = ("VisionLanguageModel", "Trainable")  # what stands between these and a word is no kind of its own
+_BRANCHED = ("VisionLanguageModel", "Trainable", "Recipe")  # what stands between these and a word is no kind of its own
 
 
 def _made(
