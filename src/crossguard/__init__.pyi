@@ -155,6 +155,7 @@ from .models.alignment import token_statistics as token_statistics
 from .models.base import Checkpoint as Checkpoint
 from .models.base import DualEncoder as DualEncoder
 from .models.base import VisionLanguageModel as VisionLanguageModel
+from .models.committee import Committee as Committee
 from .models.confidence import ET3 as ET3
 from .models.confidence import AntiAdversary as AntiAdversary
 from .models.confidence import HedgeDefense as HedgeDefense
