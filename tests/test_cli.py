@@ -389,6 +389,17 @@ def test_equal_questions_are_asked_once(grid: Path, asked: list[dict[str, Any]])
     assert len(asked) == 2 * (1 + 2 + 1)  # clean and text evaluations do not see the pixels' budget
 
 
+def test_random_models_of_an_experiment_are_judged_by_its_draws(grid: Path, asked: list[dict[str, Any]]):
+    grid.write_text(
+        'task = "ZeroShot(Scenes())"\nmodel = ["GaussianNoise(Tiny())", "Tiny()"]\nattack = ["None", "PGD()"]\n'
+        'budget = "Linf(8/255)"\ndraws = 3'
+    )
+    cells = Experiment.load(grid).cells()
+    assert [cell.question.get("draws") for cell in cells] == [None, "3", None, None]  # what is fixed has one draw
+    Experiment.load(grid).run(grid.parent / "out")
+    assert {one["draws"] for one in asked} == {3}
+
+
 def test_broken_and_foreign_answers_are_asked_again(grid: Path, asked: list[dict[str, Any]]):
     wanted = Experiment.load(grid)
     out = grid.parent / "out"
@@ -638,6 +649,7 @@ def test_a_model_is_trained_by_one_process_while_others_take_other_cells(
         ("modle = 'Tiny()'", "grid.toml: unknown key 'modle'; did you mean 'model'?"),
         ("limit = 0", "grid.toml: limit must be a whole number of at least 1, not 0"),
         ("limit = true", "grid.toml: limit must be a whole number of at least 1, not True"),
+        ("draws = 0", "grid.toml: draws must be a whole number of at least 1, not 0"),
         ("seed = 'x'", "grid.toml: seed must be a whole number of at least 0, not 'x'"),
         ("model = 3", "grid.toml: model must be a list of words or a table of label = word, not 3"),
         ("model = [3]", "grid.toml: model holds 3; give a word in quotes"),

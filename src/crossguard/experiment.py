@@ -46,7 +46,7 @@ _LONGEST = 100  # signs of such a name
 
 _KINDS = ("task", "model", "attack", "budget", "surrogate")
 _PLACES = ("device", "dtype")
-_SETTINGS = {"seed": 0, "limit": 1, "batch": 1}  # whole numbers and the least that they may be
+_SETTINGS = {"seed": 0, "limit": 1, "batch": 1, "draws": 1}  # whole numbers and the least that they may be
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ class Experiment:
     @staticmethod
     def load(path: str | Path, trust: bool = False) -> Experiment:
         """Reads a TOML file: task, model, attack, budget and surrogate, each a word, a list of words or a
-        table of label = word; and seed, limit, batch, device, dtype. Task and model must be there. A table `let` may
-        give names to words, which the words after it may use; `words` lists Python files of words of one's own, beside
-        the file; a table `published` holds [value, source] by the labels of a cell, and a table `claims` words such as
-        Above('TeCoA, PGD-10', 'undefended, PGD-10').
+        table of label = word; and seed, limit, batch, draws, device, dtype. Task and model must be there. A table `let`
+        may give names to words, which the words after it may use; `words` lists Python files of words of one's own,
+        beside the file; a table `published` holds [value, source] by the labels of a cell, and a table `claims` words
+        such as Above('TeCoA, PGD-10', 'undefended, PGD-10').
 
         Args:
             trust: run the code of the files that `words` lists. Without, each of them must have been named by hand
@@ -178,6 +178,7 @@ class Experiment:
             device=places.get("device"),
             dtype=places.get("dtype"),
             source=str(path),
+            draws=settings.get("draws", 1),
             published=_published(path, content.get("published", {})),
             claims=_claims(path, content.get("claims", {}), named),
         )
