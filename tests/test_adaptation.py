@@ -21,15 +21,19 @@ from crossguard.datasets.domains import Domains
 from crossguard.defenses.adaptation import (
     ARTUDA,
     DANN,
+    Confident,
     DisentangledDistillation,
+    Matched,
     PseudoLabelled,
     SelfTraining,
     SourceFinetuning,
     reversed_gradient,
 )
+from crossguard.defenses.finetuning import TeCoA
 from crossguard.defenses.optimizers import SGD
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
+from crossguard.defenses.terms import IMAGE, KL, START, TEXT, InBatch, Need, OverClasses, Seen
 from crossguard.errors import CrossguardError
 from crossguard.goals import Untargeted
 from crossguard.models.fresh import Fresh
@@ -241,6 +245,53 @@ def test_the_contract(recipe: Recipe, base: Fresh) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: type(recipe).__name__)
 def test_two_processes_take_the_steps_of_one(recipe: Recipe, base: Fresh) -> None:
     check_recipe(recipe, base, EIGHT, processes=True)
+
+
+def test_a_weight_hands_on_what_it_weights() -> None:
+    for term in (OverClasses(), InBatch(), KL("clean"), Matched()):
+        weighted = Confident(term)
+        assert (weighted.labelled, weighted.coupled) == (term.labelled, term.coupled)
+        assert weighted.compares == term.compares
+    assert Confident(KL("clean"), whole=True).coupled
+    strict = Confident(PseudoLabelled(threshold=0.7))
+    assert strict.sieve() and not Confident(PseudoLabelled()).sieve() and not Confident(KL("clean")).sieve()
+
+
+def test_of_one_class_everybody_is_certain() -> None:
+    generator = torch.Generator().manual_seed(0)
+    needs = (Need(IMAGE), Need(TEXT), Need(IMAGE, who=START), Need(TEXT, who=START))
+    for classes in (1, 3):
+        found = {need: torch.randn(classes if need.tower == TEXT else 5, 4, generator=generator) for need in needs}
+        seen = Seen(found, dict.fromkeys(("student", START), lambda images, texts: images @ texts.T))
+        plain = Matched()
+        weights = Confident(plain).each(seen) / plain.each(seen)
+        answer = (found[needs[2]] @ found[needs[3]].T).softmax(1)
+        expected = 1 + (answer * answer.log()).sum(1) / math.log(3) if classes == 3 else torch.ones(5)
+        torch.testing.assert_close(weights, expected)
+
+
+def test_a_threshold_that_leaves_no_image_is_said_before_the_first_step(base: Fresh, tmp_path: Path) -> None:
+    recipe = SelfTraining(**COMMON, threshold=1.0)
+    message = refused(lambda: recipe.fit(base, DATA, tmp_path / "none"))
+    assert "SelfTraining would learn nothing" in message and "none of the images" in message
+    assert "lower the threshold" in message and not (tmp_path / "none").exists()
+    answers = base.load()
+    texts = answers.encode_text([one[0] for one in DATA.prompts().texts])
+    pixels = torch.stack([DATA.unlabelled.image(index) for index in range(len(DATA.unlabelled))]) / 255
+    with torch.no_grad():
+        sure = answers.logits(answers.encode_image(pixels), texts).softmax(1).amax(1).sort(descending=True).values
+    one = replace(recipe, threshold=float(sure[:2].mean()), epochs=1.0, steps=None, batch=len(sure))
+    one.fit(base, DATA, tmp_path / "one")
+    assert f"images counted {1 / len(sure):.4g}" in (tmp_path / "one" / "log.txt").read_text()
+    values = started(replace(recipe, threshold=0.0), base, tmp_path / "all").learner.take(0)
+    assert "images counted" not in values
+
+
+def test_who_needs_labels_says_who_does_not(base: Fresh, tmp_path: Path) -> None:
+    recipe = TeCoA(**ATTACKED, warmup=0)
+    message = refused(lambda: recipe.fit(base, DATA.unlabelled, tmp_path / "out"))
+    assert "TeCoA learns from labels" in message and "such as FARE, SelfTraining or" in message
+    recipe.fit(base, DATA, tmp_path / "out")  # the source has labels
 
 
 def test_bad_input(base: Fresh, tmp_path: Path) -> None:

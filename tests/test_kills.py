@@ -24,7 +24,9 @@ from typing import Any
 import pytest
 
 import killing
-from crossguard import PGD, BitDepth, Kept, Linf, Scenes, Tiny, ZeroShot, evaluate
+from crossguard import PGD, BitDepth, Domains, Kept, Linf, Scenes, Tiny, ZeroShot, evaluate
+from crossguard.data import Dataset
+from crossguard.defenses.adaptation import DANN
 from crossguard.defenses.finetuning import FTStandard, MMCoA
 from crossguard.defenses.optimizers import Adam
 from crossguard.defenses.recipe import Recipe
@@ -42,8 +44,8 @@ STRONG = PGD(steps=1, best=False, stop=False)
 STEPS: dict[str, Any] = {"steps": 3, "batch": 8, "save_every": 0, "optimizer": Adam(lr=1e-3)}
 
 
-def trained(recipe: Recipe, base: Fresh) -> Callable[[Path], object]:
-    return lambda out: recipe.fit(base, Blots(), out)
+def trained(recipe: Recipe, base: Fresh, data: Dataset | None = None) -> Callable[[Path], object]:
+    return lambda out: recipe.fit(base, data or Blots(), out)
 
 
 def asked(out: Path) -> None:
@@ -78,6 +80,7 @@ def kinds(base: Fresh) -> dict[str, Callable[[Path], object]]:
     return {
         "FTStandard": trained(FTStandard(**STEPS), base),
         "MMCoA": trained(MMCoA(**STEPS, image_attack=STRONG), base),
+        "DANN": trained(DANN(**STEPS, hidden=8, image_attack=STRONG), base, Domains(Blots(), Blots(count=16, size=24))),
         "eval": asked,
         "attack": attacked,
         "pictures": pictured,
@@ -125,10 +128,10 @@ def few(seen: list[str]) -> list[int]:
     return sorted({0, len(seen) - 2, len(seen) - 1, *moving})
 
 
-KINDS = ["FTStandard", "MMCoA", "eval", "attack", "pictures", "run", "replace"]
+KINDS = ["FTStandard", "MMCoA", "DANN", "eval", "attack", "pictures", "run", "replace"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "MMCoA"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("MMCoA", "DANN")])
 def test_work_that_ends_before_an_operation_is_done_as_a_whole_the_next_time(
     base: Fresh, tmp_path: Path, kind: str
 ) -> None:

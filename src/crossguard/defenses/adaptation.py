@@ -46,7 +46,7 @@ from crossguard.defenses.terms import (
 from crossguard.errors import CrossguardError
 from crossguard.goals import Goal, Untargeted
 from crossguard.models.base import VisionLanguageModel
-from crossguard.shapes import Embeddings, Labels, Logits, PerImage
+from crossguard.shapes import Embeddings, Labels, Logits, Mask, PerImage
 from crossguard.words import show
 
 TARGET, TARGET_ADVERSARIAL = f"target:{CLEAN}", f"target:{ADVERSARIAL}"
@@ -78,10 +78,15 @@ class PseudoLabelled(Term):
     def needs(self) -> tuple[Need, ...]:
         return (Need(IMAGE, self.image), Need(TEXT), *_answer(self.to))
 
+    def sieve(self) -> tuple[Need, ...]:
+        return _answer(self.to) if self.threshold else ()
+
     def each(self, seen: Seen) -> PerImage:
-        sure, labels = self._told(seen)
-        loss = F.cross_entropy(self.outputs(seen), labels, reduction="none")
-        return loss * (sure >= self.threshold)
+        loss = F.cross_entropy(self.outputs(seen), self._told(seen)[1], reduction="none")
+        return loss * self.counted(seen)
+
+    def counted(self, seen: Seen) -> Mask:
+        return self._told(seen)[0] >= self.threshold
 
     def outputs(self, seen: Seen, spot: Spot | None = None) -> Logits:
         del spot
@@ -101,7 +106,7 @@ class PseudoLabelled(Term):
 @dataclass(frozen=True)
 class Confident(Term):
     """Another term, weighted by how sure a teacher is of an image: 1 - H / log(classes), with the entropy H of its
-    answer. That is 1 for a certain answer and 0 for the same probability of all classes.
+    answer. That is 1 for a certain answer and 0 for the same probability of all classes; with one class it is 1.
 
     Args:
         term: what is weighted.
@@ -113,14 +118,40 @@ class Confident(Term):
     to: tuple[str, str] = (START, CLEAN)
     whole: bool = False
 
+    @property
+    def coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the value of an image depends on the others, by the weighted term or by the weight."""
+        return self.term.coupled or self.whole
+
+    @property
+    def labelled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the weighted term asks for labels."""
+        return self.term.labelled
+
+    @property
+    def compares(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the weighted term compares embeddings."""
+        return self.term.compares
+
     def needs(self) -> tuple[Need, ...]:
         return (*self.term.needs(), *_answer(self.to))
 
     def each(self, seen: Seen) -> PerImage:
         who, view = self.to
         answer = F.log_softmax(seen.logits(view, who=who), dim=1)
-        sure = 1.0 + (answer.exp() * answer).sum(1) / math.log(answer.shape[1])
+        classes = answer.shape[1]
+        largest = math.log(classes) if classes > 1 else 1.0  # of one class everybody is certain
+        sure = 1.0 + (answer.exp() * answer).sum(1) / largest
         return self.term.each(seen) * (sure.sum() if self.whole else sure)
+
+    def sieve(self) -> tuple[Need, ...]:
+        return self.term.sieve()
+
+    def counted(self, seen: Seen) -> Mask:
+        return self.term.counted(seen)
+
+    def answers(self, seen: Seen) -> tuple[Logits, Labels] | None:
+        return self.term.answers(seen)
 
 
 @dataclass(frozen=True)
@@ -223,7 +254,8 @@ class SelfTraining(Recipe):
     It takes a `Domains`, of which it sees the target alone, or any data, of which it sees no labels.
 
     Args:
-        threshold: images to which the model gives its answer less than this probability do not count.
+        threshold: images to which the model gives its answer less than this probability do not count; the log says how
+            many do. Where none does, there is nothing to learn, and that is said before the first step.
     """
 
     optimizer: Optimizer = AdamW()

@@ -82,7 +82,13 @@ class Feed:
         self.overs, self.total = overs, 1
         self.labels: Labels | None = None
         if labelled or recipe.shots is not None:
-            if not labelled and not data.labelled:
+            if labelled and not data.labelled:
+                raise CrossguardError(
+                    f"{type(recipe).__name__} learns from labels, and nobody can ask for those of "
+                    f"{show(data, short=True)}; train with a recipe that needs none, such as FARE, SelfTraining or "
+                    "DisentangledDistillation, or give Domains(source, target) with a labelled source"
+                )
+            if not data.labelled:
                 raise CrossguardError(
                     f"{type(recipe).__name__}(shots={recipe.shots}) takes so many images of each class, and nobody can "
                     f"ask for the labels of {show(data, short=True)}; leave shots out, or train on less with Subset"
@@ -141,13 +147,14 @@ class Feed:
             images = self.recipe.augment(images, seeds)
         return Batch(images, seeds, mine, self.texts(step))
 
-    def still(self, step: int, missing: AbstractSet[int]) -> Iterator[Batch]:
+    def still(self, step: int, missing: AbstractSet[int] | None = None) -> Iterator[Batch]:
         """Images as they are, without augmentation, in groups that are the same whenever they are asked for: those of
-        the samples of this step's epoch that hold one of the missing. Their noise belongs to the image alone."""
+        the samples of this step's epoch that hold one of the missing, or all. Their noise belongs to the image
+        alone."""
         samples = self._samples(step // self.per_epoch)
         for first in range(0, len(samples), self.size):
             group = samples[first : first + self.size]
-            if not missing.isdisjoint(group):
+            if missing is None or not missing.isdisjoint(group):
                 images = in_floats(self._stacked([self.data.image(index) for index in group]).to(self.device))
                 yield Batch(images, keys((self.data.id(index) for index in group), self.recipe.seed, "once"), group)
 

@@ -247,6 +247,12 @@ class Run:
         for name, teacher in self.learner.teachers.items():
             if isinstance(teacher, VisionLanguageModel):
                 self._check_teacher(name, teacher, some)
+        if not self.learner.counts():
+            raise CrossguardError(
+                f"{type(self.recipe).__name__} would learn nothing: by its threshold, none of the images of "
+                f"{show(self.feed.data, short=True)} counts, since the teacher is not sure enough of any; lower the "
+                "threshold, or begin with a model that knows these images better"
+            )
         if self.learner.idle(0):
             notes.append(
                 "the text attack changes none of the texts of step 1, so they may train as if nobody attacked them; "

@@ -193,9 +193,21 @@ class Learner:
                     found.append(one.attack)
         return found
 
+    def counts(self) -> bool:
+        """Whether any image counts in the first stage. Where a loss leaves some out by what others say of the clean
+        images, these are looked at, without augmentation, until one counts."""
+        terms, feed = self.stages[0].terms, self.feeds[""]
+        needs = dict.fromkeys(need for term in terms for need in term.sieve())
+        if not all(term.sieve() for term in terms) or any(need.view != CLEAN for need in needs):
+            return True
+        texts = {(CLEAN, over): one.texts for over, one in feed.texts(0).items()}
+        seen = (self._seen(needs, Inputs({"": batch}, {CLEAN: batch.images}, texts)) for batch in feed.still(0))
+        return any(bool(term.counted(one).any()) for one in seen for term in terms)
+
     def take(self, step: int) -> dict[str, float]:
         """Takes a step and says how it went: loss, accuracy on the batch where a term tells texts apart, learning rate,
-        and the share of the texts that an attack changed, where one attacks texts."""
+        the share of the images that count where a term leaves some out, and the share of the texts that an attack
+        changed, where one attacks texts."""
         recipe = self.recipe
         number, place = self.place(step)
         stage = self.stages[number]
@@ -214,8 +226,8 @@ class Learner:
                 f"the {' and the '.join(sees)} embeddings of the student alone, which do not depend on that; give a "
                 "part that changes them"
             )
-        accuracy = _accuracy(stage, seen)
-        told = torch.stack([total.detach(), *accuracy.values()]).tolist()  # the device is waited for once
+        shares = _accuracy(stage, seen) | _counted(stage, seen)
+        told = torch.stack([total.detach(), *shares.values()]).tolist()  # the device is waited for once
         if not math.isfinite(told[0]):
             raise self._diverged(step)
         total.backward()
@@ -229,7 +241,7 @@ class Learner:
         if recipe.clamp_scale:
             _clamp_scale(self.network)
         self._after(step, number)
-        said = dict(zip(["loss", *accuracy], told, strict=True)) | {"learning rate": rate}
+        said = dict(zip(["loss", *shares], told, strict=True)) | {"learning rate": rate}
         changed = [
             new != old
             for one in stage.adversaries if isinstance(one.attack, TextAttack)
@@ -574,6 +586,13 @@ def _accuracy(stage: Stage, seen: Seen) -> dict[str, Tensor]:
                 name = "batch accuracy" if clean else "robust batch accuracy"
                 return {name: (logits.argmax(1) == right).float().mean()}
     return {}
+
+
+def _counted(stage: Stage, seen: Seen) -> dict[str, Tensor]:
+    """The share of the images that count in the first term that leaves some out."""
+    with torch.no_grad():
+        found = (term.counted(seen) for term in stage.terms if term.sieve())
+        return next(({"images counted": mask.float().mean()} for mask in found), {})
 
 
 def _clamp_scale(network: DualEncoder) -> None:

@@ -199,6 +199,15 @@ class Term(ABC):
         del seen
         return None
 
+    def sieve(self) -> tuple[Need, ...]:
+        """What of its needs decides which images count, where it leaves some out; nothing, where all do. The student
+        is not among them: what it says now is no reason to learn nothing."""
+        return ()
+
+    def counted(self, seen: Seen) -> Mask:
+        """Which images count, by what its sieve needs."""
+        raise NotImplementedError(f"{type(self).__name__} leaves no image out")
+
     # What an adversary climbs
 
     def outputs(self, seen: Seen, spot: Spot) -> Tensor:
