@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 import crossguard
-from crossguard import CIFAR10, Captions, Concat, Images, Kept, Parquet, Prompted, Scenes, Shards, Subset, reading
+from crossguard import CIFAR10, Captions, Concat, Images, Kept, Parquet, Prompted, Rest, Scenes, Shards, Subset, reading
 from crossguard.data import Dataset, Prompts, Rivals, all_rivals, in_floats
 from crossguard.datasets import kept
 from crossguard.datasets.combined import Over
@@ -410,6 +410,7 @@ EXAMPLES: dict[type[Dataset], Callable[[Path], Dataset]] = {
 }
 VIEWS: dict[type[Dataset], Callable[[Dataset], Dataset]] = {
     Subset: lambda data: Subset(data, 999),
+    Rest: lambda data: Rest(data, 0),
     Prompted: lambda data: Prompted(data, data.templates),
     Concat: lambda data: Concat((data,)),
     Domains: lambda data: Domains(data, data),

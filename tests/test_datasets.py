@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from crossguard.data import Dataset
-from crossguard.datasets.combined import Concat, Prompted, Subset
+from crossguard.datasets.combined import Concat, Prompted, Rest, Subset
+from crossguard.datasets.embedded import Scenes
 from crossguard.datasets.folders import Images
 from crossguard.datasets.known import CIFAR10, Caltech101, EuroSAT, ImageNet, Known, TinyImageNet
 from crossguard.datasets.parquet import Parquet
@@ -581,6 +582,21 @@ def test_subset_and_prompted(tmp_path: Path) -> None:
     assert len(Subset(whole, 9)) == 3 and part.templates == whole.templates
     assert Prompted(part, ("my {}",)).prompts().flat == ["my ant", "my cat", "my cow"]
     assert torch.equal(Prompted(part).image(1), whole.image(1))
+
+
+def test_the_rest_is_what_a_limit_leaves() -> None:
+    data = Scenes("color", count=40, size=16)
+    asked, rest = Subset(data, 13), Rest(data, 13)
+    ids = [{one.id(index) for index in range(len(one))} for one in (asked, rest, data)]
+    assert len(rest) == 27 and not ids[0] & ids[1] and ids[0] | ids[1] == ids[2]
+    assert [rest.names[label] for label in rest.labels().tolist()] == [
+        data.names[data.labels()[place]] for place in map(rest.place, range(27))
+    ]
+    assert torch.equal(rest.image(5), data.image(rest.place(5)))
+    assert {rest.id(index) for index in rest.chosen(9)} <= ids[1]
+    for count in (40, 41):
+        with pytest.raises(CrossguardError, match=r"40 samples, of which .* leaves none"):
+            len(Rest(data, count))
 
 
 # --- the real thing ---

@@ -67,6 +67,7 @@ from .data import Prompts as Prompts
 from .datasets.captions import Captions as Captions
 from .datasets.combined import Concat as Concat
 from .datasets.combined import Prompted as Prompted
+from .datasets.combined import Rest as Rest
 from .datasets.combined import Subset as Subset
 from .datasets.digits import Digits as Digits
 from .datasets.domains import Domains as Domains

@@ -228,6 +228,34 @@ class Subset(Over):
 
 
 @dataclass(frozen=True)
+class Rest(Over):
+    """What `Subset(data, count)`, or an evaluation with that limit, leaves of a dataset: images to validate on that are
+    not those of the number that is reported."""
+
+    data: Dataset
+    count: int
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def place(self, index: int) -> int:
+        return self._indices[index]
+
+    def labels(self) -> Labels:
+        return self.data.labels()[self._indices]
+
+    @cached_property
+    def _indices(self) -> list[int]:
+        taken = self.data.chosen(self.count) if self.count else ()
+        left = sorted(set(range(len(self.data))).difference(taken))
+        if not left:
+            raise CrossguardError(
+                f"the data have {len(self.data)} samples, of which Rest(count={self.count}) leaves none; give less"
+            )
+        return left
+
+
+@dataclass(frozen=True)
 class Prompted(Over):
     """A dataset with other prompt templates than its own."""
 
