@@ -107,6 +107,8 @@ class Answer:
             acts, with a gradient. In the same draw (`seeds.replay`) it is what the answer was given by.
         inner: without the outermost defense; None for a model that is not defended.
         texts: the embedding of each class, for defenses that need them; None where there are no classes.
+        read: embeddings of any images to logits, for who has embedded them before; None where no classes are known,
+            and of a defense, whose logits may hang on more of the image than an embedding.
         random: draws noise, so that the same question may be answered differently.
         masks: has steps without a gradient.
         tell: what of all that is said is judged, `logits_of` or `embeddings_of`.
@@ -117,6 +119,7 @@ class Answer:
     gates: Mapping[str, Gate] = field(default_factory=dict)
     inner: Answer | None = None
     texts: TextEmbeddings | None = None
+    read: Read | None = None
     random: bool = False
     masks: bool = False
     tell: Callable[[Said], Tensor] = embeddings_of
@@ -231,7 +234,7 @@ class Answer:
 
         inner = None if self.inner is None else replace(self.inner, tell=self.tell).altered(change)
         soft = None if self.soft is None else through(self.soft)
-        return replace(self, hard=through(self.hard), soft=soft, inner=inner, tell=embeddings_of)
+        return replace(self, hard=through(self.hard), soft=soft, inner=inner, read=None, tell=embeddings_of)
 
     # Attacks inside of defenses
 

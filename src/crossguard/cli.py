@@ -668,6 +668,77 @@ def calibrate_command(
         _print(show(made.model, short=True))
 
 
+@app.command("certify")
+def certify_command(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Who answers: a vote over noise, as Smoothed(Tiny(), 0.25) or LABEL=WORD; may be given several times."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the results, the picture and what was said to noise.")],
+    task: _Task = None,
+    data: _Data = None,
+    samples: Annotated[
+        int, typer.Option(help="Noisy copies of each image that are counted; the paper takes 100000.")
+    ] = 1000,
+    guesses: Annotated[int, typer.Option(help="Noisy copies before these that guess the class.")] = 100,
+    alpha: Annotated[float, typer.Option(help="How likely the certificate of an image may be wrong.")] = 0.001,
+    radius: Annotated[
+        list[float] | None,
+        typer.Option(help="An L2 radius of the table, in pixels of [0, 1]; may be given several times."),
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option(help="Keep the embeddings of noisy copies, so that other classes ask no image tower.")
+    ] = True,
+    limit: _Limit = None,
+    seed: _Seed = 0,
+    batch: Annotated[int, typer.Option(help="Noisy copies at once; results do not depend on it.")] = 128,
+    device: _Device = None,
+    dtype: _Dtype = None,
+    own_words: _Own = None,
+) -> None:
+    """Certify the vote over noise of each image: within which L2 radius nothing changes it.
+
+    The results, one file for each model and task, and the noisy embeddings stay in --out, where the same command goes
+    on, and another task over the same images asks no image tower.
+    """
+    for option, value, least in (
+        ("--samples", samples, 1), ("--guesses", guesses, 1), ("--limit", limit, 1), ("--batch", batch, 1),
+        ("--seed", seed, 0),
+    ):  # fmt: skip
+        _at_least(option, value, least)
+    named = _labelled("--model", model)
+    text = _task(task, data)
+    _check_names({"--task": text})
+    from crossguard.certify import PICTURE, certify, check_smoothed, checked_alpha, checked_radii, lines, picture
+
+    chosen = {label: _read("--model", "model", word) for label, word in named.items()}
+    chosen_task = _read("--task", "task", text)
+    for one in chosen.values():
+        check_smoothed(one)
+    checked_alpha(alpha)
+    checked_radii(radius or ())
+    found = {}
+    with _placed(device, dtype), Bar() as bar, listening(bar.part):
+        for label, one in chosen.items():
+            bar.step(label)
+            try:
+                found[label] = certify(
+                    chosen_task, one, samples, guesses, alpha, limit, seed, batch, out, embeddings, bar.progress
+                )
+            except KeyboardInterrupt as stop:
+                stop.args = (bar.stopped(True),)
+                raise
+    if leads():
+        files.write(out / PICTURE, picture(found))
+        asked = sum(one.asked for one in found.values())
+        say(f"{asked:,} images went through an image tower now; what was said to noise before was kept")
+        _print("\n".join(lines(found, radius)))
+        _print()
+        _print(f"certified accuracy over the radius as a picture: {out / PICTURE}")
+
+
 def _labelled(option: str, texts: Sequence[str]) -> dict[str, str]:
     """Words by label, from 'WORD' or 'LABEL=WORD'; names are checked before anything is loaded."""
     found: dict[str, str] = {}

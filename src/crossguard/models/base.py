@@ -264,7 +264,7 @@ class VisionLanguageModel(Word, ABC):
                 return read(embeddings)
 
         reading = None if read is None else reading_inside
-        return Answer(hard, texts=texts, random=self.random, masks=self.masks, tell=tell)
+        return Answer(hard, texts=texts, read=reading, random=self.random, masks=self.masks, tell=tell)
 
     def classifier(self, prompts: Prompts) -> Callable[[Images], Logits]:
         """Images to one logit per class (`answer`)."""

@@ -23,16 +23,19 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class Smoothed(Wrapper):
     """Randomized smoothing (Cohen et al., ICML 2019): Gaussian noise is added to an image `draws` times, and the class
-    that most of the noisy images are taken for wins. Only the vote; nothing is certified here.
+    that most of the noisy images are taken for wins. Within which radius nothing changes that says `certify`.
 
     The logits are log((votes + p) / (draws + 1)), p the mean probability over the draws: one more voter, who shares the
     vote and only decides between classes of equally many. A vote has no gradient; attacks see through it by that of log
     p, which is the smooth stand-in as well (Salman et al., NeurIPS 2019). Where embeddings are asked for (a retrieval),
     it is the mean of the unit embeddings.
 
-    Noisy images are cut to [0, 1], which the paper does not do; that may be counted as part of the model inside, so the
-    theory stands. The standard deviation is one of the paper's; it guesses by 100 draws before it certifies by 100,000.
-    An image costs as many forwards as there are draws.
+    Noisy images are cut to [0, 1], which the paper does not do, since models here read no other pixels. The certificate
+    stays what it is: the theorem is about any function of pixels and normal noise, and the cut comes after the noise,
+    so it is the first step of that function. (Noise that is cut itself, or made to fit the image, would be no normal
+    noise, and nothing would follow.) The standard deviation is one of the paper's; it guesses by 100 draws before it
+    certifies by 100,000. An image costs as many forwards as there are draws, and with finitely many the vote may miss
+    what the certificate is about: the class that most of all noise would be taken for.
 
     Args:
         std: of the noise, in pixels of [0, 1].

@@ -64,7 +64,8 @@ class Wrapper(VisionLanguageModel):
         found = self.around(inner, live)
         if not isinstance(found, Answer):
             raise CrossguardError(f"{type(self).__name__}.around returned {quoted(found)} instead of an Answer")
-        return replace(found, inner=inner, random=self.random or inner.random, masks=self.masks or inner.masks)
+        random, masks = self.random or inner.random, self.masks or inner.masks
+        return replace(found, inner=inner, read=None, random=random, masks=masks)
 
     def encode_image(self, images: Images) -> Embeddings:
         return self.answer().encode(images)
