@@ -146,6 +146,30 @@ def test_what_was_forgotten_comes_from_around_it() -> None:
     assert not torch.allclose(found, seen(TotalVariation(Toy()), IMAGES, fold(SEEDS, 1)), atol=1e-2)
 
 
+def test_the_gradient_of_the_smoothest_image_is_that_of_the_mean_of_each_half() -> None:
+    """z of a half is the mean of x there, and a constant (see above): what a pixel of x moves is its half alone."""
+    images = torch.cat([torch.full((1, 3, 4, 3), 0.2), torch.full((1, 3, 4, 5), 0.8)], 3).requires_grad_(True)
+    left = smoothest(images, torch.ones(1, 1, 4, 8), 0.2, 1000)[..., :3].sum()
+    (gradient,) = torch.autograd.grad(left, images)
+    assert torch.allclose(gradient[..., :3], torch.tensor(1.0), atol=1e-2)
+    assert torch.allclose(gradient[..., 3:], torch.tensor(0.0), atol=1e-2)
+
+
+def test_the_stand_in_of_total_variation_is_its_solver_cut_short() -> None:
+    for model, equal in ((TotalVariation(Toy(), steps=20), True), (TotalVariation(Toy(), steps=21), False)):
+        answer = model.answer(PROMPTS)
+        assert answer.soft is not None
+        with drawing(SEEDS):
+            hard = answer.hard(IMAGES).logits
+        with drawing(SEEDS):
+            pixels = IMAGES.clone().requires_grad_(True)
+            soft = answer.soft(pixels).logits
+        assert torch.equal(hard, soft) == equal and torch.allclose(hard, soft, atol=0.1)
+        (gradient,) = torch.autograd.grad(soft[:, 0].sum(), pixels)
+        kept = (seen(TotalVariation(Toy(), weight=0.0), IMAGES) - IMAGES).abs().amax(1) < 1e-5
+        assert torch.equal(gradient.abs().amax(1) > 0.0, kept), "none of what is forgotten"
+
+
 # --- JPEG ---
 
 

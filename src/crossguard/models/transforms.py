@@ -129,13 +129,13 @@ class Crops(Ensemble):
 @dataclass(frozen=True)
 class TotalVariation(Purifier):
     """Total variance minimization (Guo et al., ICLR 2018): most of each image is forgotten, and what comes back is the
-    smoothest image that agrees with the rest. Random, without a gradient, and broken by Athalye et al. (2018) through
-    BPDA and EOT.
+    smoothest image that agrees with the rest. Random, and broken by Athalye et al. (2018) through BPDA and EOT.
 
     Minimizes |mask * (z - x)|^2 + weight * TV(z) over z, where the mask keeps each pixel with probability `keep` anew
     at each question, and TV is the sum over pixels and colors of the length of the gradient. Keep and weight are those
     of the authors' code. It minimizes by split Bregman; here it is the primal-dual method of Chambolle and Pock (2011)
-    for `steps` steps: a reconstruction in what the solver leaves undone.
+    for `steps` steps: a reconstruction in what the solver leaves undone. The smooth stand-in is its first 20 steps with
+    their gradient: more of them led attacks no further, and cost more.
 
     Args:
         keep: the share of pixels that stay.
@@ -160,20 +160,35 @@ class TotalVariation(Purifier):
 
     def purify(self, images: Images, inner: Answer) -> Images:
         del inner
+        return self._restored(images, self.steps)
+
+    def smoothed(self, images: Images, inner: Answer) -> Images:
+        del inner
+        return self._restored(images, min(self.steps, _SOLVED))
+
+    def _restored(self, images: Images, steps: int) -> Images:
         # One mask for all colors of a pixel; the keys are asked for even where all is kept.
         kept = uniform(self.keys(len(images)), (1, *images.shape[-2:]), images.device) < self.keep
-        return smoothest(images, kept.to(images.dtype), self.weight, self.steps).clamp(0.0, 1.0)
+        return smoothest(images, kept.to(images.dtype), self.weight, steps).clamp(0.0, 1.0)
+
+
+_SOLVED = 20  # steps of the solver that the stand-in of TotalVariation takes
 
 
 def smoothest(images: Images, mask: Tensor, weight: float, steps: int) -> Images:
-    """About the minimum over z of |mask * (z - x)|^2 + weight * TV(z) (`TotalVariation`)."""
+    """About the minimum over z of |mask * (z - x)|^2 + weight * TV(z) (`TotalVariation`), differentiable."""
     length = 1.0 / math.sqrt(8.0)  # of both kinds of steps: the gradient's norm is at most the root of 8
-    found = ahead = images * mask + (1.0 - mask) * images.mean((2, 3), keepdim=True)
+    blank = images.detach().mean(
+        (2, 3), keepdim=True
+    )  # where it begins has no gradient, since the minimum has no start
+    found = ahead = images * mask + (1.0 - mask) * blank
     down, across = torch.zeros_like(images), torch.zeros_like(images)
     for _ in range(steps):
         down = down + length * F.pad(ahead[:, :, 1:] - ahead[:, :, :-1], (0, 0, 0, 1))
         across = across + length * F.pad(ahead[..., 1:] - ahead[..., :-1], (0, 1))
-        size = (down.square() + across.square()).sqrt() / weight if weight else torch.full_like(down, torch.inf)
+        # The root of nothing has no slope, and what is as small as this is inside of the bound anyway.
+        long = (down.square() + across.square()).clamp_min(torch.finfo(images.dtype).tiny).sqrt()
+        size = long / weight if weight else torch.full_like(down, torch.inf)
         down, across = down / size.clamp_min(1.0), across / size.clamp_min(1.0)
         inward = F.pad(down, (0, 0, 1, 0))[:, :, :-1] - down + F.pad(across, (1, 0))[..., :-1] - across
         new = (found - length * inward + 2.0 * length * mask * images) / (1.0 + 2.0 * length * mask)
