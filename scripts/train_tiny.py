@@ -2,7 +2,8 @@
 
     python scripts/train_tiny.py --model vit --out runs/tiny_vit --ship src/crossguard/assets/tiny_vit
 
-`tiny` is `Tiny()`, a ConvNeXt, and `vit` its sibling `TinyViT()`, a vision transformer.
+`tiny` is `Tiny()`, a ConvNeXt; `vit` and `cnn` are its siblings `TinyViT()`, a vision transformer, and `TinyCNN()`, an
+EfficientNet.
 
 Two or three stages, about half an hour on one core: the names of shapes first, because a contrastive loss on captions
 alone sits on a long plateau there (it finds colors at once and shapes late), then captions. A run that was stopped goes
@@ -27,6 +28,7 @@ from crossguard import (
     Augment,
     Contrastive,
     Fresh,
+    FreshCNN,
     FreshViT,
     FTStandard,
     HuggingFace,
@@ -55,6 +57,7 @@ class Course:
 
 COURSES = {
     "tiny": Course(Fresh(), (500, 1600, 1500), (2e-3, 2e-3, 1.5e-3)),
+    "cnn": Course(FreshCNN(), (600, 1600, 1200), (2e-3, 2e-3, 1.5e-3)),
     # Patches do not know that a thing may lie elsewhere: shifted images say so.
     "vit": Course(FreshViT(patch=8, width=128), (1500, 1400), (1e-3, 1e-3), Augment(flip=False, shift=3), bars=LOWER),
 }

@@ -310,7 +310,7 @@ def test_fresh_models_are_what_their_word_says(folders: dict[str, Path]) -> None
 
 @pytest.mark.parametrize(
     "model",
-    [FreshViT(width=32, depth=2, text_width=32), FreshCNN(size=32, width=0.1, text_width=32)],
+    [FreshViT(width=32, depth=2, text_width=32), FreshCNN(widths=(8, 16), depths=(1, 2), text_width=32)],
     ids=lambda model: type(model).__name__,
 )
 def test_fresh_models_of_other_architectures(model: FreshViT | FreshCNN, tmp_path: Path) -> None:
@@ -330,8 +330,8 @@ def test_fresh_models_of_other_architectures(model: FreshViT | FreshCNN, tmp_pat
 
 
 def test_the_features_of_a_fresh_cnn_neither_vanish_nor_agree() -> None:
-    """27 layers keep the scale of what goes through them, and images differ from the first step on."""
-    network = FreshCNN(size=32).load()
+    """Its layers keep the scale of what goes through them, and images differ from the first step on."""
+    network = FreshCNN().load()
     images = torch.rand(16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     embeddings = network.encode_image(F.interpolate(images, (32, 32), mode="bicubic").clamp(0, 1)).detach()
     assert 0.5 < float(embeddings.norm(dim=1).mean()) < 50
@@ -344,8 +344,10 @@ def test_the_features_of_a_fresh_cnn_neither_vanish_nor_agree() -> None:
         (lambda: FreshViT(patch=5), "give a patch that divides the size"),
         (lambda: FreshViT(width=40), "give a multiple of 32"),
         (lambda: FreshViT(depth=0), "every size of FreshViT must be 1 or more"),
-        (lambda: FreshCNN(size=16), "at least 32 pixels"),
-        (lambda: FreshCNN(width=0.0), "a share from 0.05 to 4"),
+        (lambda: FreshCNN(size=7), "3 stages need at least 8 pixels"),
+        (lambda: FreshCNN(widths=(24, 40)), "one depth for each width"),
+        (lambda: FreshCNN(widths=(24, 40, 50)), "give multiples of 8"),
+        (lambda: FreshCNN(kernel=4), "give an odd number, 3 or more"),
         (lambda: FreshCNN(seed=-1), "FreshCNN(seed=-1) is not possible"),
     ],
 )
