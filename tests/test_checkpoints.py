@@ -39,7 +39,7 @@ def test_single_files(tmp_path: Path, name: str, expected: str) -> None:
     assert kind(str(tmp_path / name)) == expected
 
 
-@pytest.mark.parametrize("path", ["", "not/there", "owner/name", "a\0b", "~nobody/x", "x" * 5000, "PGD()"])
+@pytest.mark.parametrize("path", ["", "not/there", "owner/name", "a\0b", "~nobody/x", "~\0", "x" * 5000, "PGD()"])
 def test_what_is_no_path_is_of_no_kind(path: str) -> None:
     assert kind(path) == ""
 

@@ -62,7 +62,7 @@ def located(path: str) -> str:
         return path
     try:
         return str(Path(path).expanduser())
-    except RuntimeError:  # of a user who is not known here
+    except (RuntimeError, ValueError):  # of a user who is not known here, or who has a null byte in the name
         return path
 
 
