@@ -257,6 +257,12 @@ def test_a_weight_hands_on_what_it_weights() -> None:
     assert strict.sieve() and not Confident(PseudoLabelled()).sieve() and not Confident(KL("clean")).sieve()
 
 
+def test_the_source_and_the_target_are_shuffled_apart(base: Fresh, tmp_path: Path) -> None:
+    feeds = started(DANN(**COMMON), base, tmp_path, Domains(Blots(), Blots(size=8))).feeds
+    source, target = (feeds[name].chosen(0) + feeds[name].chosen(1) + feeds[name].chosen(2) for name in ("", "target"))
+    assert sorted(source) == sorted(target) == list(range(24)) and sum(map(int.__eq__, source, target)) < 6
+
+
 def test_of_one_class_everybody_is_certain() -> None:
     generator = torch.Generator().manual_seed(0)
     needs = (Need(IMAGE), Need(TEXT), Need(IMAGE, who=START), Need(TEXT, who=START))

@@ -95,6 +95,12 @@ def test_a_limit_sees_every_class_whatever_the_order(limit: int) -> None:
         counts = data.labels()[chosen].bincount(minlength=10)
         assert counts.min() >= limit // 10 and counts.max() <= -(-limit // 10)
         assert Subset(data, limit).labels().bincount(minlength=10).equal(counts)
+        rest = Subset(data, limit, rest=True)
+        left = {data.id(index) for index in range(len(data))} - {data.id(index) for index in chosen}
+        assert [rest.id(index) for index in range(len(rest))] == [
+            id for id in map(data.id, range(len(data))) if id in left
+        ]
+        assert rest.labels().bincount(minlength=10).equal(data.labels().bincount(minlength=10) - counts)
 
 
 def test_every_class_has_its_share_and_a_smaller_limit_chooses_some_of_the_same() -> None:

@@ -208,10 +208,15 @@ class Subset(Over):
     """`count` samples of a dataset, with the ids that they have there; all of them, if there are no more.
 
     They are evenly divided among its classes and the same ones whatever the order of the data (`Dataset.chosen`).
+
+    Args:
+        rest: the other samples instead, in their order: to train on what `Subset(data, count)` leaves, where a dataset
+            has no part of its own to test on.
     """
 
     data: Dataset
     count: int
+    rest: bool = False
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -224,7 +229,8 @@ class Subset(Over):
 
     @cached_property
     def _indices(self) -> list[int]:
-        return self.data.chosen(self.count)
+        chosen = self.data.chosen(self.count)
+        return sorted(set(range(len(self.data))).difference(chosen)) if self.rest else chosen
 
 
 @dataclass(frozen=True)

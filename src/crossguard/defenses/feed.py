@@ -64,6 +64,8 @@ class Feed:
     Args:
         overs: which texts the losses see, of 'classes' and 'batch'; none, where they see none.
         labelled: whether a loss asks for labels.
+        name: what the recipe calls it. Each feed is shuffled in an order of its own, so that a source and a target that
+            show the same things do not meet in pairs.
 
     Raises:
         CrossguardError: the data cannot be trained on by this recipe; it says what would do.
@@ -77,7 +79,9 @@ class Feed:
         device: torch.device,
         overs: AbstractSet[str] = frozenset(),
         labelled: bool = False,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.recipe, self.data, self.group, self.device = recipe, data, group, device
         self.overs, self.total = overs, 1
         self.labels: Labels | None = None
@@ -175,10 +179,11 @@ class Feed:
         """The samples of an epoch, shuffled."""
         if epoch not in self._orders:
             samples = self._samples(epoch)
-            generator = torch.Generator().manual_seed(derive(self.recipe.seed, "order", epoch))
-            order = torch.randperm(len(samples), generator=generator).tolist()
+            order = ("order", epoch, self.name) if self.name else ("order", epoch)
+            generator = torch.Generator().manual_seed(derive(self.recipe.seed, *order))
+            places = torch.randperm(len(samples), generator=generator).tolist()
             self._orders = {known: rows for known, rows in self._orders.items() if abs(epoch - known) < 4}
-            self._orders[epoch] = [samples[place] for place in order]
+            self._orders[epoch] = [samples[place] for place in places]
         return self._orders[epoch]
 
     def _read(self, step: int, count: int) -> Tensor:

@@ -373,7 +373,7 @@ def _feeds(recipe: Plan, data: Dataset, group: Processes, device: torch.device) 
     for name, other in found.items():
         check_class_lists(found[""].names, other.names, f"the data {name!r}")
     main = Feed(recipe, found.pop(""), group, device, overs, labelled)
-    return {"": main} | {name: Feed(recipe, other, group, device) for name, other in found.items()}
+    return {"": main} | {name: Feed(recipe, other, group, device, name=name) for name, other in found.items()}
 
 
 def check_class_lists(mine: Sequence[str], theirs: Sequence[str], whose: str) -> None:
