@@ -518,8 +518,18 @@ def _run(experiment: Experiment, folder: Path, shard: tuple[int, int] | None = N
         except CrossguardError:  # nothing is answered yet
             if failure is None and shard is None:
                 raise
+        else:
+            _draw(folder)
     if failure is not None:
         raise failure
+
+
+def _draw(folder: Path) -> None:
+    """Draws the curves of an experiment that has some, and says where they are."""
+    from crossguard.curves import draw
+
+    for path in draw(folder):
+        say(f"the curves as a picture: {path}")
 
 
 @app.command()
@@ -739,16 +749,20 @@ def certify_command(
         _print(f"certified accuracy over the radius as a picture: {out / PICTURE}")
 
 
-def _labelled(option: str, texts: Sequence[str]) -> dict[str, str]:
-    """Words by label, from 'WORD' or 'LABEL=WORD'; names are checked before anything is loaded."""
+def _labelled(option: str, texts: Sequence[str], known: Sequence[str] = ()) -> dict[str, str]:
+    """Words by label, from 'WORD' or 'LABEL=WORD'; names are checked before anything is loaded.
+
+    Args:
+        known: names that words may use in addition.
+    """
     found: dict[str, str] = {}
     for text in texts:
         named = re.fullmatch(r"\s*([^()=]+?)\s*=(.*)", text, re.DOTALL)
         label, word = named.groups() if named else (text, text)
         if label in found:
-            raise CrossguardError(f"{option}: {label!r} is given twice; give each model a label of its own")
+            raise CrossguardError(f"{option}: {label!r} is given twice; give each {_kind(option)} a label of its own")
         found[label] = word
-        _check_names({option: word})
+        _check_names({option: word}, known)
     return found
 
 
@@ -811,6 +825,77 @@ def transfer(
         "surrogate": models,
     }
     _run(Experiment(grid, seed, limit, batch, device, dtype, "transfer"), out, crossed=True)
+
+
+@app.command()
+def sweep(
+    model: Annotated[
+        list[str], typer.Option(help="Who answers, as WORD or as LABEL=WORD; may be given several times.")
+    ],
+    over: Annotated[
+        str,
+        typer.Option(
+            help="A name and the numbers that it runs through in every word with this name in it: alpha=0:1:0.125, or "
+            "eps=0,1,2,4.",
+            metavar="NAME=VALUES",
+        ),
+    ],
+    attack: Annotated[
+        list[str], typer.Option(help="How the adversary searches, as --model; may be given several times.")
+    ],
+    task: _Task = None,
+    data: _Data = None,
+    budget: _Budget = None,
+    eps: _Eps = None,
+    norm: _Norm = None,
+    limit: _Limit = None,
+    seed: _Seed = 0,
+    batch: _Batch = 128,
+    out: Annotated[Path, typer.Option(help="The folder of the answers and of the picture.")] = Path("runs/sweep"),
+    device: _Device = None,
+    dtype: _Dtype = None,
+    own_words: _Own = None,
+) -> None:
+    """Ask again for each value of a number in any of the words, and draw the curve.
+
+    Between two models: --model "Interpolated(Tiny(), HuggingFace('runs/tecoa'), alpha)" --over alpha=0:1:0.125. Over
+    budgets: --budget "Linf(eps/255)" --over eps=0:8:1.
+    """
+    from crossguard.sweep import Names, Sweep, laid_out
+
+    _at_least("--limit", limit, 1)
+    _at_least("--batch", batch, 1)
+    _at_least("--seed", seed, 0)
+    name, equals, values = (one.strip() for one in over.partition("="))
+    if not equals:
+        raise CrossguardError(f"--over must be a name and its values, such as alpha=0:1:0.125, not {shortly(over)}")
+    try:
+        swept = Sweep.read(name, values)
+    except CrossguardError as error:
+        raise CrossguardError(f"--over: {error}") from error
+    labelled = {
+        "task": {None: _task(task, data)},
+        "model": _labelled("--model", model, (name,)),
+        "attack": _labelled("--attack", attack, (name,)),
+        "budget": {None: _budget(budget, eps, norm, (name,))},
+    }
+    for kind, texts in labelled.items():
+        for text in texts.values():
+            _check_names({f"--{kind}": text}, (name,))
+    names = Names([{name: value} for value in swept.values])
+    grid: dict[str, dict[str, Any]] = {"surrogate": {"None": None}}
+    for kind, texts in labelled.items():
+        try:
+            grid[kind] = {
+                label: word
+                for own, text in texts.items()
+                for label, word in laid_out(kind, None if own == text else own, text, names, swept).items()
+            }
+        except CrossguardError as error:
+            raise CrossguardError(f"--{kind}: {error}") from error
+    if not swept.points:
+        raise CrossguardError(f"--over: nothing depends on {name}; put it into a word, such as --budget 'Linf({name})'")
+    _run(Experiment(grid, seed, limit, batch, device, dtype, "sweep", sweep=swept), out)
 
 
 @app.command()
@@ -942,8 +1027,12 @@ def _task(task: str | None, data: str | None) -> str:
     return str(data) if task is None else task
 
 
-def _budget(budget: str | None, eps: str | None, norm: str | None) -> str:
-    """The budget: `--eps 4/255 --norm linf` stand for `Linf(4/255)`."""
+def _budget(budget: str | None, eps: str | None, norm: str | None, known: Sequence[str] = ()) -> str:
+    """The budget: `--eps 4/255 --norm linf` stand for `Linf(4/255)`.
+
+    Args:
+        known: names that stand for numbers.
+    """
     from crossguard.words import build
 
     if eps is None:
@@ -956,7 +1045,7 @@ def _budget(budget: str | None, eps: str | None, norm: str | None) -> str:
     if (norm or "linf").lower() not in norms:
         raise CrossguardError(f"--norm {shortly(norm)} is not known; give one of {', '.join(norms)}")
     try:
-        size = build(eps)
+        size = build(eps, dict.fromkeys(known, 1))
     except CrossguardError:
         size = None
     if isinstance(size, bool) or not isinstance(size, int | float):
@@ -970,14 +1059,18 @@ def _kind(option: str) -> str:
     return "model" if kind in ("against", "transfer") else kind
 
 
-def _check_names(texts: Mapping[str, str]) -> None:
-    """Refuses a misspelt name in the word of any option before the words of the others load what they name."""
+def _check_names(texts: Mapping[str, str], known: Sequence[str] = ()) -> None:
+    """Refuses a misspelt name in the word of any option before the words of the others load what they name.
+
+    Args:
+        known: names that words may use in addition.
+    """
     from crossguard import signatures
     from crossguard.words import expanded
 
     for option, text in texts.items():
         try:
-            signatures.check(expanded(_kind(option), text))
+            signatures.check(expanded(_kind(option), text, known), known)
         except CrossguardError as error:
             raise CrossguardError(f"{option}: {error}") from error
 

@@ -30,9 +30,10 @@ from crossguard.printing import LogFormatter
 from crossguard.processes import ALONE, Processes, joined
 from crossguard.reading import Missing, read_toml
 from crossguard.report import DIRECTIONS, Report, ReportError, key
+from crossguard.sweep import Names, Point, Sweep, laid_out
 from crossguard.telling import listening
 from crossguard.turns import Note, noted, waiting, worker
-from crossguard.words import expanded, read, within
+from crossguard.words import expanded, within
 
 if TYPE_CHECKING:
     from crossguard.claims import Claim
@@ -57,6 +58,7 @@ class Cell:
     question: Mapping[str, str]
     words: Mapping[str, Any]
     labels: Mapping[str, set[str]] = field(default_factory=dict)  # for each axis those that lead to this question
+    points: list[Point] = field(default_factory=list)  # of lines of a sweep
 
     @property
     def key(self) -> str:
@@ -122,6 +124,7 @@ class Experiment:
         draws: by how many draws of a random model each image under attack is judged (`evaluate`).
         published: what others have measured, in percent, and where it stands, by the labels of a cell: 'TeCoA, 4/255'.
         claims: what the answers are to bear out, each with its name.
+        sweep: the number that runs through values in words of the grid, where there is one.
     """
 
     grid: Mapping[str, Mapping[str, Any]]
@@ -135,6 +138,7 @@ class Experiment:
     draws: int = 1
     published: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
+    sweep: Sweep | None = None
 
     @staticmethod
     def load(path: str | Path, trust: bool = False) -> Experiment:
@@ -153,7 +157,7 @@ class Experiment:
             content = read_toml(path, "give a TOML file with the keys task and model")
         except Missing:
             raise CrossguardError(f"there is no experiment file {path}") from None
-        known = ("words", "let", *_KINDS, *_SETTINGS, *_PLACES, "published", "claims")
+        known = ("words", "let", "sweep", *_KINDS, *_SETTINGS, *_PLACES, "published", "claims")
         for name in content:
             if name not in known:
                 near = words.nearest(name, known)
@@ -169,9 +173,11 @@ class Experiment:
             if name in content
         }
         places = {name: _text(path, name, content[name]) for name in _PLACES if name in content}
-        named = _let(path, content.get("let", {}))
+        sweep = _sweep(path, content.get("sweep"))
+        named = _let(path, content.get("let", {}), sweep)
+        grid = {kind: _axis(path, kind, content.get(kind, "None"), named, sweep) for kind in _KINDS}
         return Experiment(
-            grid={kind: _axis(path, kind, content.get(kind, "None"), named) for kind in _KINDS},
+            grid=grid,
             seed=settings.get("seed", 0),
             limit=settings.get("limit"),
             batch=settings.get("batch", 128),
@@ -180,7 +186,8 @@ class Experiment:
             source=str(path),
             draws=settings.get("draws", 1),
             published=_published(path, content.get("published", {})),
-            claims=_claims(path, content.get("claims", {}), named),
+            claims=_claims(path, content.get("claims", {}), named.each[0]),
+            sweep=swept(str(path), sweep),
         )
 
     @contextmanager
@@ -205,10 +212,19 @@ class Experiment:
 
         found: dict[str, Cell] = {}
         grids = (self.grid, *self.more)
-        several = {kind for kind in _KINDS if len({label for grid in grids for label in grid[kind]}) > 1}
+        every = {kind: {label for grid in grids for label in grid[kind]} for kind in _KINDS}
+        several = {kind for kind, labels in every.items() if len(labels) > 1}
+        apart = set[str]()  # what tells lines of a sweep apart
+        if (sweep := self.sweep) is not None:
+            apart = {kind for kind, one in every.items() if len({sweep.line(kind, label) for label in one}) > 1}
+            apart -= {"attack"}
         for grid in grids:
             attacks = any(attack is not None for attack in grid["attack"].values())
             for labels in itertools.product(*(grid[kind] for kind in _KINDS)):
+                named: dict[str, str] = dict(zip(_KINDS, labels, strict=True))
+                values = self.sweep.at(named) if self.sweep is not None else ()
+                if len(values) > 1:  # a number that runs through two words is the same in both
+                    continue
                 chosen = {kind: grid[kind][label] for kind, label in zip(_KINDS, labels, strict=True)}
                 label = ", ".join(label for label in labels if label != "None")
                 try:
@@ -228,9 +244,13 @@ class Experiment:
                 }
                 varying = [one for kind, one in told.items() if kind in several and one != "None"]
                 cell = Cell(", ".join(varying) or label, asked, chosen, {kind: set() for kind in _KINDS})
-                named = found.setdefault(cell.key, cell).labels
+                cell = found.setdefault(cell.key, cell)
                 for kind, one in told.items():
-                    named[kind].update({one, "clean"} if kind == "attack" and chosen[kind] is None else {one})
+                    cell.labels[kind].update({one, "clean"} if kind == "attack" and chosen[kind] is None else {one})
+                if self.sweep is not None and chosen["attack"] is not None:
+                    lines = {kind: self.sweep.line(kind, one) for kind, one in named.items()}
+                    line = ", ".join(one for kind, one in lines.items() if kind in apart and one != "None")
+                    cell.points.append(Point(line, lines["attack"], next(iter(values), None)))
         return list(found.values())
 
     def run(self, out: str | Path, watch: Watch | None = None, shard: tuple[int, int] | None = None) -> list[Report]:
@@ -276,7 +296,11 @@ class Experiment:
             for kind in self.grid
         }
         asked = {cell.key: {"label": cell.label, "fits": _fits(cell)} for cell in cells}
-        index = {"source": self.source, "labels": axes, "cells": list(asked), "asked": asked}
+        index: dict[str, Any] = {"source": self.source, "labels": axes, "cells": list(asked), "asked": asked}
+        if self.sweep is not None:
+            points = [{"cell": cell.key, **point._asdict()} for cell in cells for point in cell.points]
+            index["sweep"] = {"name": self.sweep.name, "points": points}
+        index["trained"] = _watched(self.grid["model"])
         published = [
             dict(zip(("cell", "score"), self._named("published", name, cells), strict=True))
             | {"value": value, "source": source}
@@ -515,6 +539,17 @@ def _fits(cell: Cell) -> list[str]:
     return [str(fit.folder) for fit in within(tuple(cell.words.values()), Fit)]
 
 
+def _watched(models: Mapping[str, VisionLanguageModel]) -> dict[str, str]:
+    """The folders of the trainings that measure themselves, by the labels of the models that they make."""
+    from crossguard.defenses.fit import Fit
+
+    return {
+        label: str(model.folder)
+        for label, model in models.items()
+        if isinstance(model, Fit) and model.recipe.validate is not None
+    }
+
+
 def _checkpoints(word: object) -> Iterator[Checkpoint]:
     """The networks behind model words; what a network was trained from is not looked at."""
     from crossguard.models.base import Checkpoint
@@ -586,8 +621,8 @@ def readable(label: str) -> str:
 
 def _check_names(path: Path, content: Mapping[str, Any]) -> None:
     """Refuses a misspelt name in any word of the file before anything is loaded; other mistakes are found later."""
-    let = content.get("let", {})
-    named = list(let) if isinstance(let, dict) else []
+    let, over = content.get("let", {}), content.get("sweep", {})
+    named = [name for table in (let, over) if isinstance(table, dict) for name in table]
     for kind in ("let", *_KINDS, "claims"):
         value = content.get(kind, ())
         for text in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
@@ -687,22 +722,48 @@ def _claims(path: Path, value: object, known: Mapping[str, Any]) -> dict[str, Cl
     return found
 
 
-def _let(path: Path, value: object) -> dict[str, Any]:
+def _sweep(path: Path, value: object) -> Sweep | None:
+    """The number that runs through values, if there is one."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) != 1:
+        raise CrossguardError(f"{path}: sweep must be a table of one name and its values, such as alpha = '0:1:0.125'")
+    ((name, values),) = value.items()
+    try:
+        return Sweep.read(name, values)
+    except CrossguardError as error:
+        raise CrossguardError(f"{path}: {error}") from error
+
+
+def swept(source: str, sweep: Sweep | None) -> Sweep | None:
+    """The sweep; raises where no word of the grid has its name in it."""
+    if sweep is not None and not any(sweep.points.values()):
+        raise CrossguardError(f"{source}: nothing depends on {sweep.name}, which is to run through values")
+    return sweep
+
+
+def _let(path: Path, value: object, sweep: Sweep | None) -> Names:
     """The words that the file gives names to; each may use those before it."""
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise CrossguardError(f"{path}: let must be a table of name = word")
-    named: dict[str, Any] = {}
-    for name, text in value.items():
-        if not name.isidentifier() or name in words.names():
-            raise CrossguardError(f"{path}: let cannot name a word {shortly(name)}; take a name that is not taken")
-        try:
-            named[name] = words.build(text, named)
-        except CrossguardError as error:
-            raise CrossguardError(f"{path}: let {name}: {error}") from error
-    return named
+    found: list[dict[str, Any]] = []
+    depends: list[str] = []
+    for number in (None,) if sweep is None else sweep.values:
+        named: dict[str, Any] = {} if sweep is None else {sweep.name: number}
+        for name, text in value.items():
+            if not name.isidentifier() or name in words.names() or (sweep is not None and name == sweep.name):
+                raise CrossguardError(f"{path}: let cannot name a word {shortly(name)}; take a name that is not taken")
+            if sweep is not None and sweep.mentions(text, depends):
+                depends.append(name)
+            try:
+                named[name] = words.build(text, named)
+            except CrossguardError as error:
+                raise CrossguardError(f"{path}: let {name}: {error}") from error
+        found.append(named)
+    return Names(found, depends)
 
 
-def _axis(path: Path, kind: str, value: object, known: Mapping[str, Any]) -> dict[str, Any]:
+def _axis(path: Path, kind: str, value: object, known: Names, sweep: Sweep | None) -> dict[str, Any]:
     """The words of one key by label."""
     if isinstance(value, str):
         value = [value]
@@ -723,10 +784,11 @@ def _axis(path: Path, kind: str, value: object, known: Mapping[str, Any]) -> dic
                 f"{path}: {kind} holds {shortly(text)}; give a word in quotes such as 'PGD(steps=10)'"
             )
         try:
-            word = read(kind, text, known)
+            found = laid_out(kind, label, text, known, sweep)
         except CrossguardError as error:
             raise CrossguardError(f"{path}: {kind}: {error}") from error
-        axis.setdefault(words.show(word, short=True) if label is None else label, word)
+        for name, word in found.items():
+            axis.setdefault(name, word)
     return axis
 
 

@@ -1,0 +1,216 @@
+"""Pictures of an experiment: what a number that runs through values does, and what trainings saw of themselves."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from crossguard.errors import CrossguardError
+from crossguard.experiment import INDEX
+from crossguard.files import write
+from crossguard.reading import read_json
+from crossguard.report import Rate, Report
+from crossguard.table import Answers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SWEEP, TRAINING = "sweep.png", "training.png"
+
+_COLORS = ("#4472a8", "#b00020", "#6b9e57", "#8a5fa8", "#c98a1b", "#3a8f8f", "#5b6673", "#d06a9c")
+
+
+class _Place(TypedDict):
+    cell: str
+    line: str
+    attack: str
+    value: float | None
+
+
+class _Swept(TypedDict):
+    name: str
+    points: list[_Place]
+
+
+class _Drawn(TypedDict, total=False):
+    sweep: _Swept
+    trained: dict[str, str]
+
+
+class Point(NamedTuple):
+    """What is drawn of a report.
+
+    Args:
+        value: of the number that runs; None, where the report does not depend on it.
+    """
+
+    value: float | None
+    clean: Rate
+    robust: Rate
+
+
+Panels = dict[str, dict[str, list[Point]]]  # by what attacks, and by the line
+
+
+def draw(folder: str | Path) -> list[Path]:
+    """Draws what there is to be drawn of the answers in a folder, beside them: `sweep.png` of a sweep, and
+    `training.png` of trainings that measured themselves."""
+    folder = Path(folder)
+    told: Any = read_json(folder / INDEX, _Drawn, "run the experiment again")
+    made: list[Path] = []
+    if "sweep" in told and (panels := gathered(Answers.load(folder).reports, told["sweep"]["points"])):
+        write(folder / SWEEP, sweep_picture(told["sweep"]["name"], panels))
+        made.append(folder / SWEEP)
+    if histories := _histories(told.get("trained", {})):
+        write(folder / TRAINING, training_picture(histories))
+        made.append(folder / TRAINING)
+    return made
+
+
+def gathered(reports: Sequence[Report], places: Sequence[_Place]) -> Panels:
+    """The points of a sweep that are answered, in the order of their values."""
+    known = {report.key: report for report in reports}
+    panels: Panels = {}
+    for place in places:
+        if (report := known.get(place["cell"])) is None:
+            continue
+        for score, clean, robust in report.judged.parts:
+            panel = ", ".join(one for one in (place["attack"], score) if one)
+            points = panels.setdefault(panel, {}).setdefault(place["line"], [])
+            points.append(Point(place["value"], clean, robust))
+    for lines in panels.values():
+        for points in lines.values():
+            points.sort(key=lambda point: -1.0 if point.value is None else point.value)
+    return panels
+
+
+def sweep_picture(name: str, panels: Panels) -> bytes:
+    """For each attack clean and robust accuracy over the number, with their intervals; below, where clean accuracy
+    moves too, one over the other."""
+    lines = list(dict.fromkeys(line for panel in panels.values() for line in panel))
+    colors = {line: _COLORS[place % len(_COLORS)] for place, line in enumerate(lines)}
+    moves = any(
+        len({point.clean.successes for point in one}) > 1 for panel in panels.values() for one in panel.values()
+    )
+    figure, axes = _grid(2 if moves else 1, len(panels))
+    for column, (attack, panel) in enumerate(panels.items()):
+        for line, points in panel.items():
+            _over_value(axes[0][column], points, colors[line], line or attack)
+            if moves:
+                _over_clean(axes[1][column], points, colors[line])
+        axes[0][column].set_title(attack, fontsize=10, parse_math=False)
+        axes[0][column].set_xlabel(name)
+        axes[0][column].set_ylim(0.0, 100.0)
+        if moves:
+            axes[1][column].set_xlabel("% right, clean")
+    axes[0][0].set_ylabel("% right (dashed: clean)")
+    if moves:
+        axes[1][0].set_ylabel("% right, clean and under attack")
+    if len(lines) > 1:
+        axes[0][0].legend(fontsize=8)
+    n = next(point.robust.n for panel in panels.values() for one in panel.values() for point in one)
+    figure.suptitle(f"n = {n}, 95 % intervals", fontsize=9)
+    return _png(figure)
+
+
+def _over_value(axes: Axes, points: Sequence[Point], color: str, label: str) -> None:
+    moving = [(point.value, point) for point in points if point.value is not None]
+    for point in points:
+        if point.value is None:  # the same for every value
+            axes.axhline(100 * point.robust.value, color=color, linestyle=":", linewidth=1.2, label=label)
+    if not moving:
+        return
+    values = [value for value, _ in moving]
+    for rates, style in (([one.clean for _, one in moving], "--"), ([one.robust for _, one in moving], "-")):
+        ends = [rate.interval for rate in rates]
+        axes.plot(
+            values, [100 * rate.value for rate in rates], style, color=color, marker="o", markersize=3,
+            label=label if style == "-" else None,
+        )  # fmt: skip
+        axes.fill_between(
+            values,
+            [100 * low for low, _ in ends],
+            [100 * high for _, high in ends],
+            color=color,
+            alpha=0.15,
+            linewidth=0,
+        )
+
+
+def _over_clean(axes: Axes, points: Sequence[Point], color: str) -> None:
+    across, up = ([100 * getattr(point, name).value for point in points] for name in ("clean", "robust"))
+    axes.plot(across, up, "-", color=color, linewidth=1.0)
+    for point in points:
+        (left, right), (low, high) = (
+            (100 * end for end in getattr(point, name).interval) for name in ("clean", "robust")
+        )
+        x, y = 100 * point.clean.value, 100 * point.robust.value
+        axes.plot([left, right], [y, y], color=color, linewidth=0.6, alpha=0.5)
+        axes.plot([x, x], [low, high], color=color, linewidth=0.6, alpha=0.5)
+        axes.plot([x], [y], color=color, marker="o", markersize=4)
+    for point in (points[0], points[-1]):
+        if point.value is not None:
+            axes.annotate(
+                f"{point.value:g}", (100 * point.clean.value, 100 * point.robust.value), fontsize=8, color=color,
+                xytext=(4, 4), textcoords="offset points",
+            )  # fmt: skip
+
+
+class _Record(TypedDict):
+    validation: list[dict[str, float]]
+
+
+History = Sequence[Mapping[str, float]]  # the accuracies after so many steps
+
+
+def _histories(folders: Mapping[str, str]) -> dict[str, History]:
+    """What finished trainings saw of themselves, by the labels of their models."""
+    found: dict[str, History] = {}
+    for label, folder in folders.items():
+        try:
+            record = read_json(Path(folder) / "crossguard.json", _Record, "train again")
+        except CrossguardError:  # it is not finished
+            continue
+        if record["validation"]:
+            found[label] = record["validation"]
+    return found
+
+
+def training_picture(histories: Mapping[str, History]) -> bytes:
+    """For each accuracy that trainings measured a panel, in which each training is a line over its steps."""
+    names = list(dict.fromkeys(name for one in histories.values() for name in one[-1] if name != "step"))
+    figure, axes = _grid(1, len(names))
+    for column, name in enumerate(names):
+        for place, (label, history) in enumerate(histories.items()):
+            measured = [(one["step"], 100 * one[name]) for one in history if name in one]
+            axes[0][column].plot(
+                [step for step, _ in measured], [value for _, value in measured], marker="o", markersize=3,
+                color=_COLORS[place % len(_COLORS)], label=label,
+            )  # fmt: skip
+        axes[0][column].set(xlabel="steps", ylim=(0.0, 100.0))
+        axes[0][column].set_title(name, fontsize=10)
+    axes[0][0].set_ylabel("% of the images of the validation")
+    axes[0][0].legend(fontsize=8)
+    return _png(figure)
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CrossguardError("a picture needs matplotlib ('pip install matplotlib')") from error
+    figure = Figure((3.6 * columns + 0.6, 3.2 * rows + 0.4), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
+    for one in axes.flat:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
