@@ -199,6 +199,21 @@ def test_lora_finds_its_layers(clip: Checkpoint, tmp_path: Path) -> None:
         attached(LoRA(2, layers=("query",)), clip)
 
 
+def test_a_rank_that_is_not_low_is_said(clip: Checkpoint) -> None:
+    sides = [tuple(one.weight.shape) for one in clip.load().modules() if isinstance(one, torch.nn.Linear)]
+    least, most = min(min(both) for both in sides), max(min(both) for both in sides)
+    with pytest.raises(CrossguardError, match=r"LoRA\(rank=100000\) is low for no layer: .* is \d+ by \d+.*Towers"):
+        attached(LoRA(100_000), clip)
+    with pytest.raises(CrossguardError, match=f"give a rank far below, such as rank={max(1, most // 8)}"):
+        attached(LoRA(most + 1), clip)
+    assert least < most and LoRA(least).doubts(attached(LoRA(least), clip)) == []
+    (note,) = LoRA(least + 1).doubts(attached(LoRA(least + 1), clip))
+    assert f"LoRA(rank={least + 1}) is not low for {sum(min(both) == least for both in sides)} of its" in note
+    assert f"give rank={least} or less" in note
+    both = Combined((LoRA(least + 1), Context()))
+    assert both.doubts(attached(both, clip)) == [note]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -1043,6 +1043,23 @@ def test_frozen_texts_are_in_full_precision_beside_half_precision_images(base: F
 # --- Mistakes ---
 
 
+def test_a_training_that_is_refused_in_its_first_step_leaves_nothing(base: Fresh, tmp_path: Path) -> None:
+    still, there = FARE(steps=2, batch=8, warmup=0, image_attack=STRONG, trains=Towers(("text",))), tmp_path / "there"
+    there.mkdir()
+    for folder in (tmp_path / "new", there):
+        assert "FARE trains nothing" in refused(lambda out=folder: still.fit(base, Blots(), out))
+    assert sorted(tmp_path.rglob("*")) == [there]
+    (there / "log.txt").write_text("of a run before\n")
+    refused(lambda: still.fit(base, Blots(), there))
+    assert (there / "log.txt").read_text().startswith("of a run before\n")
+
+
+def test_a_training_that_fails_later_keeps_its_log(base: Fresh, tmp_path: Path) -> None:
+    wild = replace(TECOA, steps=50, optimizer=SGD(lr=1e30))
+    refused(lambda: wild.fit(base, Blots(), tmp_path / "wild"))
+    assert (tmp_path / "wild" / "log.txt").exists() and (tmp_path / "wild" / "tensorboard").is_dir()
+
+
 def test_mistakes_are_one_sentence(base: Fresh, tmp_path: Path) -> None:
     fit = FTStandard(steps=1, batch=8).fit
     assert "has no network of its own to train" in refused(lambda: fit(BitDepth(base), Blots(), tmp_path / "x"))

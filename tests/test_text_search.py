@@ -349,8 +349,26 @@ def test_random_places_are_probed_and_the_best_of_them_tried_with_random_edits()
     assert 0 < len(tried) <= 4 and set(tried) <= single_edits(text, alphabet)
     assert drift([found], text)[0] == pytest.approx(max(drift(tried, text)), abs=2e-6)
     best = max((one for one in probed if one != text), key=lambda one: drift([one], text)[0])
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(best, text, strict=False)))
-    assert all(one.startswith(text[: shared - 1]) for one in tried), "all edits are at one place"
+    assert any(best == probe and set(tried) <= edits for probe, edits in by_place(text, alphabet)), (
+        "all are at one place"
+    )
+
+
+def by_place(text: str, alphabet: str) -> list[tuple[str, set[str]]]:
+    """For each gap of a text and each character of it: the text with a space put there (or the space that is there left
+    out), and all edits there."""
+    gaps = [
+        (text[:i] + " " + text[i:], {text[:i] + letter + text[i:] for letter in alphabet})
+        for i in range(len(text) + 1)
+    ]  # fmt: skip
+    characters = [
+        (
+            text[:i] + ("" if text[i] == " " else " ") + text[i + 1 :],
+            {text[:i] + letter + text[i + 1 :] for letter in ("", *alphabet)},
+        )
+        for i in range(len(text))
+    ]
+    return [*gaps, *characters]
 
 
 def test_what_a_random_search_draws_follows_from_the_seed_and_the_text_alone() -> None:

@@ -36,7 +36,9 @@ class PGD(ImageAttack):
         best: return the strongest iterate (`Found`) instead of the last one. Costs one forward a start. Against a
             victim that draws noise that is the luckiest of single draws; `EOT` compares averages.
         stop: images that have won leave the batch, if the goal ends there, and so do those that go in circles; their
-            result cannot change.
+            result cannot change. Without `best`, where winning ends nothing, those leave that go to and fro between two
+            points, or stay at one; the result is the point at which they would end. Who leaves makes the batch smaller,
+            and gradients in a smaller batch are rounded differently.
         loss: climb this loss of the logits instead of the goal's own.
     """
 
@@ -61,8 +63,6 @@ class PGD(ImageAttack):
             raise CrossguardError(f"PGD(momentum={self.momentum}) is not possible; give 0 or more")
         if self.restarts < 1:
             raise CrossguardError(f"PGD(restarts={self.restarts}) is not possible; give 1 or more")
-        if self.stop and not self.best:
-            raise CrossguardError("PGD(best=False) returns the last iterate, so nothing may stop early; add stop=False")
 
     @property
     def needs_classes(self) -> bool:
@@ -70,7 +70,7 @@ class PGD(ImageAttack):
 
     @property
     def hears(self) -> bool:
-        return self.stop
+        return self.stop and self.best
 
     @property
     def draws(self) -> bool:
@@ -106,11 +106,24 @@ class PGD(ImageAttack):
         length = self.step * budget.eps
         before = None  # where the images were a round ago, and their losses
         circling = torch.zeros(len(rows), dtype=torch.bool, device=clean.device)
+        returning = self.stop and not self.best and velocity is None
+        path = list[Images]()  # where the images were two steps ago, and one step ago
         for step in range(self.steps):
+            if returning and len(path) == 2 and victim.steady and looks(step, clean.device):
+                back = (images == path[0]).flatten(1).all(1)
+                if bool(back.any()):
+                    left = self.steps - step
+                    found.images[rows[back]] = (path[1] if left % 2 else images)[back]
+                    keep = (~back).nonzero()[:, 0]
+                    if len(keep) == 0:
+                        return
+                    rows, images, clean = rows[keep], images[keep], clean[keep]
+                    victim, goal, path = victim.at(keep), goal.at(keep), [one[keep] for one in path]
+            path = [*path[-1:], images] if returning else path
             gradient, losses, outputs = victim.ascend(images, goal)
             if self.best:
                 found.offer(rows, images, *victim.heard(outputs, goal))
-            if self.stop:
+            if self.stop and self.best:
                 if velocity is None and step % ROUND == 0:
                     # Steps of a fixed length end in circles, most of two points. All of a circle's points have been
                     # offered, and who answers alike can only go round again.

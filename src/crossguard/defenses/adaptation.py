@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -290,8 +290,8 @@ class AgainstDomains(Recipe, ABC):
     def feeds(self, data: Dataset) -> Mapping[str, Dataset]:
         return _both(self, data)
 
-    def modules(self, width: int) -> Mapping[str, nn.Module]:
-        return {"domain": Discriminator(width, self.hidden)}
+    def modules(self, width: Callable[[], int]) -> Mapping[str, nn.Module]:
+        return {"domain": Discriminator(width(), self.hidden)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,10 @@ class Attention(Term):
     def each(self, seen: Seen) -> PerImage:
         texts = F.normalize(seen.text().float(), dim=1)[seen.labels]
         mine = self._map(seen.patches(self.view), seen.image(self.view), texts)
-        there = self._map(seen.patches(CLEAN, START), seen.image(CLEAN, START), texts)
+        there = seen.once(
+            (Attention, self.size, self.over_tokens),
+            lambda: self._map(seen.patches(CLEAN, START), seen.image(CLEAN, START), texts),
+        )
         return _length((mine - there).flatten(1))
 
     def _map(self, patches: Tensor, image: Tensor, texts: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Feed:
         self._orders: dict[int, list[int]] = {}
         self._pictures: Generator[Tensor, None, None] | None = None
         self._next = -1  # the step whose images come next out of there
-        count = len(self._samples(0))
+        count = len(self.samples(0))
         if count < 2:
             raise CrossguardError(f"{show(data, short=True)} has {count} training images; at least 2 are needed")
         self.size = min(recipe.batch, count)
@@ -155,19 +155,28 @@ class Feed:
         """Images as they are, without augmentation, in groups that are the same whenever they are asked for: those of
         the samples of this step's epoch that hold one of the missing, or all. Their noise belongs to the image
         alone."""
-        samples = self._samples(step // self.per_epoch)
+        samples = self.samples(step // self.per_epoch)
         for first in range(0, len(samples), self.size):
             group = samples[first : first + self.size]
             if missing is None or not missing.isdisjoint(group):
                 images = in_floats(self._stacked([self.data.image(index) for index in group]).to(self.device))
                 yield Batch(images, keys((self.data.id(index) for index in group), self.recipe.seed, "once"), group)
 
+    @property
+    def comes_again(self) -> bool:
+        """Whether this process meets the very same images in several epochs."""
+        return self.recipe.augment is None and self.group.world == 1 and self.total > self.per_epoch
+
+    def pictures(self, indices: Sequence[int]) -> Images:
+        """The images of these samples as they are, without augmentation."""
+        return in_floats(self._stacked(self.data.load(indices)).to(self.device))
+
     def _share(self, chosen: list[int]) -> list[int]:
         """This process's part of a batch; the parts follow each other, as the gathered embeddings do."""
         share = len(chosen) // self.group.world
         return chosen[share * self.group.rank : share * (self.group.rank + 1)]
 
-    def _samples(self, epoch: int) -> list[int]:
+    def samples(self, epoch: int) -> list[int]:
         """The samples of an epoch: all, or `shots` of each class, with `fresh_shots` the next ones in each epoch."""
         if self._ranked is None:
             return list(range(len(self.data)))
@@ -178,7 +187,7 @@ class Feed:
     def _order(self, epoch: int) -> list[int]:
         """The samples of an epoch, shuffled."""
         if epoch not in self._orders:
-            samples = self._samples(epoch)
+            samples = self.samples(epoch)
             order = ("order", epoch, self.name) if self.name else ("order", epoch)
             generator = torch.Generator().manual_seed(derive(self.recipe.seed, *order))
             places = torch.randperm(len(samples), generator=generator).tolist()

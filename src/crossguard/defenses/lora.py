@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crossguard.data import Prompts
 from crossguard.defenses.parts import Trainable
@@ -64,6 +64,13 @@ class LoRA(Trainable):
         if not chosen:
             told = ", ".join(sorted({name.rpartition(".")[2] for name in _linear(model, self.towers)}))
             raise CrossguardError(f"no linear layer is called {' or '.join(self.layers)}; there are {told or 'none'}")
+        name, sides = max(((name, _sides(model.get_submodule(name))) for name in chosen), key=lambda one: min(one[1]))
+        if self.rank > min(sides):
+            raise CrossguardError(
+                f"LoRA(rank={self.rank}) is low for no layer: the largest, {name}, is {sides[0]} by {sides[1]}, and a "
+                f"change of rank {min(sides)} is any change of it; give a rank far below, such as "
+                f"rank={max(1, min(sides) // 8)}, or train all weights with Towers()"
+            )
         config = peft.LoraConfig(
             r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
@@ -73,6 +80,24 @@ class LoRA(Trainable):
             torch.manual_seed(derive("LoRA", seed))
             peft.inject_adapter_in_model(config, model)
         return network.eval()
+
+    def doubts(self, network: DualEncoder) -> list[str]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        sides = {
+            name: _sides(layer.get_base_layer())
+            for name, layer in network.stock.named_modules()
+            if isinstance(layer, BaseTunerLayer)
+        }
+        high = [name for name, both in sides.items() if self.rank > min(both)]
+        if not high:
+            return []
+        least = min(high, key=lambda name: min(sides[name]))
+        return [
+            f"LoRA(rank={self.rank}) is not low for {len(high)} of its {len(sides)} layers, and has more numbers there "
+            f"than it needs: {least} is {sides[least][0]} by {sides[least][1]}; give rank={min(sides[least])} or less, "
+            "or name larger layers"
+        ]
 
     def save(self, network: DualEncoder, folder: Path) -> None:
         peft, model = _peft(), network.stock
@@ -108,6 +133,13 @@ def _linear(model: nn.Module, towers: tuple[str, ...]) -> Iterator[str]:
         single = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
         if (dense or single) and ("image" if name.startswith("vis") else "text") in towers:
             yield name
+
+
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    """The outputs and inputs of a layer that is a matrix."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]
 
 
 def _merge(model: nn.Module) -> None:

@@ -39,6 +39,15 @@ class Trainable(ABC):
             CrossguardError: the part does not fit this network or these classes; it says what would do.
         """
 
+    def doubts(self, network: DualEncoder) -> list[str]:
+        """What is to be feared of training it, each a sentence with its remedy; said before the first step.
+
+        Args:
+            network: what `attach` returned.
+        """
+        del network
+        return []
+
     @abstractmethod
     def save(self, network: DualEncoder, folder: Path) -> None:
         """Writes what was learned into the folder, as safetensors.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -311,12 +311,12 @@ class Plan(Word, ABC):
         first: its labels and class prompts are those of the training, and its passes are the epochs."""
         return {"": data}
 
-    def modules(self, width: int) -> Mapping[str, nn.Module]:
+    def modules(self, width: Callable[[], int]) -> Mapping[str, nn.Module]:
         """Modules that are trained beside the part and thrown away at the end, such as the discriminator of a domain.
         Torch's generator follows from the seed where this is called.
 
         Args:
-            width: the number of dimensions of an embedding.
+            width: says how many dimensions an embedding has; the model is asked for that where this is called.
         """
         del width
         return {}

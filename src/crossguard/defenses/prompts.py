@@ -194,6 +194,9 @@ class Combined(Trainable):
             network = part.attach(network, prompts, seed)
         return network
 
+    def doubts(self, network: DualEncoder) -> list[str]:
+        return [doubt for part in self.parts for doubt in part.doubts(network)]
+
     def save(self, network: DualEncoder, folder: Path) -> None:
         listed = prompts(network)
         own = listed[len(listed) - sum(isinstance(part, Prompt) for part in self.parts) :]

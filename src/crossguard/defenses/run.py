@@ -32,7 +32,7 @@ from crossguard.defenses.card import Trained, card
 from crossguard.defenses.feed import Feed
 from crossguard.defenses.plan import Plan
 from crossguard.defenses.step import Learner
-from crossguard.defenses.terms import TEXT
+from crossguard.defenses.terms import IMAGE, STUDENT, TEXT
 from crossguard.defenses.validation import ROBUST, draw
 from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
@@ -244,6 +244,7 @@ class Run:
                 f"{show(self.model, short=True)} reads, and their ends are not seen; give shorter ones, or a base "
                 "whose tokenizer knows their words, such as Fresh(tokenizer=...)"
             )
+        notes += [*self.recipe.trains.doubts(network), *self._unseen()]
         for name, teacher in self.learner.teachers.items():
             if isinstance(teacher, VisionLanguageModel):
                 self._check_teacher(name, teacher, some)
@@ -260,6 +261,21 @@ class Run:
             )
         attacks = {one.attack: None for stage in self.learner.stages for one in stage.adversaries}
         return [*notes, *(doubt for attack in attacks for doubt in doubts(attack, strings))]
+
+    def _unseen(self) -> list[str]:
+        """Of the towers whose weights are to be trained, those that no loss sees anything of. What prompts have learned
+        is left out: it may reach the other tower."""
+        towers = {need.tower for stage in self.learner.stages for need in stage.needs if need.who == STUDENT}
+        seen, notes = {TEXT if tower == TEXT else IMAGE for tower in towers}, list[str]()
+        for tower, named in self.learner.network.towers().items():
+            lost = sum(one.numel() for name, one in named.items() if one.requires_grad and name[:6] != "prompt")
+            if tower in (IMAGE, TEXT) and tower not in seen and lost:
+                notes.append(
+                    f"no loss of {type(self.recipe).__name__} sees {tower}s as the trained model embeds them, so its "
+                    f"{tower} tower stays as it is, though trains={show(self.recipe.trains, short=True)} names "
+                    f"{lost:,} numbers of it; train the other tower alone, or with a recipe that sees both"
+                )
+        return notes
 
     def _check_teacher(self, name: str, teacher: VisionLanguageModel, some: Sequence[str]) -> None:
         """Raises where a teacher cannot be asked about these classes."""
@@ -572,18 +588,18 @@ def _other_run(folder: Path) -> str:
 @contextmanager
 def _owned(folder: Path) -> Iterator[Note]:
     """One training run a folder at a time; a second one waits."""
-    made = not folder.exists()
+    before = {path.name for path in folder.iterdir()} if folder.is_dir() else None
     with owned(folder, "trains") as note:
         try:
             yield note
         except CrossguardError:
             with suppress(OSError):
-                there = list(folder.iterdir())
-                kept = [path.name for path in there if path.name != "log.txt" and not path.name.startswith(LOCK)]
-                if made and not kept:  # refused before the first step
-                    for path in there:
+                new = [path for path in folder.iterdir() if path.name not in (before or ())]
+                if all(path.name == "log.txt" or path.name.startswith(LOCK) for path in new):  # no step was taken
+                    for path in new:
                         path.unlink()
-                    folder.rmdir()
+                    if before is None:
+                        folder.rmdir()
             raise
 
 
@@ -643,7 +659,8 @@ def _board(folder: Path, main: bool, start: int) -> Iterator[Any]:
 
 class _Board:
     """A file of scalars for TensorBoard. The writer that comes with it has a thread of its own, which prints a
-    traceback where its folder is gone or the disk is full; here, what cannot be written is left out.
+    traceback where its folder is gone or the disk is full; here, what cannot be written is left out. The file is made
+    when there is something to write, so that a training that is refused in its first step leaves none.
 
     Args:
         start: how many steps were taken before; what another run wrote of later ones is shown no more.
@@ -656,27 +673,35 @@ class _Board:
         events: Any = event_pb2  # their classes are made when they are imported, which no type checker sees
         summaries: Any = summary_pb2
         self._event, self._summary = events.Event, summaries.Summary
+        self._folder, self._opens = folder, True
         self._file = self._records = None
+        self._records_of: Any = RecordWriter
         self._flushed = time.time()
-        try:
-            folder.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
-            self._file = (folder / name).open("wb")
-        except OSError:
-            return
-        self._records = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
+        self._first: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
         if start:
-            log = events.SessionLog(status=events.SessionLog.START)
-            self._write(step=start + 1, session_log=log)
+            self._first.append({"step": start + 1, "session_log": events.SessionLog(status=events.SessionLog.START)})
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
+        if self._opens:
+            self._open()
         self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=name, simple_value=value)]))
 
     def close(self) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
+
+    def _open(self) -> None:
+        self._opens = False
+        try:
+            self._folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+            self._file = (self._folder / name).open("wb")
+        except OSError:
+            return
+        self._records = self._records_of(self._file)
+        for content in self._first:
+            self._write(**content)
 
     def _write(self, **content: Any) -> None:
         if self._file is None or self._records is None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from crossguard.attacks.base import ImageAttack, ImageVictim, TextAttack
+from crossguard.defenses import recall
 from crossguard.defenses.feed import Batch, Feed, Texts
 from crossguard.defenses.plan import VANILLA, Adversary, Plan, Stage
+from crossguard.defenses.recall import Recall
 from crossguard.defenses.terms import CLEAN, IMAGE, PATCHES, SELF, START, STUDENT, TEXT, Head, Need, Seen, Spot
 from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, frozen
@@ -35,6 +37,7 @@ class Inputs:
         texts: by the name of the view and by what they are over.
         paths: the images along the way of each attack whose gradients leak.
         known: what teachers have already said to these images.
+        once: these images are asked about once in the training, and nothing of them is kept for later epochs.
     """
 
     batches: dict[str, Batch]
@@ -42,6 +45,7 @@ class Inputs:
     texts: dict[tuple[str, str], list[str]]
     paths: list[tuple[Adversary, list[Images]]] = field(default_factory=list)
     known: dict[Need, Tensor] = field(default_factory=dict)
+    once: bool = False
 
     @property
     def batch(self) -> Batch:
@@ -65,7 +69,7 @@ class Learner:
         self.network = recipe.trains.attach(network, main.prompts, recipe.seed).to(main.device).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(recipe.seed, "modules"))
-            self.modules = nn.ModuleDict(recipe.modules(_width(self.network))).to(main.device)
+            self.modules = nn.ModuleDict(recipe.modules(partial(_width, self.network))).to(main.device)
         self.whole = nn.ModuleDict({"network": self.network, "beside": self.modules})
         self.trained = {name: one for name, one in self.whole.named_parameters() if one.requires_grad}
         if not self.trained:
@@ -81,6 +85,7 @@ class Learner:
         self.average: dict[str, Tensor] | None = None
         self.best: dict[str, Tensor] | None = None
         self._banks: dict[Adversary, dict[int, dict[Need, Tensor]]] = {}
+        self._recalls: dict[tuple[Need, ...], Recall] = {}
         self.begin(0)
 
     def _check_widths(self) -> None:
@@ -360,7 +365,7 @@ class Learner:
         with torch.no_grad():
             for who in sorted({need.who for need in needs} - {STUDENT, SELF}):
                 new = tuple(need for need in needs if need.who == who and need not in inputs.known)
-                inputs.known.update(self._embedded(new, inputs))
+                inputs.known.update(self._taught(new, inputs))
             found |= {need: inputs.known[need] for need in needs if need in inputs.known}
             mine = [need for need in needs if need.who == SELF]
             same = {need: Need(need.tower, need.view, STUDENT, need.over) for need in mine}
@@ -373,6 +378,22 @@ class Learner:
         places = {over: one.whole if learns else one.place for over, one in texts}
         known = {over: place for over, place in places.items() if place is not None}
         return Seen(found, self._heads, known, dict(self.modules.items()), student)
+
+    def _taught(self, needs: Sequence[Need], inputs: Inputs) -> dict[Need, Tensor]:
+        """What a teacher says of the views. What it says of clean images is kept where they come again."""
+        found: dict[Need, Tensor] = {}
+        shown = [need for need in needs if need.tower != TEXT and need.view.rpartition(":")[2] == CLEAN]
+        for view in dict.fromkeys(need.view for need in ([] if inputs.once else shown)):
+            mine = tuple(need for need in shown if need.view == view)
+            if mine not in self._recalls:
+                room = recall.ROOM - sum(one.size for one in self._recalls.values())
+                self._recalls[mine] = Recall(self.feeds[mine[0].feed], room)
+
+            def ask(images: Images, mine: tuple[Need, ...] = mine) -> dict[Need, Tensor]:
+                return self._embedded(mine, replace(inputs, images={mine[0].view: images}))
+
+            found |= self._recalls[mine](inputs.batches[mine[0].feed], ask)
+        return found | self._embedded(tuple(need for need in needs if need not in found), inputs)
 
     def _embedded(self, needs: Sequence[Need], inputs: Inputs) -> dict[Need, Tensor]:
         """What one of those who encode makes of the views. All views of one size go through a tower in one forward."""
@@ -473,7 +494,8 @@ class Learner:
         bank = self._banks.setdefault(one, {})
         indices = inputs.batches[Need(IMAGE, one.makes).feed].indices
         for batch in feed.still(step, set(indices) - bank.keys()):
-            alone = Inputs({**inputs.batches, Need(IMAGE, one.makes).feed: batch}, {one.of: batch.images}, {})
+            batches = {**inputs.batches, Need(IMAGE, one.makes).feed: batch}
+            alone = Inputs(batches, {one.of: batch.images}, {}, once=True)
             alone.images[one.makes] = self._attacked_images(one, alone)
             with torch.no_grad():
                 found = {need: self._embedded((need,), alone)[need] for need in needs}

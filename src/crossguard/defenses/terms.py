@@ -83,6 +83,7 @@ class Seen:
             has no labels.
         modules: the modules that a recipe trains beside the part, by their names (`Recipe.modules`).
         student: who is meant by 'student': somebody else, where an adversary attacks another network.
+        made: what terms have made of all this, for each other (`once`).
     """
 
     found: Mapping[Need, Tensor]
@@ -90,6 +91,7 @@ class Seen:
     places: Mapping[str, Labels] = field(default_factory=dict)
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     student: str = STUDENT
+    made: dict[object, Tensor] = field(default_factory=dict)
 
     def image(self, view: str = CLEAN, who: str = STUDENT) -> Embeddings:
         """Raw embeddings of the images of a view, one row for each."""
@@ -144,14 +146,20 @@ class Seen:
 
     def replaced(self, found: Mapping[Need, Tensor]) -> Seen:
         """The same with other embeddings for some needs."""
-        return replace(self, found={**self.found, **found})
+        return replace(self, found={**self.found, **found}, made={})
+
+    def once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, made when it is first asked for under this key: for what several terms share."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     def at(self, rows: Tensor, tower: str) -> Seen:
         """The same for some of the texts, or else for some of the images (a mask or indices)."""
         texts = tower == TEXT
         found = {need: one[rows] if (need.tower == TEXT) == texts else one for need, one in self.found.items()}
         places = self.places if texts else {over: one[rows] for over, one in self.places.items()}
-        return replace(self, found=found, places=places)
+        return replace(self, found=found, places=places, made={})
 
     def __getitem__(self, need: Need) -> Tensor:
         need = need.by(self.student)
