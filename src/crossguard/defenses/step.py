@@ -206,7 +206,8 @@ class Learner:
         if not all(term.sieve() for term in terms) or any(need.view != CLEAN for need in needs):
             return True
         texts = {(CLEAN, over): one.texts for over, one in feed.texts(0).items()}
-        seen = (self._seen(needs, Inputs({"": batch}, {CLEAN: batch.images}, texts)) for batch in feed.still(0))
+        groups = (Inputs({"": batch}, {CLEAN: batch.images}, texts, once=True) for batch in feed.still(0))
+        seen = (self._seen(needs, inputs) for inputs in groups)
         return any(bool(term.counted(one).any()) for one in seen for term in terms)
 
     def take(self, step: int) -> dict[str, float]:
