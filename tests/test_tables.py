@@ -367,6 +367,26 @@ def test_published_numbers_stand_beside_ours(grid: Path, asked: list[dict[str, A
     assert [mark(number) for number in (0, 25, 26, 27)] == ["a", "z", "aa", "ab"]
 
 
+def test_a_file_may_hold_more_grids(grid: Path) -> None:
+    before = Experiment.load(grid)
+    text = grid.read_text()
+    grid.write_text(f"{text}\n[[more]]\nattack = {{ 'PGD-7' = 'PGD(steps=7)' }}\nmodel = {{ base = \"Tiny()\" }}\n")
+    wanted = Experiment.load(grid)
+    assert wanted.grid == before.grid and [set(one["model"]) for one in wanted.more] == [{"base"}]
+    assert wanted.more[0]["budget"] == before.grid["budget"] and wanted.more[0]["task"] == before.grid["task"]
+    added = [cell for cell in wanted.cells() if cell.key not in {cell.key for cell in before.cells()}]
+    assert [cell.label for cell in added] == ["base, PGD-7"] and added[0].words["attack"].steps == 7
+    for more, message in (
+        ("[[more]]\nmodel = { base = 'TinyViT()' }", "model 'base' is one word in one grid and another in the next"),
+        ("[[more]]\nmodle = 'Tiny()'", "more has an unknown key 'modle'; did you mean 'model'?"),
+        ("more = 3", "more must be tables [[more]] of axes, not 3"),
+        ("[[more]]\nattack = 'PDG()'", "unknown name 'PDG'"),
+    ):
+        grid.write_text(f"{more}\n{text}" if "=" in more.partition("\n")[0] else f"{text}\n{more}\n")
+        with pytest.raises(CrossguardError, match=re.escape(message)):
+            Experiment.load(grid)
+
+
 def test_claims_are_judged_below_the_table(grid: Path, asked: list[dict[str, Any]]) -> None:
     grid.write_text(grid.read_text() + PAPER)
     lines = call("run", "grid.toml", "--out", "out").stdout.splitlines()

@@ -146,7 +146,8 @@ class Experiment:
         table of label = word; and seed, limit, batch, draws, device, dtype. Task and model must be there. A table `let`
         may give names to words, which the words after it may use; `words` lists Python files of words of one's own,
         beside the file; a table `published` holds [value, source] by the labels of a cell, and a table `claims` words
-        such as Above('TeCoA, PGD-10', 'undefended, PGD-10').
+        such as Above('TeCoA, PGD-10', 'undefended, PGD-10'). Each table `[[more]]` adds the cells of another grid,
+        which has the axes of the first one but for those that it gives itself.
 
         Args:
             trust: run the code of the files that `words` lists. Without, each of them must have been named by hand
@@ -157,7 +158,7 @@ class Experiment:
             content = read_toml(path, "give a TOML file with the keys task and model")
         except Missing:
             raise CrossguardError(f"there is no experiment file {path}") from None
-        known = ("words", "let", "sweep", *_KINDS, *_SETTINGS, *_PLACES, "published", "claims")
+        known = ("words", "let", "sweep", *_KINDS, *_SETTINGS, *_PLACES, "more", "published", "claims")
         for name in content:
             if name not in known:
                 near = words.nearest(name, known)
@@ -175,7 +176,11 @@ class Experiment:
         places = {name: _text(path, name, content[name]) for name in _PLACES if name in content}
         sweep = _sweep(path, content.get("sweep"))
         named = _let(path, content.get("let", {}), sweep)
-        grid = {kind: _axis(path, kind, content.get(kind, "None"), named, sweep) for kind in _KINDS}
+        grid, *more = [
+            {kind: _axis(path, kind, one.get(kind, "None"), named, sweep) for kind in _KINDS}
+            for one in _grids(path, content)
+        ]
+        _check_labels(path, (grid, *more))
         return Experiment(
             grid=grid,
             seed=settings.get("seed", 0),
@@ -185,6 +190,7 @@ class Experiment:
             dtype=places.get("dtype"),
             source=str(path),
             draws=settings.get("draws", 1),
+            more=tuple(more),
             published=_published(path, content.get("published", {})),
             claims=_claims(path, content.get("claims", {}), named.each[0]),
             sweep=swept(str(path), sweep),
@@ -623,8 +629,8 @@ def _check_names(path: Path, content: Mapping[str, Any]) -> None:
     """Refuses a misspelt name in any word of the file before anything is loaded; other mistakes are found later."""
     let, over = content.get("let", {}), content.get("sweep", {})
     named = [name for table in (let, over) if isinstance(table, dict) for name in table]
-    for kind in ("let", *_KINDS, "claims"):
-        value = content.get(kind, ())
+    grids = [(kind, grid.get(kind, ())) for grid in _grids(path, content) for kind in _KINDS]
+    for kind, value in (("let", let), *grids, ("claims", content.get("claims", ()))):
         for text in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(text, str):
                 try:
@@ -686,6 +692,33 @@ def _leads(wanted: Sequence[str], labels: Mapping[str, set[str]]) -> bool:
         for own, held in labels.items()
         if axis in ("", own)
     )
+
+
+def _grids(path: Path, content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The axes of each grid, as the file says them: those of the file, and those of each table `[[more]]`, which has
+    the rest from there."""
+    listed = content.get("more", [])
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise CrossguardError(f"{path}: more must be tables [[more]] of axes, not {shortly(listed)}")
+    for name in (name for one in listed for name in one):
+        if name not in _KINDS:
+            raise CrossguardError(
+                f"{path}: more has an unknown key {shortly(name)}{words.nearest(name, _KINDS)} "
+                f"(keys: {', '.join(_KINDS)})"
+            )
+    return [content, *({**content, **one} for one in listed)]
+
+
+def _check_labels(path: Path, grids: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+    """Raises where a label stands for one word in one grid and for another in the next."""
+    for kind in _KINDS:
+        known: dict[str, Any] = {}
+        for label, word in (pair for grid in grids for pair in grid[kind].items()):
+            if known.setdefault(label, word) != word:
+                raise CrossguardError(
+                    f"{path}: {kind} {shortly(label)} is one word in one grid and another in the next; give each a "
+                    "label of its own"
+                )
 
 
 def _published(path: Path, value: object) -> dict[str, tuple[float, str]]:
