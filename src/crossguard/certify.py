@@ -36,11 +36,10 @@ from crossguard.models.base import VisionLanguageModel
 from crossguard.models.smoothing import Smoothed
 from crossguard.opening import evaluating
 from crossguard.printing import progress_bar
-from crossguard.processes import joined, leads
+from crossguard.processes import Processes, joined, leads
 from crossguard.reading import read_json
 from crossguard.report import Rate, key, shortened
 from crossguard.seeds import derive, drawing, fold, normal
-from crossguard.shapes import Embeddings, Logits
 from crossguard.table import in_markdown
 from crossguard.tasks.base import Task, finite
 from crossguard.tasks.zero_shot import ZeroShot
@@ -217,14 +216,16 @@ def certify(
 
     The certificate is that of the vote over *all* noise, not of the 100 draws by which `Smoothed` itself answers. It is
     wrong of an image with a probability of `alpha` at most, over the draws. It is about real numbers and normal noise;
-    here both are rounded to float32. The noise of an image follows from its pixels and the seed, so neither batches,
-    order, limit nor the class list change it.
+    here both are float32, and the noise of a pixel, made of 24 bits, ends at 5.8 standard deviations. The noise of an
+    image follows from its pixels and the seed, so neither batches, order, limit nor the class list change it. A model
+    that tells the images of a batch apart by its neighbors is no function of an image, and has no certificate.
 
     What noisy images are taken for is read off their embeddings. With `out`, these are kept, and another class list
-    over the same images asks no image tower; `samples` x width x 4 bytes for each image. More `samples` later add
-    draws to those that are there: decide on their number before you look, since who adds draws until an image is
-    certified spends `alpha` more than once. So does who chooses prompts by what is certified. Around another defense
-    an answer may hang on more than an embedding: then the class of each draw is kept, for this class list.
+    over the same images asks no image tower; that takes 4 bytes for each number of an embedding, 2 MB for an image with
+    1,100 draws of 512 numbers. More `samples` later add draws to those that are there: decide on their number before
+    you look, since who adds draws until an image is certified spends `alpha` more than once. So does who chooses
+    prompts by what is certified. Around another defense an answer may hang on more than an embedding: then the class of
+    each draw is kept, for this class list.
 
     Args:
         model: a `Smoothed`; its `draws` take no part.
@@ -251,20 +252,26 @@ def certify(
     asked |= {"samples": str(samples), "guesses": str(guesses), "alpha": repr(alpha)}
     folder = None if out is None else Path(out)
     path = None if folder is None else folder / f"{key(asked)}.json"
-    if path is not None and path.is_file():
-        return Certified.load(path)
     if not len(task):
         raise CrossguardError(f"{show(task, short=True)} has no samples")
-    if folder is not None:
-        files.make_writable(folder)
-    told = progress_bar("certifying") if progress in (None, True) and leads() else nullcontext(progress)
-    with told as telling:
-        made = _certify(
-            task, model, asked, samples, guesses, alpha, limit, seed, batch, folder, embeddings,
-            telling if callable(telling) else None,
-        )  # fmt: skip
-    if path is not None and joined().first:
-        made.save(path)
+    group = joined()
+    with group.meeting():
+        if group.tell(path is not None and path.is_file()):
+            assert path is not None
+            return Certified.load(path)
+        if folder is not None:
+            with group.together():
+                files.check_writable(folder)
+        told = progress_bar("certifying") if progress in (None, True) and leads() else nullcontext(progress)
+        with told as telling:
+            made = _certify(
+                task, model, asked, samples, guesses, alpha, limit, seed, batch, folder, embeddings,
+                telling if callable(telling) else None, group,
+            )  # fmt: skip
+        if path is not None:
+            with group.together():
+                if group.first:
+                    made.save(path)
     return made
 
 
@@ -314,8 +321,9 @@ def _certify(
     out: Path | None,
     embeddings: bool,
     progress: Callable[[int, int], None] | None,
+    group: Processes,
 ) -> Certified:
-    indices, group = task.chosen(limit), joined()
+    indices = task.chosen(limit)
     trial = task.prepare(model, None, None, None, indices, seed)
     assert trial.prompts is not None
     prompts = trial.prompts[0]
@@ -442,7 +450,8 @@ class _Voters:
         self.seconds += seconds
         if self.reads is None:
             return known[:draws].long()
-        return torch.cat([_taken_for(self.reads, part) for part in known[:draws].split(_READ_AT_ONCE)])
+        parts, device = known[:draws].split(_READ_AT_ONCE), self.model.device
+        return torch.cat([finite(self.reads(part.to(device))).argmax(1).cpu() for part in parts])
 
     def _ask(self, image: Tensor, noise: int, first: int, last: int) -> Iterator[Tensor]:
         """The embeddings of the copies from number `first` to `last`, or their classes."""
@@ -476,10 +485,6 @@ class _Voters:
         if self.folder is not None:
             told = self.about | {"seconds": f"{seconds:.3f}", "digest": _digest(draws)}
             files.save_tensors(self.folder / f"{name}.safetensors", {"draws": draws.contiguous()}, told)
-
-
-def _taken_for(read: Callable[[Embeddings], Logits], embeddings: Tensor) -> Tensor:
-    return finite(read(embeddings)).argmax(1).cpu()
 
 
 def _digest(tensor: Tensor) -> str:
