@@ -28,6 +28,7 @@ from crossguard import (
     show,
     token_statistics,
 )
+from crossguard.checkpoints import fingerprint
 from crossguard.errors import CrossguardError
 from crossguard.models.alignment import ImageTokens
 from crossguard.models.base import Checkpoint, DualEncoder
@@ -411,6 +412,24 @@ def test_a_folder_of_prompts_and_weights_is_both(bases: dict[str, Checkpoint], t
     assert short.model(path) == f"PromptTuned(HuggingFace({path!r}), {path!r})"
     for own, again in zip(said(network), said(PromptTuned(HuggingFace(path), path).network), strict=True):
         assert torch.equal(own, again)
+
+
+def test_a_base_that_was_trained_once_more_is_refused(tmp_path: Path) -> None:
+    """Whose files are where they were. The same weights elsewhere are the same base."""
+    base, again = (HuggingFace(str(save_clip(tmp_path / name, 1))) for name in ("base", "again"))
+    save_prompts(prompts(stirred(made(base, "context"))), tmp_path / "learned")
+    tuned = PromptTuned(base, str(tmp_path / "learned"))
+    before = said(tuned.load())
+    for own, other in zip(before, said(PromptTuned(again, tuned.folder).load()), strict=True):
+        assert torch.equal(own, other)
+    network = base.load()
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] += 1e-3
+    network.save(tmp_path / "base")
+    with pytest.raises(CrossguardError, match="learned for other weights"):
+        tuned.load()
+    record = json.loads((tmp_path / "learned" / "prompts.json").read_text())
+    assert record["base"] == fingerprint(again.load()) != fingerprint(base.load())
 
 
 def test_prompts_of_another_base_are_refused(bases: dict[str, Checkpoint], tmp_path: Path) -> None:

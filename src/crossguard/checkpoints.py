@@ -3,6 +3,7 @@ from."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -167,6 +168,22 @@ def shards(folder: Path) -> list[Path]:
                 f"{index} names {shortly(name)}, which is no file with weights in this folder; fetch all files again"
             )
     return [check_inside(folder / name, folder) for name in sorted(names)]
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A hash of the weights of a network, whatever files they came from, 12 characters long."""
+    whole = hashlib.sha256()
+    add_weights(whole, network)
+    return whole.hexdigest()[:12]
+
+
+def add_weights(whole: hashlib._Hash, network: nn.Module) -> None:
+    """Adds the names, shapes and numbers of all weights to a hash."""
+    held = network.state_dict()
+    for name in sorted(held):
+        value = held[name].detach().cpu()
+        whole.update(f"{name}\0{tuple(value.shape)}\0".encode())
+        whole.update(value.contiguous().numpy().tobytes())
 
 
 def check_finite(network: nn.Module, source: str) -> None:

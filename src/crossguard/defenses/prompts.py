@@ -206,7 +206,7 @@ class Combined(Trainable):
         # A base may have learned prompts too, which were trained with its weights: they are all kept together.
         self.parts[0].save(own[0].inner if own else network, folder)
         if own:
-            save_prompts(listed, folder)
+            save_prompts(listed, folder, alone=False)
 
     def word(self, base: Checkpoint, folder: Path) -> Checkpoint:
         if isinstance(self.parts[0], Prompt):

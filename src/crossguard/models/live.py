@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossguard.checkpoints import add_weights
 from crossguard.errors import CrossguardError
 from crossguard.files import save_tensors, staging
 from crossguard.models.base import Checkpoint, DualEncoder, constant
@@ -244,11 +245,8 @@ def _asked(encoder: DualEncoder, size: tuple[int, int]) -> DualEncoder:
 def _identity(encoder: DualEncoder) -> str:
     """A hash of the weights, in float32, and of how images and texts are read. Functions that hold no weights are known
     by what they answer."""
-    whole, held = hashlib.sha256(), encoder.state_dict()
-    for name in sorted(held):
-        value = held[name].detach().cpu()
-        whole.update(f"{name}\0{tuple(value.shape)}\0".encode())
-        whole.update(value.contiguous().numpy().tobytes())
+    whole = hashlib.sha256()
+    add_weights(whole, encoder)
     if isinstance(encoder, TransformersEncoder | OpenCLIPEncoder):
         whole.update(f"{type(encoder.model).__name__}\0{encoder.preprocess}".encode())
         whole.update(encoder.tokens(PROBES)[0].numpy().tobytes())

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossguard.checkpoints import check_finite, located
+from crossguard.checkpoints import check_finite, fingerprint, located
 from crossguard.errors import CrossguardError
 from crossguard.files import digest, save_tensors, write
 from crossguard.limits import SETTINGS, shortly
@@ -126,7 +126,7 @@ class PromptedEncoder(DualEncoder):
         while isinstance(inner, PromptedEncoder):
             inner = inner.inner
         inner.save(folder)
-        save_prompts(prompts(self), folder)
+        save_prompts(prompts(self), folder, alone=False)
 
 
 def prompts(network: DualEncoder) -> list[PromptedEncoder]:
@@ -138,8 +138,13 @@ def prompts(network: DualEncoder) -> list[PromptedEncoder]:
     return found[::-1]
 
 
-def save_prompts(listed: Sequence[PromptedEncoder], folder: Path) -> None:
-    """Writes these prompts, from the inside out, and not the encoder that they stand around."""
+def save_prompts(listed: Sequence[PromptedEncoder], folder: Path, alone: bool = True) -> None:
+    """Writes these prompts, from the inside out.
+
+    Args:
+        alone: the encoder that they stand around is elsewhere, so its fingerprint is kept; otherwise it was trained
+            with them and lies beside them.
+    """
     told = [{"kind": one.kind, "settings": one.settings} for one in listed]
     numbers = {
         f"{number}.{name}": parameter.detach().float().cpu().contiguous().clone()
@@ -147,7 +152,8 @@ def save_prompts(listed: Sequence[PromptedEncoder], folder: Path) -> None:
         for name, parameter in one.own().items()
     }
     save_tensors(folder / _NUMBERS, numbers)
-    write(folder / _RECORD, json.dumps({"prompts": told}, indent=1))
+    base = {"base": fingerprint(listed[0].inner)} if alone else {}
+    write(folder / _RECORD, json.dumps({**base, "prompts": told}, indent=1))
 
 
 # Pixels
@@ -553,14 +559,19 @@ class _Entry(TypedDict):
     settings: dict[str, Any]
 
 
-class _Record(TypedDict):
+class _Base(TypedDict, total=False):
+    base: str  # the fingerprint of its weights, where it is elsewhere
+
+
+class _Record(_Base):
     prompts: list[_Entry]
 
 
 @dataclass(frozen=True)
 class PromptTuned(Checkpoint):
     """A model with learned prompts: words of texts, tokens of images, a frame of pixels. The folder holds the prompts
-    alone, and the model that they were learned for is the base.
+    alone, and the model that they were learned for is the base. Of that they know the weights by a hash, so that a base
+    that was trained once more is refused.
 
     It is a model like any other: attacks see through the prompts, and defenses stand around it. To attack the base
     instead, without knowing of the prompts, give it as the surrogate.
@@ -588,6 +599,8 @@ class PromptTuned(Checkpoint):
             raise CrossguardError(f"there is no {_NUMBERS} in {self.folder!r}; {_FOLDER}")
         told = read_json(folder / _RECORD, _Record, _FOLDER, SETTINGS)
         network, base = checkpoint(self.base, "PromptTuned").load(), show(self.base, short=True)
+        learned = told.get("base")
+        now = learned and fingerprint(network)
         for entry in told["prompts"]:
             if entry["kind"] not in _KINDS:
                 kind = shortly(entry["kind"])
@@ -597,6 +610,11 @@ class PromptTuned(Checkpoint):
             except CrossguardError as error:
                 raise CrossguardError(f"the prompts of {self.folder!r} do not fit {base}: {error}") from error
         _fill(prompts(network)[-len(told["prompts"]) :] if told["prompts"] else [], folder / _NUMBERS, base)
+        if learned != now:
+            raise CrossguardError(
+                f"the prompts of {self.folder!r} were learned for other weights ({learned}) than {base} has now "
+                f"({now}); give the base that they were learned for, or train them again"
+            )
         check_finite(network, str(folder))
         return network.eval()
 
