@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -32,6 +34,7 @@ from crossguard.answer import counting
 from crossguard.certify import (
     DRAWS,
     PICTURE,
+    TEXT,
     Certificate,
     Certified,
     certify,
@@ -378,6 +381,8 @@ def test_a_table_counts_who_is_right_and_certain() -> None:
     assert "noise of 0.25 is 63.8 levels of 255; 1,000 draws that all agree certify a radius of 0.616" in told
     assert "the 100,000 of the paper 0.953" in told and "with a confidence of 99.9 %" in told
     assert "a radius r holds against changes of r / 55.4: 0.2 against 0.92/255 in each" in told
+    shown = str(replace(made, question={"model": "Smoothed(base=Tiny(), std=0.25, draws=100)"}))
+    assert shown.splitlines()[2].startswith("| Smoothed(Tiny()) | 4 |")
     assert "Linf" not in "\n".join(lines({"a": made_of([(1, 0.3)], pixels=None)}))
     assert "L2 0.5 |" in lines({"a": made})[0] and "L2 1 |" not in lines({"a": made})[0], "within reach"
     assert picture({"a": made, "$b$": made_of([(None, 0.0)])}).startswith(b"\x89PNG")
@@ -400,8 +405,22 @@ def test_the_command_says_what_is_certain_and_goes_on(
     assert "| model | n | vote right | certified, L2 0.05 | abstained | draws | seconds |" in said.out
     assert "| weak | 3 |" in said.out and f"as a picture: {tmp_path / PICTURE}" in said.out
     assert (tmp_path / PICTURE).read_bytes() == b"a picture" and list(drawn[0]) == ["Smoothed(Tiny(), 0.1)", "weak"]
+    assert (tmp_path / TEXT).read_text() in said.out
     results = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
     assert len(results) == 2 and len(list((tmp_path / DRAWS).rglob("*.safetensors"))) == 2 * 3
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+    given = ["certify", "--model", "Smoothed(Tiny(), 0.1)", "--task", "ZeroShot(Scenes('color'))", "--limit", "7"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "crossguard"]
+    shared = [*command, *given, "--samples", "30", "--out", str(tmp_path)]
+    done = subprocess.run(shared, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0 and done.stdout.count("| Smoothed(Tiny(), 0.1) | 7 |") == 1
+    assert done.stderr.count("910 images went through an image tower now") == 1
+    (result,) = tmp_path.glob("*.json")
+    alone = certify("ZeroShot(Scenes('color'))", "Smoothed(Tiny(), 0.1)", samples=30, limit=7)
+    assert Certified.load(result).images == alone.images
 
 
 @pytest.mark.parametrize(

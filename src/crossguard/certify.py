@@ -48,7 +48,7 @@ from crossguard.words import contents, given, show, within
 
 GUESSES, SAMPLES, ALPHA = 100, 100_000, 0.001  # of the paper
 QUICK = 1_000  # draws that are counted unless told otherwise
-PICTURE, DRAWS = "certified.png", "draws"
+PICTURE, TEXT, DRAWS = "certified.png", "certified.md", "draws"
 RADII = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the table
 
 _READ_AT_ONCE = 4096  # embeddings that are compared with all classes
@@ -110,6 +110,9 @@ class Certified:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __str__(self) -> str:
+        return "\n".join(lines({shortened(self.question.get("model", "")): self}))
 
     def at(self, radius: float) -> Rate:
         """Certified accuracy: of how many images the right class is certified against every perturbation of this L2

@@ -721,7 +721,7 @@ def certify_command(
     named = _labelled("--model", model)
     text = _task(task, data)
     _check_names({"--task": text})
-    from crossguard.certify import PICTURE, certify, check_smoothed, checked_alpha, checked_radii, lines, picture
+    from crossguard.certify import PICTURE, TEXT, certify, check_smoothed, checked_alpha, checked_radii, lines, picture
 
     chosen = {label: _read("--model", "model", word) for label, word in named.items()}
     chosen_task = _read("--task", "task", text)
@@ -742,6 +742,7 @@ def certify_command(
                 raise
     if leads():
         files.write(out / PICTURE, picture(found))
+        files.write(out / TEXT, "\n".join(lines(found, radius)) + "\n")
         asked = sum(one.asked for one in found.values())
         say(f"{asked:,} images went through an image tower now; what was said to noise before was kept")
         _print("\n".join(lines(found, radius)))
