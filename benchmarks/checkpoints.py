@@ -23,6 +23,13 @@ def both(folder: Path) -> HuggingFace:
     return _clip(folder, tower, tower, 112, 128)
 
 
+def both_b32(folder: Path) -> HuggingFace:
+    """A CLIP with two towers of the size of those of ViT-B/32, for images of 224 pixels."""
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    image = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return _clip(folder, text, image | {"patch_size": 32}, 224, 512)
+
+
 def _clip(folder: Path, text: dict[str, int], image: dict[str, int], size: int, dimensions: int) -> HuggingFace:
     import transformers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -33,7 +40,7 @@ def _clip(folder: Path, text: dict[str, int], image: dict[str, int], size: int, 
             "vocab_size": len(tokenizer), "max_position_embeddings": 77, "eos_token_id": tokenizer.sep_token_id,
             "bos_token_id": tokenizer.cls_token_id, "pad_token_id": tokenizer.pad_token_id,
         },
-        vision_config=image | {"image_size": size, "patch_size": 16},
+        vision_config={"patch_size": 16} | image | {"image_size": size},
         projection_dim=dimensions,
     )  # fmt: skip
     torch.manual_seed(0)
