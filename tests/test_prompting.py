@@ -60,6 +60,8 @@ RECIPES: dict[str, Recipe] = {
     "FAP": FAP(**FEW, shots=None, trains=Coupled(depth=2)),
     "CAVP": CAVP(**FEW, trains=ClassFrames(4)),
 }
+PERTURBED = APT(**FEW, shots=None, perturbed=5.0, trains=Context(tokens=4))
+EVERY: dict[str, Recipe] = {**RECIPES, "APT perturbed": PERTURBED}
 MMCOA = MMCoA(
     steps=2, batch=8, optimizer=SGD(lr=0.01, momentum=0.0), image_attack=STRONG, budget=Both(Linf(16 / 255), Words(1))
 )
@@ -214,23 +216,60 @@ def test_a_step_is_the_published_loss(name: str, base: Checkpoint, tmp_path: Pat
             assert torch.equal(tensor, state[key.replace("inner.", "")]), key
 
 
+def test_words_climb_beside_the_images_and_are_put_back(base: Checkpoint, tmp_path: Path) -> None:
+    """APT, 'perturbed': of each step's cross-entropy the images take the sign of the gradient, and the words a plain
+    step up the gradient of the mean; the student then descends with the words as they were."""
+    learner = started(PERTURBED, base, tmp_path).learner
+    network: Any = copy.deepcopy(learner.network)
+    (words,) = (one for one in network.parameters() if one.requires_grad)
+    before = words.detach().clone()
+    inputs = learner.views(0)
+    clean, labels, budget = inputs.images["clean"], inputs.batch.texts[CLASSES].place, Linf(16 / 255)
+    assert labels is not None
+    bad = budget.project(clean + budget.sample(inputs.batch.seeds, clean), clean)
+    for _ in range(3):
+        bad = bad.detach().requires_grad_(True)
+        logits = network.scale * unit(network.encode_image(bad)) @ unit(network.encode_text(PROMPTS)).T
+        up, way = torch.autograd.grad(F.cross_entropy(logits, labels), (bad, words))
+        with torch.no_grad():
+            bad = budget.project(bad + 0.5 * budget.eps * up.sign(), clean)
+            words += 5.0 * way
+    made = inputs.images["adversarial"]
+    assert float((made - bad).abs().gt(1e-6).float().mean()) < 0.01  # but where a gradient is zero up to rounding
+    plain = started(replace(PERTURBED, perturbed=0.0), base, tmp_path / "plain").learner.views(0)
+    assert float((made - plain.images["adversarial"]).abs().gt(1e-6).float().mean()) > 0.03
+    (kept,) = learner.trained.values()
+    assert torch.equal(kept, before) and kept.requires_grad and not torch.equal(kept, words)
+    assert all(one.grad is None for one in learner.network.parameters())
+
+
+def test_what_cannot_climb_beside_the_images_is_refused() -> None:
+    with pytest.raises(CrossguardError, match="constant=True"):
+        replace(PERTURBED, constant=True)
+    for attack in (PGD(), replace(STRONG, restarts=2), replace(STRONG, best=True)):
+        with pytest.raises(CrossguardError, match="all images must take each step together"):
+            replace(PERTURBED, image_attack=attack)
+    with pytest.raises(CrossguardError, match="ascends=-1"):
+        replace(PERTURBED, perturbed=-1.0)
+
+
 QUICK = ("AdvPT", "FAP", "MMCoA: several")
 CONTRACTS = [
     pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-    for name in [*RECIPES, "MMCoA: LoRA", "MMCoA: several"]
+    for name in [*EVERY, "MMCoA: LoRA", "MMCoA: several"]
 ]
 
 
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_recipes_keep_the_contract(name: str, base: Checkpoint) -> None:
-    recipe = RECIPES[name] if name in RECIPES else replace(MMCOA, trains=PARTS[name.removeprefix("MMCoA: ")])
+    recipe = EVERY[name] if name in EVERY else replace(MMCOA, trains=PARTS[name.removeprefix("MMCoA: ")])
     check_recipe(recipe, base, Blots(count=8))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", EVERY)
 def test_two_processes_take_the_steps_of_one(name: str, base: Checkpoint) -> None:
-    check_recipe(RECIPES[name], base, Blots(count=8), processes=True)
+    check_recipe(EVERY[name], base, Blots(count=8), processes=True)
 
 
 def test_a_bank_is_made_once_and_is_the_same_after_a_kill(

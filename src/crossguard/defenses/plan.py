@@ -11,11 +11,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from crossguard.attacks.base import ImageAttack, TextAttack, spelled
+from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Budget
 from crossguard.data import Dataset
 from crossguard.defenses.optimizers import Adam, Optimizer
 from crossguard.defenses.parts import Towers, Trainable
-from crossguard.defenses.terms import ADVERSARIAL, BATCH, CLEAN, IMAGE, SELF, START, STUDENT, TEXT, Need, Term
+from crossguard.defenses.terms import (
+    ADVERSARIAL,
+    BATCH,
+    CLEAN,
+    IMAGE,
+    SELF,
+    START,
+    STUDENT,
+    TEXT,
+    Need,
+    OverClasses,
+    Term,
+)
 from crossguard.defenses.validation import Validation
 from crossguard.errors import CrossguardError
 from crossguard.models.base import VisionLanguageModel
@@ -72,6 +85,8 @@ class Adversary:
             of it who do not learn: a bank of embeddings, made from the image alone. The student cannot see it.
         leaks: add the gradients of its steps to the update, a fault of released code: there, gradients of parameters
             are cleared before the attack and not after it.
+        ascends: what is trained climbs as well while the attack lasts, and is put back behind it: after each step of
+            the attack a plain gradient step of this rate up the mean over the batch, as in the released code of APT.
     """
 
     attack: ImageAttack | TextAttack
@@ -82,10 +97,18 @@ class Adversary:
     on: str = STUDENT
     once: bool = False
     leaks: bool = False
+    ascends: float = 0.0
 
     def __post_init__(self) -> None:
         self.attack.spends(self.budget)
         name = spelled(self.attack)
+        if not 0.0 <= self.ascends < float("inf"):
+            raise CrossguardError(f"{name}: the rate ascends={self.ascends} is not possible; give 0 or more")
+        if self.ascends and not self._steady:
+            raise CrossguardError(
+                f"what is trained cannot climb beside {name}: all images must take each step together, and against the "
+                "student over classes; give PGD(best=False, stop=False)"
+            )
         if self.climbs.coupled:
             raise CrossguardError(
                 f"{name} cannot climb {type(self.climbs).__name__}, in which the images of a batch depend on each "
@@ -128,6 +151,14 @@ class Adversary:
     @property
     def _texts(self) -> bool:
         return self.tower == TEXT
+
+    @property
+    def _steady(self) -> bool:
+        """Whether each step of the attack is one question about all images, and what it climbs follows from the answer
+        alone."""
+        attack = self.attack
+        steps = isinstance(attack, PGD) and not attack.stop and not attack.best and attack.restarts == 1
+        return steps and self.on == STUDENT and not self.once and isinstance(self.climbs, OverClasses)
 
 
 @dataclass(frozen=True)

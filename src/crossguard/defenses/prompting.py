@@ -110,11 +110,13 @@ class APT(Recipe):
     image tower was trained by TeCoA before.
 
     Numbers of the released code: 4/255 in 3 steps of 2.67/255, SGD 0.002 with a cosine, batch 32, 50 epochs, 16 images
-    of each class, random crops and flips (here `augment`). There, the first epoch has the rate 1e-5. Its third way to
-    attack, in which the words ascend as well, is not here.
+    of each class, random crops and flips (here `augment`). There, the first epoch has the rate 1e-5. Of its three ways
+    to attack, 'onfly' is the default, and the others are switches.
 
     Args:
         constant: attack the model with its own prompts instead, as it was.
+        perturbed: while the images are attacked the words climb as well, by plain gradient steps of this rate, and are
+            put back behind the attack. The code gives the rate no default.
     """
 
     trains: Trainable = Context(tokens=16)
@@ -126,10 +128,18 @@ class APT(Recipe):
     image_attack: ImageAttack = PGD(steps=3, step=2.67 / 4, best=False, stop=False)
     budget: Budget = Linf(4 / 255)
     constant: bool = False
+    perturbed: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.constant and self.perturbed:
+            raise CrossguardError(
+                "APT(constant=True) attacks the model as it was, whose words stay; give perturbed=0.0 or constant=False"
+            )
+        super().__post_init__()
 
     def stages(self) -> tuple[Stage, ...]:
-        loss = OverClasses(ADVERSARIAL, CLEAN)
-        maker = Adversary(self.image_attack, self.budget, loss, on=START if self.constant else STUDENT)
+        loss, on = OverClasses(ADVERSARIAL, CLEAN), START if self.constant else STUDENT
+        maker = Adversary(self.image_attack, self.budget, loss, on=on, ascends=self.perturbed)
         return (self.stage(loss, adversaries=(maker,)),)
 
 

@@ -470,9 +470,17 @@ class Learner:
         assert pixels is not None and isinstance(one.attack, ImageAttack)
         batch, spot, path = inputs.batches[Need(IMAGE, one.makes).feed], Spot(one.spots), list[Images]()
         with frozen(self.whole):
-            rest = self._seen((need for need in one.needs if need not in one.spots), inputs, student=one.on)
+            held = tuple(need for need in one.needs if need not in one.spots)
+            rest = self._seen(held, inputs, student=one.on)
+            asked: Images | None = None  # before, if what is trained is to climb
 
             def answer(images: Images) -> Tensor:
+                nonlocal rest, asked
+                if one.ascends and torch.is_grad_enabled():
+                    if asked is not None:
+                        self._ascend(one, inputs, asked)
+                        rest = self._seen(held, inputs, student=one.on)
+                    asked = images.detach()
                 if one.leaks and torch.is_grad_enabled():
                     path.append(images.detach())
                 found: dict[Need, Tensor] = {}
@@ -482,7 +490,10 @@ class Learner:
                 return one.climbs.outputs(rest.replaced(found), spot)
 
             goal = one.climbs.goal(rest, spot)
+            weights = self._copy() if one.ascends else {}
             made = one.attack(ImageVictim(answer), inputs.images[one.of], goal, pixels, batch.seeds)
+            if one.ascends:
+                self.put(weights)
         if one.leaks:
             inputs.paths.append((one, path))
         return made
@@ -529,15 +540,35 @@ class Learner:
             whole[rank :: self.group.world] = part
         return whole
 
+    def _ascend(self, one: Adversary, inputs: Inputs, images: Images) -> None:
+        """A plain gradient step of what is trained up what an adversary climbs at these images, the mean over the
+        batch."""
+        for parameter in self._ordered:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                value = one.climbs.value(self._along(one, inputs, images))
+                found = torch.autograd.grad(value, self._ordered, allow_unused=True, materialize_grads=True)
+        finally:
+            for parameter in self._ordered:
+                parameter.requires_grad_(False)
+        self._share(list(found))
+        with torch.no_grad():
+            for parameter, gradient in zip(self._ordered, found, strict=True):
+                parameter.add_(gradient, alpha=one.ascends)
+
+    def _along(self, one: Adversary, inputs: Inputs, images: Images) -> Seen:
+        """What there is to see of images on the way of an attack, with gradients."""
+        along = Inputs(inputs.batches, inputs.images | {one.makes: images}, inputs.texts)
+        places = {over: texts.place for over, texts in inputs.batch.texts.items() if texts.place is not None}
+        return Seen(self._embedded(one.needs, along), self._heads, places)
+
     def _accumulate(self, inputs: Inputs) -> None:
         """The released MMCoA code clears gradients before its attack and not after it, so every attack step's mean
         class-level cross-entropy adds its parameter gradient at full weight. Same sum, one step at a time."""
         for one, path in inputs.paths:
             for images in path:
-                along = Inputs(inputs.batches, inputs.images | {one.makes: images}, inputs.texts)
-                found = self._embedded(one.needs, along)
-                places = {over: texts.place for over, texts in inputs.batch.texts.items() if texts.place is not None}
-                one.climbs.value(Seen(found, self._heads, places)).backward()
+                one.climbs.value(self._along(one, inputs, images)).backward()
 
     # Several processes
 
@@ -559,9 +590,12 @@ class Learner:
         return torch.cat(parts)
 
     def _share_gradients(self) -> None:
-        """The gradients become the mean over the processes, all in one message."""
+        """The gradients become the mean over the processes."""
+        self._share([one.grad for one in self._ordered if one.grad is not None])
+
+    def _share(self, gradients: Sequence[Tensor]) -> None:
+        """These become the mean over the processes, all in one message."""
         world = self.group.world
-        gradients = [one.grad for one in self._ordered if one.grad is not None]
         if world == 1 or not gradients:
             return
         message = torch.cat([gradient.flatten() for gradient in gradients])
