@@ -103,7 +103,7 @@ def sweep_picture(name: str, panels: Panels) -> bytes:
                 _over_clean(axes[1][column], points, colors[line])
         axes[0][column].set_title(attack, fontsize=10, parse_math=False)
         axes[0][column].set_xlabel(name)
-        axes[0][column].set_ylim(0.0, 100.0)
+        axes[0][column].set_ylim(0.0, 102.0)
         if moves:
             axes[1][column].set_xlabel("% right, clean")
     axes[0][0].set_ylabel("% right (dashed: clean)")
@@ -190,7 +190,7 @@ def training_picture(histories: Mapping[str, History]) -> bytes:
                 [step for step, _ in measured], [value for _, value in measured], marker="o", markersize=3,
                 color=_COLORS[place % len(_COLORS)], label=label,
             )  # fmt: skip
-        axes[0][column].set(xlabel="steps", ylim=(0.0, 100.0))
+        axes[0][column].set(xlabel="steps", ylim=(0.0, 102.0))
         axes[0][column].set_title(name, fontsize=10)
     axes[0][0].set_ylabel("% of the images of the validation")
     axes[0][0].legend(fontsize=8)

@@ -297,8 +297,9 @@ class Experiment:
     def _index(self, cells: list[Cell]) -> dict[str, Any]:
         """What tables and `crossguard status` need: label -> word, as reports spell it, and what each cell is called
         and waits for."""
+        grids = (self.grid, *self.more)
         axes = {
-            kind: {label: words.show(word) for grid in (self.grid, *self.more) for label, word in grid[kind].items()}
+            kind: {label: words.show(word) for grid in grids for label, word in grid[kind].items()}
             for kind in self.grid
         }
         asked = {cell.key: {"label": cell.label, "fits": _fits(cell)} for cell in cells}
@@ -306,7 +307,7 @@ class Experiment:
         if self.sweep is not None:
             points = [{"cell": cell.key, **point._asdict()} for cell in cells for point in cell.points]
             index["sweep"] = {"name": self.sweep.name, "points": points}
-        index["trained"] = _watched(self.grid["model"])
+        index["trained"] = _watched({name: one for grid in grids for name, one in grid["model"].items()})
         published = [
             dict(zip(("cell", "score"), self._named("published", name, cells), strict=True))
             | {"value": value, "source": source}
