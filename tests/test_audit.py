@@ -50,7 +50,7 @@ from crossguard.experiment import INDEX
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Transform
 from crossguard.models.wrapper import Lent
-from crossguard.report import Outcomes
+from crossguard.report import Outcomes, Rate
 from crossguard.seeds import fold, keys
 from crossguard.shapes import Images, PerImage
 from crossguard.table import Answers
@@ -176,7 +176,7 @@ def test_a_ladder_without_some_rungs_does_not_look_whole(tmp_path: Path) -> None
     assert made.defense.missing == ("straight", "own label") and made.defense.among == "3 of 5 adversaries"
     lines = made.lines()
     for name in made.defense.missing:
-        assert f"| Thermometer(Toy(5.0)) | {name} | | | not answered |" in lines
+        assert f"| Thermometer(Toy(5.0)) | {name} | | | | not answered |" in lines
     (worst,) = [line for line in lines if line.startswith("| Thermometer(Toy(5.0)) | **worst")]
     assert "| 3 of 5 adversaries |" in worst
     assert sum(line.startswith("**Not complete**: the worst case of Thermometer") for line in lines) == 1
@@ -209,10 +209,10 @@ def test_rungs_follow_from_what_a_defense_says_of_itself() -> None:
 
     blind, black = ["blind, PGD-10", "blind, PGD-100", "blind"], ["queries", "query, hard labels"]
     assert names(Toy()) == ["PGD-10", "PGD-100", "straight", "own label", *black]
-    assert names(BitDepth(Toy()), 0) == [*blind, "straight", "smooth stand-in", "own label"]
+    assert names(BitDepth(Toy()), 0) == [*blind, "straight", "own label", "smooth stand-in"]
     assert names(TTC(Trusting(Toy()))) == [
-        *blind[:2], "blind", "blind to the outer 1 of 2", "straight", "average over noise", "smooth stand-in",
-        "at the gate tau", "at the gate whole levels", "own label", *black,
+        *blind[:2], "blind", "blind to the outer 1 of 2", "straight", "average over noise", "own label",
+        "at the gate tau", "at the gate whole levels", "smooth stand-in", *black,
     ]  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def test_an_audit_goes_on_and_tables_read_it(tmp_path: Path, monkeypatch: pytest
     assert all(own >= {"crafted on far", "PGD-10", "PGD-100", "queries"} for own in names), "none of them is spared"
     lines = (tmp_path / TEXT).read_text().splitlines()
     assert any(line.startswith(r"| b\|t\`s | clean |") for line in lines), "a name is no markup"
-    assert {line.replace(r"\|", "").count("|") for line in lines if "%" in line and line[0] == "|"} == {6}
+    assert {line.replace(r"\|", "").count("|") for line in lines if "%" in line and line[0] == "|"} == {7}
     assert all("by most draws" in dict(rung.report.lines()) for rung in first.defense.attacked)
     (table,) = Answers.load(tmp_path).pooled().tables()
     assert table.columns == ("clean", "worst case, Linf(6/255)"), "one column, however many reports there are"
@@ -261,6 +261,56 @@ def test_an_audit_goes_on_and_tables_read_it(tmp_path: Path, monkeypatch: pytest
         assert label == f"{ladder.name} (several adversaries, {len(ladder.attacked)} reports)"
         ((_, before, after),) = ladder.worst.parts
         assert (clean.rate, worst.rate) == (before, after)
+
+
+@pytest.mark.parametrize("model", [TTC(Toy(), tau=0.02), BitDepth(Toy(), 4)], ids=lambda one: type(one).__name__)
+def test_the_worst_case_is_that_of_all_rungs_about_all_samples(model: VisionLanguageModel, tmp_path: Path) -> None:
+    """Each dear rung is asked about what stood after all before it, and finds there what it finds among all."""
+    quick, slow = asked(model, tmp_path / "quick", batch=7), asked(model, tmp_path / "slow", whole=True)
+    assert sum(rung.staged for rung in quick.defense.rungs) >= 4
+    saved = list[int]()
+    for ours, theirs in zip(quick.ladders, slow.ladders, strict=True):
+        assert [rung.name for rung in ours.rungs] == [rung.name for rung in theirs.rungs]
+        left = ours.clean.judged.correct
+        for one, other in zip(ours.rungs, theirs.rungs, strict=True):
+            assert not other.staged and one.staged == (one.name not in WHOLE)
+            said, all_said = one.outcomes, other.outcomes
+            assert isinstance(said, Outcomes) and isinstance(all_said, Outcomes)
+            asked_of = left if one.staged else np.ones(len(left), bool)
+            if one.staged:
+                assert one.report.asked == tuple(np.asarray(said.id)[left]) and one.asked() == left.sum()
+                saved.append(int((~left).sum()))
+                assert not np.asarray(said.forwards)[~left].any(), "nothing was asked about the others"
+            assert np.array_equal(np.asarray(said.adversarial)[asked_of], np.asarray(all_said.adversarial)[asked_of])
+            now = left & all_said.standing
+            assert one.broken() == (asked_of & all_said.correct & ~all_said.standing).sum()
+            if one.staged:
+                assert one.rate().successes == now.sum() == (said.correct & said.standing).sum()
+            left = now
+        worst, whole = ours.worst, theirs.worst
+        assert np.array_equal(worst.correct & worst.standing, whole.correct & whole.standing)
+        assert np.array_equal(worst.correct & worst.standing, left)
+    assert min(saved) > 0 and max(saved) < 40, "some samples were left out, and some were asked about"
+    tables = [Answers.load(tmp_path / name).pooled().tables() for name in ("quick", "slow")]
+    rates = [[[cell.rate for cell in cells] for table in some for _, cells in table.rows] for some in tables]
+    assert rates[0] == rates[1]
+    (table,) = Answers.load(tmp_path / "quick").tables()
+    later = [column for column in table.columns if ", after the others" in column]
+    assert len(later) >= sum(rung.staged for rung in quick.defense.rungs), "a column says that it is of what was left"
+
+
+WHOLE = ("clean", "blind, PGD-10", "blind, PGD-100", "PGD-10", "PGD-100", "blind", "straight", "average over noise")
+
+
+def test_where_nothing_stands_nothing_is_asked(tmp_path: Path) -> None:
+    made = audit(TASK, TTC(Toy(), tau=0.02), Linf(0.4), tmp_path, attack=QUICK, samples=1, queries=5, draws=3, limit=8)
+    last = made.defense.rungs[-1]
+    assert last.name == "query, hard labels" and last.report.asked == () and last.rate().successes == 0
+    assert any("| 0 of 8 | 0 | 0.0 % [0.0, 32.4] |" in line for line in made.lines())
+    (path,) = tmp_path.glob(f"*{last.report.key[:6]}.json")
+    assert type(last.report).load(path).gates == last.report.gates == {"tau": (Rate(0, 0), Rate(0, 0))}
+    again = audit(TASK, TTC(Toy(), tau=0.02), Linf(0.4), tmp_path, attack=QUICK, samples=1, queries=5, draws=3, limit=8)
+    assert again.defense.worst.parts == made.defense.worst.parts
 
 
 def test_labels_are_of_one_model_each(tmp_path: Path) -> None:
@@ -414,6 +464,45 @@ def test_several_draws_judge_as_by_hand() -> None:
     assert report.judged is report.drawn and single.judged is single.outcomes
 
 
+def test_what_stands_by_most_draws_is_asked_about(tmp_path: Path) -> None:
+    """And not what stands in the first draw alone: that is what the worst case counts."""
+    model, later = GaussianNoise(Toy(), 0.06), QUICK
+    first = evaluate(TASK, model, PGD(steps=1, step=0.5, random_start=False), BUDGET, draws=5)
+    report = evaluate(TASK, model, later, BUDGET, draws=5, after=[first], out=tmp_path / "a.json", batch=7)
+    assert first.drawn is not None and report.drawn is not None and report.asked is not None
+    left = first.drawn.correct & first.drawn.standing
+    assert report.asked == tuple(np.asarray(first.outcomes.id)[left])
+    assert not np.array_equal(left, first.correct & first.standing), "draws differ about some"
+    alone = evaluate(TASK, model, later, BUDGET, draws=5)
+    assert alone.drawn is not None
+    for name in ("adversarial", "adversarial_margin", "gradients"):
+        ours, theirs = (np.asarray(getattr(one, name)) for one in (report.drawn, alone.drawn))
+        assert np.allclose(ours[left], theirs[left], atol=1e-5), name
+    assert np.array_equal(np.asarray(report.drawn.adversarial)[~left], np.asarray(first.drawn.adversarial)[~left])
+    assert report.question["after"] == first.key and report.key != alone.key
+    read = type(report).load(tmp_path / "a.json")
+    assert read.asked == report.asked and np.array_equal(read.broken, report.broken)
+    fell = int((left & ~alone.drawn.standing).sum())
+    told = f"{left.sum()} of 40 samples, which stood in 1 report before; broke {fell}"
+    assert dict(read.lines())["asked about"] == told and fell > 0 and "after" not in dict(read.lines())
+
+
+def test_what_others_left_is_of_the_same_question(tmp_path: Path) -> None:
+    first = evaluate(TASK, Toy(), QUICK, BUDGET, limit=8)
+    said = "a report to go on after is of another question"
+    for task, model, budget, limit in (
+        (ZeroShot(Dots(8)), Toy(), BUDGET, 8), (TASK, Toy(7.0), BUDGET, 8), (TASK, Toy(), Linf(5 / 255), 8),
+        (TASK, Toy(), BUDGET, 9),
+    ):  # fmt: skip
+        with pytest.raises(CrossguardError, match=said):
+            evaluate(task, model, QUICK, budget, limit=limit, after=[first])
+    with pytest.raises(CrossguardError, match="keep images without after"):
+        evaluate(TASK, Toy(), QUICK, BUDGET, limit=8, after=[first], keep=tmp_path / "kept")
+    gallery = Retrieval(Captioned(12))
+    with pytest.raises(CrossguardError, match="in a retrieval each answer hangs on all samples"):
+        evaluate(gallery, Toy(), QUICK, BUDGET, after=[evaluate(gallery, Toy())])
+
+
 # --- Gates ---
 
 
@@ -510,7 +599,7 @@ def test_an_audit_without_some_rungs_ends_in_its_ladder_and_an_error(
     monkeypatch.chdir(tmp_path)
     words = ["--task", "ZeroShot(Scenes('object'))", "--model", "Tiny()", "--budget", "Linf(2/255)", "--limit", "4"]
     answer = CliRunner().invoke(app, ["audit", *words, "--attack", "PGD(steps=1)", "--queries", "2", "--out", "a"])
-    assert answer.exit_code == 2 and "| Tiny() | queries | | | not answered |" in answer.stdout
+    assert answer.exit_code == 2 and "| Tiny() | queries | | | | not answered |" in answer.stdout
     told = " ".join(answer.stderr.split())
     assert "the audit in a: 1 of 7 cells could not be answered: squares are out of stock (queries)" in told
 

@@ -33,7 +33,7 @@ from crossguard.attacks.knowledge import Adaptive, AtGate, Blind, Smooth
 from crossguard.attacks.meta import EOT, PredictedLabel
 from crossguard.attacks.query import RayS, Square
 from crossguard.budgets import Both, Budget, PixelBudget
-from crossguard.compare import Difference, difference
+from crossguard.compare import Difference, difference, paired
 from crossguard.data import Dataset
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
@@ -55,6 +55,8 @@ PICTURE, TEXT = "ladder.png", "ladder.md"
 
 _CLEAN = "clean"
 _STRAIGHT = ("straight", "average over noise")
+_ORDER = ("blind", "PGD", *_STRAIGHT, "own label", "at the gate", "smooth", "queries", "query")  # cheap before dear
+_WHOLE = ("blind", "PGD", *_STRAIGHT)  # asked about all samples: what papers report, and what other rungs are held to
 _MEASURED = 16  # images that the price is measured on
 
 
@@ -80,10 +82,24 @@ class Rung:
         """What became of each sample: what most draws say, where there are several."""
         return self.report.judged
 
+    @property
+    def staged(self) -> bool:
+        """Whether it was asked about what the rungs before it had left standing, and no more."""
+        return self.report.asked is not None
+
     def rate(self, part: int = 0) -> Rate:
-        """The share that is right clean, and under attack where there is one."""
+        """The share that is right clean, and under attack where there is one; after the rungs before it, where it was
+        asked about what these had left."""
         _, clean, robust = self.outcomes.parts[part]
         return robust if self.report.attacked else clean
+
+    def asked(self, part: int = 0) -> int:
+        """About how many samples it was asked."""
+        return self.rate(part).n if self.report.asked is None else len(self.report.asked)
+
+    def broken(self, part: int = 0) -> int:
+        """How many samples that were right clean it turned wrong."""
+        return int((self.report.broken & _of_part(self.outcomes, part)).sum())
 
 
 @dataclass(frozen=True)
@@ -191,6 +207,11 @@ class Audit:
                     f"{score}{': ' * bool(score)}the worst case of the defense minus that of its base is "
                     f"{_points(middle)} points [{_points(low)}, {_points(high)}] ({how}, 95 %)."
                 )
+        if any(rung.staged for ladder in self.ladders for rung in ladder.rungs):
+            found.append(
+                "A row of fewer samples was asked after all rows of its model, about what they had left standing: what "
+                "is right there is what is left after it and them."
+            )
         found += self._gates()
         if any(rung.report.drawn is not None for rung in self.defense.rungs):
             found.append(f"The defense draws noise: each image under attack is judged by most of {self.draws} draws.")
@@ -203,10 +224,10 @@ class Audit:
         """How often each gate of the defense acted."""
         found: list[str] = []
         for name, (clean, _) in self.defense.clean.gates.items():
-            under = [(rung.report.gates[name][1], rung.name) for rung in self.defense.attacked]
+            under = [(rung.report.gates[name][1], rung.name) for rung in self.defense.attacked if rung.asked()]
             least, most = min(under, key=_share), max(under, key=_share)
             line = f"The gate '{name}' acts on {clean} of the clean images"
-            if least[0].successes == most[0].successes:
+            if least[0].value == most[0].value:
                 line += f", and on {100 * least[0].value:.1f} % under each attack."
             else:
                 line += (
@@ -218,14 +239,17 @@ class Audit:
 
     def _table(self, part: int, score: str) -> list[str]:
         title = in_markdown(f"right{': ' * bool(score)}{score}")
-        found = [f"| model | adversary | knows | n | {title} |", "|---|---|---|---:|---:|"]
+        found = [f"| model | adversary | knows | asked | broke | {title} |", "|---|---|---|---:|---:|---:|"]
         for ladder in self.ladders:
             for rung in ladder.rungs:
                 if ladder is self.defense or not rung.report.attacked:
-                    found.append(_row(ladder.name, in_markdown(rung.name), rung.knows, rung.rate(part)))
+                    found.append(_row(ladder.name, rung, part))
             for name in ladder.missing:
-                found.append(f"| {in_markdown(ladder.name)} | {in_markdown(name)} | | | not answered |")
-            found.append(_row(ladder.name, "**worst case per image**", ladder.among, ladder.worst.parts[part][2]))
+                found.append(f"| {in_markdown(ladder.name)} | {in_markdown(name)} | | | | not answered |")
+            rate = ladder.worst.parts[part][2]
+            found.append(
+                f"| {in_markdown(ladder.name)} | **worst case per image** | {ladder.among} | {rate.n} | | {rate} |"
+            )
         return found
 
     def _prices(self) -> list[str]:
@@ -261,6 +285,7 @@ def audit(
     seed: int = 0,
     batch: int = 128,
     doubt: int = 0,
+    whole: bool = False,
     watch: Watch | None = None,
 ) -> Audit:
     """Attacks a defense in every way that its own construction allows, and says what is left.
@@ -268,6 +293,12 @@ def audit(
     Each rung is an ordinary report in the folder `out`, so an audit that was stopped goes on, processes share it, and
     `crossguard table --worst` reads it. Where an adversary cannot be carried out the others go on; the ladder then says
     that it is not complete, and `Audit.unanswered` why.
+
+    The first rungs of a model, which are cheap and what papers report, are asked about all samples; the others, from
+    cheap to dear, each about those that all before it left standing, as in AutoAttack (Croce and Hein 2020). A sample
+    is left out when the worst case counts it as fallen and not before, and the noise that it meets does not hang on
+    the others, so the worst case is what it is with `whole`. In a retrieval each answer hangs on all samples, and every
+    rung is asked about all.
 
     Words may be given as text, as `evaluate` takes them.
 
@@ -286,6 +317,8 @@ def audit(
         limit: how many samples; all, if None.
         doubt: run the checks of `diagnose` on so many samples, with the attack straight at the defense. They are run
             again when an audit is read again.
+        whole: ask every rung about all samples, so that each has a rate of its own to compare; the worst case is the
+            same and takes several times as long.
     """
     task, model, budget = given("task", task), given("model", model), given("budget", budget)
     attack = given("attack", attack)
@@ -314,7 +347,7 @@ def audit(
             )
         names[name] = other
     rungs = dict[str, dict[str, Attack | None]]()
-    grids = list[dict[str, dict[str, Any]]]()
+    grids, chains = list[dict[str, dict[str, Any]]](), list[dict[str, dict[str, Any]]]()
     check_folder(Path(out))
     files.make_writable(Path(out))  # before networks are opened, and what is to be trained is trained
     for name, one in names.items():
@@ -325,13 +358,19 @@ def audit(
             "model": {name: one},
             "budget": {show(budget, short=True): budget},
         }
-        grids.append(axes | {"attack": rungs[name], "surrogate": {"None": None}})
+        apart = whole or isinstance(task, Retrieval)
+        first = {label: one for label, one in rungs[name].items() if apart or label.startswith((_CLEAN, *_WHOLE))}
+        later = {label: one for label, one in rungs[name].items() if label not in first}
+        grids.append(axes | {"attack": first, "surrogate": {"None": None}})
+        if later:
+            chains.append(axes | {"attack": later, "surrogate": {"None": None}})
         crafted = {label: source for label, source in sources.items() if source != one}
         if crafted:
             grids.append(axes | {"attack": {"transfer": adaptive.attack}, "surrogate": crafted})
     experiment = Experiment(
-        grids[0], seed, limit, batch, source=f"the audit in {out}", more=tuple(grids[1:]), draws=draws
-    )
+        grids[0], seed, limit, batch, source=f"the audit in {out}", more=tuple(grids[1:]), draws=draws,
+        chains=tuple(chains),
+    )  # fmt: skip
     cells = experiment.cells()
     missing: Unanswered | None = None
     try:
@@ -387,7 +426,8 @@ def audit(
 
 
 def named(adaptive: Adaptive, answer: Answer | None, goal: Goal, budget: PixelBudget) -> dict[str, Attack | None]:
-    """The adversaries of a ladder by name, from the one who knows least to the one who knows most."""
+    """The adversaries of a ladder by name: first those that do not know the defense, then those that see it, and behind
+    them from cheap to dear those that are asked about what is left."""
     found: dict[str, Attack | None] = {}
     defended = answer is not None and answer.inner is not None
     for steps in (10, 100):  # what the literature reports; the base meets them as well, so that nobody is spared
@@ -399,7 +439,8 @@ def named(adaptive: Adaptive, answer: Answer | None, goal: Goal, budget: PixelBu
         found.setdefault(_name(part, 0 if answer is None else answer.layers), part)
     if adaptive.queries and isinstance(budget, RayS.norms) and not isinstance(goal, Drift):  # which never says: won
         found["query, hard labels"] = RayS(queries=adaptive.queries)
-    return dict(sorted(found.items(), key=lambda item: not item[0].startswith("blind")))
+    places = {name: next(at for at, one in enumerate(_ORDER) if name.startswith(one)) for name in found}
+    return dict(sorted(found.items(), key=lambda item: places[item[0]]))
 
 
 def _name(attack: ImageAttack, layers: int) -> str:
@@ -531,6 +572,7 @@ def _of_the_ladder(made: Audit, part: int) -> Iterator[str]:
             f"does {left(final)}: the first is a number of ignorance; quote the worst case"
         )
     white = {rung.name: rung for rung in ladder.attacked if rung.name in _STRAIGHT}
+    assert not any(rung.staged for rung in white.values()), "they have rates of their own, which others are held to"
     best = least(white.values())
     if len(white) == 2 and _below(white[_STRAIGHT[1]].outcomes, white[_STRAIGHT[0]].outcomes, part):
         single, average = (left(white[name].outcomes) for name in _STRAIGHT)
@@ -540,15 +582,18 @@ def _of_the_ladder(made: Audit, part: int) -> Iterator[str]:
         )
     beating = dict[str, list[Rung]]()
     for rung in ladder.attacked:
-        if best is not None and rung.name not in white and _below(rung.outcomes, best.outcomes, part):
+        if best is not None and rung.name not in white and _beats(rung, best, part):
             beating.setdefault(_why(rung), []).append(rung)
     for why, those in beating.items():
-        rung = least(those)
-        assert rung is not None and best is not None
-        yield (
-            f"'{rung.name}' leaves {left(rung.outcomes)} and '{best.name}' {left(best.outcomes)}: {why}, so the "
-            "gradient of the defense itself is no adversary to rely on; quote the worst case"
+        rung = max(those, key=lambda rung: rung.broken(part))
+        assert best is not None
+        told = (
+            f"'{rung.name}' breaks {rung.broken(part)} of {rung.asked(part)} samples that '{best.name}' and all others "
+            "before it left standing"
+            if rung.staged
+            else f"'{rung.name}' leaves {left(rung.outcomes)} and '{best.name}' {left(best.outcomes)}"
         )
+        yield (f"{told}: {why}, so the gradient of the defense itself is no adversary to rely on; quote the worst case")
     yield from _leaks(ladder, part)
     yield from _idle(ladder)
     if made.base is not None and made.difference(part)[1] <= 0.0:
@@ -556,6 +601,15 @@ def _of_the_ladder(made: Audit, part: int) -> Iterator[str]:
             "in the worst case the defense is not better than its base by more than the interval: what it costs buys "
             "nothing that this audit can see; ask about more samples, or leave it out"
         )
+
+
+def _beats(rung: Rung, best: Rung, part: int) -> bool:
+    """Whether a rung leaves less than the best one that goes straight at the defense, by more than the interval. Of one
+    that was asked about what that one had left, whether it alone takes away so much; what it would have left of the
+    others is not known."""
+    if rung.staged:
+        return paired(rung.broken(part), 0, rung.rate(part).n).low > 0.0
+    return _below(rung.outcomes, best.outcomes, part)
 
 
 def _why(rung: Rung) -> str:
@@ -576,8 +630,10 @@ def _why(rung: Rung) -> str:
 def _leaks(ladder: Ladder, part: int) -> Iterator[str]:
     """An attack that sets more answers right than wrong."""
     for rung in ladder.attacked:
+        if rung.staged:
+            continue  # it was asked about right answers alone, and cannot set any right
         said = rung.outcomes
-        asked = np.asarray(said.text) == part if isinstance(said, Ranks) else np.ones(len(said), bool)
+        asked = _of_part(said, part)
         won, lost = (
             int((~said.correct & said.standing & asked).sum()),
             int((said.correct & ~said.standing & asked).sum()),
@@ -600,11 +656,11 @@ def _idle(ladder: Ladder) -> Iterator[str]:
                 "may be that of another model; calibrate it on clean images of this one"
             )
         for rung in ladder.attacked:
-            attacked = rung.report.gates[name][1]
-            if attacked.interval[1] < clean.interval[0]:
+            before, attacked = rung.report.gates[name]  # of the same images
+            if attacked.interval[1] < before.interval[0]:
                 yield (
                     f"under '{rung.name}' the gate '{name}' acts on {100 * attacked.value:.1f} % of the images and "
-                    f"clean on {100 * clean.value:.1f} %: it lets pass what was attacked, and there the defense does "
+                    f"clean on {100 * before.value:.1f} %: it lets pass what was attacked, and there the defense does "
                     "nothing"
                 )
                 break
@@ -657,11 +713,14 @@ def _bars(made: Audit, ladder: Ladder, part: int) -> list[tuple[str, Rate | None
     """What is drawn of a ladder: names, rates (None of adversaries that are missing) and colors. Of the models beside
     the defense, how they fare clean and in the worst case."""
     attacked, final = ("#4472a8", "#b00020") if ladder is made.defense else ("#9aa7b5", "#5b6673")
-    found = [
-        (rung.name, rung.rate(part), attacked if rung.report.attacked else "#6b9e57")
-        for rung in ladder.rungs
-        if ladder is made.defense or not rung.report.attacked
-    ]
+    found = list[tuple[str, Rate | None, str]]()
+    for rung in ladder.rungs:
+        if rung.staged and ladder is made.defense:
+            found.append(
+                (f"then {rung.name}: broke {rung.broken(part)} of {rung.asked(part)}", rung.rate(part), "#a9c1dc")
+            )
+        elif ladder is made.defense or not rung.report.attacked:
+            found.append((rung.name, rung.rate(part), attacked if rung.report.attacked else "#6b9e57"))
     absent = [(name, None, attacked) for name in ladder.missing]
     label = f"worst case of {ladder.among}" if ladder.missing else "worst case per image"
     return [*found, *absent, (label, ladder.worst.parts[part][2], final)]
@@ -671,8 +730,17 @@ def _short(name: str) -> str:
     return name if len(name) <= 34 else f"{name[:31]}..."
 
 
-def _row(model: str, adversary: str, knows: str, rate: Rate) -> str:
-    return f"| {in_markdown(model)} | {adversary} | {in_markdown(knows)} | {rate.n} | {rate} |"
+def _row(model: str, rung: Rung, part: int) -> str:
+    rate, asked = rung.rate(part), str(rung.asked(part)) + f" of {rung.rate(part).n}" * rung.staged
+    broke = rung.broken(part) if rung.report.attacked else ""
+    return (
+        f"| {in_markdown(model)} | {in_markdown(rung.name)} | {in_markdown(rung.knows)} | {asked} | {broke} | {rate} |"
+    )
+
+
+def _of_part(said: Outcomes | Ranks, part: int) -> np.ndarray:
+    """Which samples a headline is of: the queries in one direction, of a retrieval; else all."""
+    return np.asarray(said.text) == part if isinstance(said, Ranks) else np.ones(len(said), bool)
 
 
 def _share(told: tuple[Rate, str]) -> float:

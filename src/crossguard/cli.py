@@ -602,6 +602,10 @@ def audit_command(
     samples: Annotated[int, typer.Option(help="Draws that attacks average over, if the defense draws noise.")] = 4,
     queries: Annotated[int, typer.Option(help="Of the attacks without gradients; 0 leaves them out.")] = 1000,
     draws: Annotated[int, typer.Option(help="Draws that judge each image, if the defense draws noise.")] = 5,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Ask every adversary about all samples, not the dear ones about what is left."),
+    ] = False,
     limit: _Limit = None,
     seed: _Seed = 0,
     batch: _Batch = 128,
@@ -633,7 +637,7 @@ def audit_command(
         try:
             made = audit(
                 **asked, out=out, against=others["--against"], transfer=others["--transfer"], samples=samples,
-                queries=queries, draws=draws, limit=limit, seed=seed, batch=batch, doubt=doubt, watch=bar,
+                queries=queries, draws=draws, limit=limit, seed=seed, batch=batch, doubt=doubt, whole=whole, watch=bar,
             )  # fmt: skip
         except KeyboardInterrupt as stop:
             stop.args = (bar.interrupted(),)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 from torch import Tensor
 
 from crossguard.attacks.base import GRAY, WHITE, Attack
@@ -34,7 +35,7 @@ from crossguard.opening import evaluating
 from crossguard.printing import progress_bar
 from crossguard.processes import ALONE, Processes, joined, leads
 from crossguard.reading import misfit
-from crossguard.report import WORDS, Outcomes, Ranks, Rate, Report, Texts, check_place, key, versions
+from crossguard.report import WORDS, Outcomes, Ranks, Rate, Report, Texts, check_place, differs, key, versions
 from crossguard.seeds import fold, keys
 from crossguard.tasks.base import Task, Trial
 from crossguard.words import contents, given, mapped, quoted, show, within
@@ -52,9 +53,14 @@ def question(
     limit: int | None = None,
     seed: int = 0,
     draws: int = 1,
+    after: Sequence[str] = (),
 ) -> dict[str, str]:
     """The question word for word: what changes the answer, and nothing else. Budgets are cut down to what the attack
-    spends. What the files behind the words hold (weights, data, lists) is part of it, where they are local."""
+    spends. What the files behind the words hold (weights, data, lists) is part of it, where they are local.
+
+    Args:
+        after: the keys of the questions after which this one is asked, about what still stands.
+    """
     for value, kind, name in ((task, Task, "task"), (model, VisionLanguageModel, "model")):
         if not isinstance(value, kind):
             raise CrossguardError(f"{quoted(value)} is no {name}")
@@ -86,6 +92,7 @@ def question(
     told = {name: contents(word) for name, word in held.items()} | {"precision": precision()}
     if at_least("draws", draws, 1) > 1 and attack is not None and is_random(model):
         told["draws"] = str(draws)
+    told["after"] = " ".join(after)
     return {
         "task": show(task),
         "model": show(model),
@@ -124,6 +131,7 @@ def evaluate(
     out: str | Path | None = None,
     overwrite: bool = False,
     draws: int = 1,
+    after: Sequence[Report | str] = (),
 ) -> Report:
     """The report of one model on one task under one attack.
 
@@ -155,6 +163,11 @@ def evaluate(
         overwrite: let the report and what is kept replace those of another question, which is refused otherwise.
         draws: by how many draws of a random model each image under attack is judged. The outcomes are those of the
             first; `Report.drawn` are what most of them say, as attacks themselves judge (`ImageVictim.judge`).
+        after: reports of the same model on the same samples and in the same budget. Only samples that are right clean
+            and stand in all of them, by most draws where there are several, are asked about; the others are reported
+            as they fell there. So what the report leaves is what all of them and this attack leave, and costs less to
+            find: the ensemble of AutoAttack, over reports. The key of a report stands for one that could not be made.
+            Not of a retrieval, where each answer hangs on all samples.
     """
     words = dict(zip(WORDS, (task, model, attack, budget, surrogate), strict=True))
     chosen = {kind: given(kind, word) for kind, word in words.items()}
@@ -162,7 +175,7 @@ def evaluate(
         return _evaluate(
             **chosen, limit=limit, seed=seed, batch=batch, progress=told if callable(told) else None, partial=partial,
             keep=keep, keep_as=keep_as, processes=processes, doubt=doubt, crafts=crafts, out=out, overwrite=overwrite,
-            draws=draws,
+            draws=draws, after=after,
         )  # fmt: skip
 
 
@@ -186,10 +199,12 @@ def _evaluate(
     out: str | Path | None,
     overwrite: bool,
     draws: int,
+    after: Sequence[Report | str],
 ) -> Report:
     """As `evaluate`, of words."""
     check_gradients()
-    asked = question(task, model, attack, budget, surrogate, limit, seed, draws)
+    names = [one if isinstance(one, str) else one.key for one in after]
+    asked = question(task, model, attack, budget, surrogate, limit, seed, draws, names)
     draws = int(asked.get("draws", 1))
     if len(task) == 0:
         raise CrossguardError(f"{show(task, short=True)} has no samples")
@@ -198,6 +213,10 @@ def _evaluate(
             raise CrossguardError(f"images cannot be kept as {keep_as!r}; give one of {', '.join(FORMATS)}")
         if any(Path(kept.path).resolve() == Path(keep).resolve() for kept in within(task, Kept)):
             raise CrossguardError(f"{keep} holds the images that are asked about; keep the new ones in another folder")
+        if after:
+            raise CrossguardError(
+                "what is asked after other reports is of some samples only; keep images without after"
+            )
     doubt, batch = at_least("doubt", doubt, 0), at_least("batch", batch, 1)
     group = joined() if processes else ALONE
     file, folder = (None if path is None else Path(path) for path in (out, keep))
@@ -207,8 +226,12 @@ def _evaluate(
             if file is not None:
                 check_place(file, asked, overwrite)
                 check_writable(file.parent)
-            indices = task.chosen(limit)
+            chosen = indices = task.chosen(limit)
             ids = _ids(task, indices)
+        before = _before([one for one in after if isinstance(one, Report)], asked, ids)
+        if before is not None:
+            left = [place for place, stands in enumerate(before.correct & before.standing) if stands]
+            indices, ids = [indices[place] for place in left], [ids[place] for place in left]
         if partial is None and folder is not None:
             partial = folder / OUTCOMES
         elif partial is None and file is not None:
@@ -234,7 +257,7 @@ def _evaluate(
             carried = Crafted(attack, Path(crafts) / craft_key(asked))
         if progress is not None:
             progress(len(record.rows), len(indices))  # before the texts are attacked, which may take long
-        trial = task.prepare(model, carried, budget, surrogate, indices, seed, group)
+        trial = task.prepare(model, carried, budget, surrogate, chosen, seed, group)
         done = len(record.rows)
         held: list[tuple[int, str, Tensor]] = []  # the first samples, to be looked at
         begun = group.world > 1  # then all must know when
@@ -280,8 +303,10 @@ def _evaluate(
         sizes = {tuple(row["shape"]) for row in found}
 
         def concluded() -> Report:
-            outcomes = trial.score(found)
-            notes = [*trial.notes, *trial.remarks(found), *_skipped(task), *_several(sizes)]
+            outcomes = _scored(trial, found, before)
+            # Of what has fallen before nothing is known here, so a remark on all samples stands in the other reports.
+            remarks = trial.remarks(found) if before is None else []
+            notes = [*trial.notes, *remarks, *_skipped(task), *_several(sizes)]
             notes += _of_the_question(model, attack, trial)
             if kept is not None:
                 if trial.pixels is not None:
@@ -290,12 +315,16 @@ def _evaluate(
                 kept.finish(placed, trial.prompts)
             drawn = None
             if draws > 1:
-                more = [trial.score([row | row["drawn"][number] for row in found]) for number in range(draws - 1)]
-                drawn = outcomes.usual(more)
+                several = [[row | row["drawn"][number] for row in found] for number in range(draws - 1)]
+                drawn = outcomes.usual([_scored(trial, rows, before) for rows in several])
             report = Report(
                 asked, outcomes, tuple(notes), versions(describe()), time.monotonic() - began, loading=loading,
                 texts=_texts(trial, attack, budget), drawn=drawn, gates=_gates(found),
+                asked=None if before is None else tuple(ids),
             )  # fmt: skip
+            if not found:
+                gates = next((one.gates for one in after if isinstance(one, Report)), {})
+                report = replace(report, gates={name: (Rate(0, 0), Rate(0, 0)) for name in gates})
             if held:
                 rows = [known[name] | {"index": index} for index, name, _ in held]
                 report = replace(report, pictures=Held(rows, [image for _, _, image in held], trial.prompts))
@@ -311,6 +340,35 @@ def _evaluate(
         return report
 
 
+def _before(after: Sequence[Report], asked: Mapping[str, str], ids: Sequence[str]) -> Outcomes | None:
+    """What is left of each sample after these reports; None after none. Raises where they are not of the same."""
+    for report in after:
+        if isinstance(report.outcomes, Ranks):
+            raise CrossguardError("in a retrieval each answer hangs on all samples, so none can be left out")
+        parts = ["task", "data", "model", "weights", "limit", *(["budget"] if report.attacked else [])]
+        other = next((part for part in parts if report.question.get(part) != asked.get(part)), None)
+        if other is not None:
+            there, here = ({other: one.get(other, "None")} for one in (report.question, asked))
+            raise CrossguardError(f"a report to go on after is of another question ({differs(there, here)})")
+        if list(report.outcomes.id) != list(ids):
+            raise CrossguardError("a report to go on after is of other samples; ask that question again")
+    if not after:
+        return None
+    left = after[0].judged.worst([report.judged for report in after])
+    assert isinstance(left, Outcomes)
+    nothing = np.zeros(len(left), dtype=np.int64)
+    return replace(left, gradients=nothing, forwards=nothing)
+
+
+def _scored(trial: Trial, rows: Sequence[Mapping[str, Any]], before: Outcomes | None) -> Outcomes | Ranks:
+    """The outcomes of what was asked about; of the rest, what became of them before."""
+    if before is None:
+        return trial.score(rows)
+    found = trial.score(rows) if rows else before
+    assert isinstance(found, Outcomes)
+    return before.told(found)
+
+
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """The entries of columns, one for each sample."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -318,7 +376,7 @@ def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def _gates(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Rate, Rate]]:
     """On how many images each gate of a defense acted, clean and under attack, where the task says so."""
-    names = rows[0].get("gates", ())
+    names = rows[0].get("gates", ()) if rows else ()
     acted = {name: [sum(row["gates"][name][when] for row in rows) for when in (0, 1)] for name in names}
     return {name: (Rate(clean, len(rows)), Rate(attacked, len(rows))) for name, (clean, attacked) in acted.items()}
 

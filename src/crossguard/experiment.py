@@ -59,6 +59,7 @@ class Cell:
     words: Mapping[str, Any]
     labels: Mapping[str, set[str]] = field(default_factory=dict)  # for each axis those that lead to this question
     points: list[Point] = field(default_factory=list)  # of lines of a sweep
+    after: tuple[str, ...] = ()  # the keys of the cells whose answers say about which samples it is asked
 
     @property
     def key(self) -> str:
@@ -125,6 +126,8 @@ class Experiment:
         published: what others have measured, in percent, and where it stands, by the labels of a cell: 'TeCoA, 4/255'.
         claims: what the answers are to bear out, each with its name.
         sweep: the number that runs through values in words of the grid, where there is one.
+        chains: further grids, each cell of which is asked after all cells before it of the same task, model and budget
+            (`evaluate(after=...)`), and so about the samples that still stand.
     """
 
     grid: Mapping[str, Mapping[str, Any]]
@@ -139,6 +142,7 @@ class Experiment:
     published: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
     sweep: Sweep | None = None
+    chains: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     @staticmethod
     def load(path: str | Path, trust: bool = False) -> Experiment:
@@ -217,14 +221,14 @@ class Experiment:
         from crossguard.evaluate import question
 
         found: dict[str, Cell] = {}
-        grids = (self.grid, *self.more)
+        grids = (self.grid, *self.more, *self.chains)
         every = {kind: {label for grid in grids for label in grid[kind]} for kind in _KINDS}
         several = {kind for kind, labels in every.items() if len(labels) > 1}
         apart = set[str]()  # what tells lines of a sweep apart
         if (sweep := self.sweep) is not None:
             apart = {kind for kind, one in every.items() if len({sweep.line(kind, label) for label in one}) > 1}
             apart -= {"attack"}
-        for grid in grids:
+        for number, grid in enumerate(grids):
             attacks = any(attack is not None for attack in grid["attack"].values())
             for labels in itertools.product(*(grid[kind] for kind in _KINDS)):
                 named: dict[str, str] = dict(zip(_KINDS, labels, strict=True))
@@ -236,9 +240,10 @@ class Experiment:
                 try:
                     if chosen["attack"] is None and attacks:  # the clean cell of attacks with budgets and surrogates
                         chosen |= {"budget": None, "surrogate": None}
+                    after = _before(found.values(), chosen) if number > len(self.more) else ()
                     asked = question(
                         chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-                        self.limit, self.seed, self.draws,
+                        self.limit, self.seed, self.draws, after,
                     )  # fmt: skip
                 except CrossguardError as error:
                     raise CrossguardError(f"{self.source}: in the cell ({label}): {error}") from error
@@ -249,7 +254,7 @@ class Experiment:
                     if chosen["attack"] is not None or kind not in ("budget", "surrogate")
                 }
                 varying = [one for kind, one in told.items() if kind in several and one != "None"]
-                cell = Cell(", ".join(varying) or label, asked, chosen, {kind: set() for kind in _KINDS})
+                cell = Cell(", ".join(varying) or label, asked, chosen, {kind: set() for kind in _KINDS}, after=after)
                 cell = found.setdefault(cell.key, cell)
                 for kind, one in told.items():
                     cell.labels[kind].update({one, "clean"} if kind == "attack" and chosen[kind] is None else {one})
@@ -283,7 +288,7 @@ class Experiment:
         if group.first:
             files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
         with _logging(out / "log.txt") as log:
-            work = _Work(self, out, watch if watch and group.first else Watch(), log, group)
+            work = _Work(self, cells, out, watch if watch and group.first else Watch(), log, group)
             work.go(cells if shard is None else dealt(cells, shard, group), shard is None)
             failures = work.failures
             if group.world > 1:
@@ -297,7 +302,7 @@ class Experiment:
     def _index(self, cells: list[Cell]) -> dict[str, Any]:
         """What tables and `crossguard status` need: label -> word, as reports spell it, and what each cell is called
         and waits for."""
-        grids = (self.grid, *self.more)
+        grids = (self.grid, *self.more, *self.chains)
         axes = {
             kind: {label: words.show(word) for grid in grids for label, word in grid[kind].items()}
             for kind in self.grid
@@ -344,10 +349,20 @@ class Experiment:
 class _Work:
     """What one process does for an experiment."""
 
-    def __init__(self, experiment: Experiment, out: Path, watch: Watch, log: logging.Logger, group: Processes) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        cells: Sequence[Cell],
+        out: Path,
+        watch: Watch,
+        log: logging.Logger,
+        group: Processes,
+    ) -> None:
         self.experiment, self.out, self.watch, self.log, self.group = experiment, out, watch, log, group
         self.reports: dict[str, Report] = {}
+        self.cells = {cell.key: cell for cell in cells}
         self.failures: list[tuple[str, str]] = []  # the label of a cell, and what went wrong
+        self.hopeless: set[str] = set()  # the keys of cells that could not be answered, by whichever process
         self.unreadable: dict[VisionLanguageModel, CrossguardError] = {}
         self.notes: list[Note] = []  # beside the locks that this process holds
         self.so_far = ""  # how many samples of the cell at hand are done
@@ -379,6 +394,9 @@ class _Work:
             busy: list[Cell] = []
             for cell in left:
                 crafting = any(cell.craft == other.craft for other in busy)  # another process
+                if any(key not in self.hopeless and self.known(self.cells[key]) is None for key in cell.after):
+                    busy.append(cell)  # another process works on what comes before it
+                    continue
                 with ExitStack() as locks:
                     wanted = list(self._locks(cell))
                     if shared and (crafting or not all(_taken(lock, locks) for lock in wanted)):
@@ -434,6 +452,7 @@ class _Work:
             raise
         except CrossguardError as error:
             watch.fails(cell, error)
+            self.hopeless.add(cell.key)
             if not failed.exists():
                 log.error("%s: %s", cell.label, error)
                 self.failures.append((cell.label, str(error)))
@@ -467,6 +486,7 @@ class _Work:
                 limit=experiment.limit, seed=experiment.seed, batch=experiment.batch, progress=self._progress(cell),
                 processes=False, crafts=crafts, overwrite=True, draws=experiment.draws, out=self.out / cell.file,
                 partial=self.out / f".{cell.key}.part",
+                after=[self.known(self.cells[key]) or key for key in cell.after],
             )  # fmt: skip
         report = replace(report, pictures=None)  # of many reports they would fill the memory
         log.info("%s: %s, %.1f s", cell.label, report.headline, report.seconds)
@@ -506,8 +526,9 @@ class _Work:
 def dealt(cells: Sequence[Cell], shard: tuple[int, int], group: Processes = ALONE) -> list[Cell]:
     """The cells of shard (i, n), from 1 to n; each is in one shard, whatever is answered already.
 
-    Cells that share what is crafted on a surrogate, or a model that is trained for them, are in the same one. Where
-    `torchrun` started several processes on a shard, they share its part in the same way.
+    Cells that share what is crafted on a surrogate, or a model that is trained for them, are in the same one, and so
+    are those that are asked after each other. Where `torchrun` started several processes on a shard, they share its
+    part in the same way.
     """
     from crossguard.defenses.fit import Fit
 
@@ -517,7 +538,12 @@ def dealt(cells: Sequence[Cell], shard: tuple[int, int], group: Processes = ALON
     parts: list[list[Cell]] = []
     homes: dict[str, int] = {}  # in which part is what cells share
     for cell in cells:
-        shares = {cell.craft, *(words.show(fit) for fit in within(tuple(cell.words.values()), Fit))}
+        shares = {
+            cell.craft,
+            cell.key,
+            *cell.after,
+            *(words.show(fit) for fit in within(tuple(cell.words.values()), Fit)),
+        }
         met = sorted({homes[one] for one in shares if one in homes})
         home = met[0] if met else len(parts)
         if not met:
@@ -530,6 +556,16 @@ def dealt(cells: Sequence[Cell], shard: tuple[int, int], group: Processes = ALON
         homes |= dict.fromkeys(shares, home)
     first, step = (number - 1) * group.world + group.rank, of * group.world
     return [cell for part in [part for part in parts if part][first::step] for cell in part]
+
+
+def _before(cells: Iterable[Cell], chosen: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of the cells of the same task, model and budget as those chosen; a clean one has no budget."""
+    return tuple(
+        cell.key
+        for cell in cells
+        if all(cell.words[kind] == chosen[kind] for kind in ("task", "model"))
+        and (cell.words["attack"] is None or cell.words["budget"] == chosen["budget"])
+    )
 
 
 def check_folder(out: Path) -> None:

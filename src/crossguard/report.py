@@ -124,6 +124,15 @@ class Outcomes:
         ids: list[str] = [self.id[int(place)] for place in places]
         return Outcomes(ids, **columns)
 
+    def told(self, some: Outcomes) -> Outcomes:
+        """These outcomes, with those of some of the samples in their places."""
+        places = {name: place for place, name in enumerate(self.id)}
+        at = [places[name] for name in some.id]
+        columns = {name: np.asarray(getattr(self, name)).copy() for name in _COLUMNS}
+        for name, column in columns.items():
+            column[at] = getattr(some, name)
+        return Outcomes(self.id, **columns)
+
     def worst(self, others: Sequence[Outcomes | Ranks]) -> Outcomes:
         """What is left of each sample after all of these, which are of the same samples: the answer under attack that
         is wrong, or else the one of smallest margin.
@@ -475,7 +484,10 @@ class Report:
         short: the words of the question without their defaults, for people; derived, if not given.
         drawn: the outcomes, where each image under attack is judged by several draws of a random model
             (`evaluate(draws=...)`): what most of them say.
-        gates: for each gate of a defense (`Answer.gates`) on how many images it acted, clean and under attack.
+        gates: for each gate of a defense (`Answer.gates`) on how many of the images that were asked about it acted,
+            clean and under attack.
+        asked: the ids of the samples that were asked about, where these are fewer (`evaluate(after=...)`); the others
+            had fallen to an adversary before, and their outcomes are what became of them there.
         pictures: shows the first samples (`show`), as long as the report has not been to a file.
     """
 
@@ -490,6 +502,7 @@ class Report:
     texts: Texts | None = None
     drawn: Outcomes | Ranks | None = None
     gates: Mapping[str, tuple[Rate, Rate]] = field(default_factory=dict)
+    asked: tuple[str, ...] | None = None
     pictures: Callable[[Report, int, bool], None] | None = None
 
     def __post_init__(self) -> None:
@@ -523,6 +536,14 @@ class Report:
     def judged(self) -> Outcomes | Ranks:
         """The outcomes: by most draws, where there are several."""
         return self.drawn or self.outcomes
+
+    @property
+    def broken(self) -> np.ndarray:
+        """Which samples fell to this attack: right clean, asked about, and wrong by most draws where there are
+        several."""
+        said = self.judged
+        fell = said.correct & ~said.standing
+        return fell if self.asked is None else fell & np.isin(np.asarray(said.id), self.asked)
 
     @property
     def ranks(self) -> Ranks:
@@ -637,6 +658,8 @@ class Report:
             "texts": None if self.texts is None else asdict(self.texts),
             "outcomes": _held(self.outcomes),
         } | ({} if self.drawn is None else {"drawn": _held(self.drawn)})
+        if self.asked is not None:
+            content["asked"] = list(self.asked)
         if self.gates:
             content["gates"] = {name: [rate.successes for rate in rates] for name, rates in self.gates.items()}
         files.write(Path(path), json.dumps(content, allow_nan=False) + "\n")
@@ -660,6 +683,8 @@ class Report:
             )
         try:
             outcomes = _outcomes(content["outcomes"])
+            asked = None if content.get("asked") is None else tuple(str(name) for name in content["asked"])
+            count = len(outcomes if asked is None else asked)
             return Report(
                 question=_strings(content["question"]),
                 outcomes=outcomes,
@@ -672,9 +697,10 @@ class Report:
                 loading=float(content.get("loading", 0.0)),
                 texts=None if content.get("texts") is None else Texts.read(content["texts"]),
                 gates={
-                    str(name): (Rate(int(clean), len(outcomes)), Rate(int(attacked), len(outcomes)))
+                    str(name): (Rate(int(clean), count), Rate(int(attacked), count))
                     for name, (clean, attacked) in content.get("gates", {}).items()
                 },
+                asked=asked,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else one_line(str(error))[:150]
@@ -699,7 +725,16 @@ class Report:
     def lines(self) -> list[tuple[str, str]]:
         """The report in short, as names and values: what a number needs beside it to mean something. What a terminal
         would obey is spelled out."""
-        said = [(plain(name), plain(self.short.get(name, value))) for name, value in self.question.items()]
+        said = [
+            (plain(name), plain(self.short.get(name, value)))
+            for name, value in self.question.items()
+            if name != "after"
+        ]
+        if self.asked is not None:
+            before = len(self.question.get("after", "").split())
+            where = f"{before} report{'s' * (before != 1)} before"
+            told = f"{len(self.asked)} of {self.n} samples, which stood in {where}; broke {int(self.broken.sum())}"
+            said.append(("asked about", told))
         rates = self.outcomes.lines(self.attacked)
         if self.texts is not None and self.texts.prompts:
             name, value = rates.pop()

@@ -293,6 +293,8 @@ class Answers:
         full = _part(report, part)
         label = self.labels.get(part, {}).get(full) or report.short.get(part, full)
         told = report.question.get(_FILES.get(part, ""), "").split()
+        if part == "attack" and report.asked is not None:
+            label += ", after the others"  # what is left after all of them, in an audit
         several = self._held.get((part, full), set())
         own = [one.rpartition(":")[2][:8] for one in told if any(one not in other for other in several)]
         return f"{label} ({', '.join(own)})" if own else label
@@ -534,8 +536,10 @@ def _rate(name: str, rate: Rate) -> dict[str, Any]:
 
 
 def _key(report: Report, axis: str) -> str:
-    """What tells the parts of questions apart along an axis: the word, and what its files held."""
-    return _part(report, axis, *([_FILES[axis]] if axis in _FILES else []))
+    """What tells the parts of questions apart along an axis: the word, and what its files held; of an attack also
+    whether others went before it, since its number is then of what all of them leave."""
+    told = _part(report, axis, *([_FILES[axis]] if axis in _FILES else []))
+    return f"{told}\nafter" if axis == "attack" and report.asked is not None else told
 
 
 def _part(report: Report, *parts: str) -> str:
