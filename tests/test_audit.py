@@ -269,7 +269,7 @@ def test_an_audit_goes_on_and_tables_read_it(tmp_path: Path, monkeypatch: pytest
 def test_the_worst_case_is_that_of_all_rungs_about_all_samples(model: VisionLanguageModel, tmp_path: Path) -> None:
     """Each dear rung is asked about what stood after all before it, and finds there what it finds among all."""
     few = dict[str, Any](queries=5, samples=1, limit=24)
-    quick, slow = asked(model, tmp_path / "quick", batch=7, **few), asked(model, tmp_path / "slow", whole=True, **few)
+    quick, slow = asked(model, tmp_path / "quick", batch=13, **few), asked(model, tmp_path / "slow", whole=True, **few)
     assert sum(rung.staged for rung in quick.defense.rungs) >= 4
     saved = list[int]()
     for ours, theirs in zip(quick.ladders, slow.ladders, strict=True):
