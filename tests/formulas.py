@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossguard import Combined, Context, Coupled, Deep, Frame, LoRA, Towers
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Linf
+from crossguard.defenses.parts import Trainable
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run
 from crossguard.errors import CrossguardError
@@ -26,6 +28,17 @@ from fixtures import Blots
 INNER = PGD(steps=3, step=0.5, best=False, stop=False)
 BUDGET = Linf(16 / 255)
 PROMPTS = [f"a photo of a {name}" for name in Blots().names]
+PARTS: dict[str, Trainable] = {
+    "towers": Towers(),
+    "last two": Towers(("image", "text"), last=2),
+    "LoRA": LoRA(2),
+    "context": Context(),
+    "contexts": Context(tokens=3, specific=True),
+    "deep tokens": Deep(2),
+    "both sides": Coupled(depth=2),
+    "frame": Frame(4, start=0.1),
+    "several": Combined((LoRA(2), Frame(4), Deep(2, depth=1), Context())),
+}
 
 
 def started(recipe: Recipe, base: Checkpoint, folder: Path, data: Any = None) -> Run:

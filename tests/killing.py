@@ -129,6 +129,11 @@ COMMANDS = {
         "--recipe",
         f"MMCoA(steps=4, batch=8, save_every=0, optimizer=Adam(lr=1e-4), image_attack={PGD})",
     ],
+    "AdvPT": [
+        *TRAIN,
+        "--recipe",
+        f"AdvPT(steps=5, batch=8, save_every=0, optimizer=Adam(lr=1e-2), trains=Context(tokens=2), image_attack={PGD})",
+    ],
     "DANN": [
         *TRAIN[:3],
         "--data",

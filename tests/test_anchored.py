@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossguard import ClassFrames, Combined, Deep
 from crossguard.attacks.text import Charmer
 from crossguard.budgets import Characters
 from crossguard.defenses.anchored import AGFT, LEAF, TGAZSR, AdvFLYP, RobustHead
@@ -23,7 +24,7 @@ from crossguard.models.fresh import Fresh, FreshViT
 from crossguard.models.huggingface import HuggingFace
 from crossguard.testing import check_recipe
 from fixtures import Blots, save_clip
-from formulas import BUDGET, INNER, PROMPTS, check_formula, kl, logits, moved, refused, started
+from formulas import BUDGET, INNER, PARTS, PROMPTS, check_formula, kl, logits, moved, refused, started
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,27 @@ def test_patches_of_a_vit_are_pooled_as_its_class_token(base: Fresh) -> None:
         every = stock.visual_projection(torch.tanh(layers @ pooler.dense.weight.T + pooler.dense.bias))
     assert torch.allclose(embeddings, network.encode_image(images), atol=1e-6)
     assert torch.allclose(every[:, 0], embeddings, atol=1e-5) and torch.allclose(every[:, 1:], tokens, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["context", "deep tokens", "both sides", "frame", "several", "two kinds of tokens"])
+def test_patches_of_a_model_with_prompts_are_those_of_its_images(clip: HuggingFace, part: str) -> None:
+    """Learned tokens are read behind the class token and the sixteen patches, and are no patches."""
+    word = PARTS.get(part, Combined((Deep(2), Deep(3, depth=1))))
+    network: Any = word.attach(clip.load(), Blots().prompts(), 0)
+    tokens = {"deep tokens": 2, "several": 2, "two kinds of tokens": 5}.get(part, 0)
+    tokens = len(network.context) if part == "both sides" else tokens
+    images, layers = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), list[Tensor]()
+    network.stock.vision_model.encoder.register_forward_hook(lambda _, __, said: layers.append(said.last_hidden_state))
+    with torch.no_grad():
+        embeddings, found = network.patches(images)
+        expected = network.stock.visual_projection(network.stock.vision_model.post_layernorm(layers[0][:, 1:17]))
+        assert torch.allclose(embeddings, network.encode_image(images), atol=1e-6)
+    assert layers[0].shape[1] == 1 + 16 + tokens and torch.allclose(found, expected, atol=1e-6)
+
+
+def test_pixels_of_each_class_have_no_patches_of_an_image(clip: HuggingFace) -> None:
+    network = ClassFrames(4).attach(clip.load(), Blots().prompts(), 0)
+    assert "no patch tokens of an image alone" in refused(lambda: network.patches(torch.zeros(1, 3, 16, 16)))
 
 
 # --- AdvFLYP ---
@@ -213,6 +235,35 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_contract(base: Fresh, clip: HuggingFace, name: str) -> None:
     check_recipe(RECIPES[name], clip if name == "TGAZSR" else base, Blots(count=8))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["AGFT", "TGAZSR", "AdvFLYP", "LEAF"])
+def test_every_part_has_the_gradient_of_its_loss(clip: HuggingFace, tmp_path: Path, name: str, part: str) -> None:
+    """A small step against the gradient lowers the loss at the same views by its squared length times the rate."""
+    recipe = replace(RECIPES[name], steps=2, batch=8, warmup=0, trains=PARTS[part])
+    if name in ("AdvFLYP", "LEAF") and part == "contexts":  # they learn from captions
+        assert "reads no class prompts" in refused(lambda: started(recipe, clip, tmp_path))
+        return
+    learner = started(recipe, clip, tmp_path).learner
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # where the student is the model as it was, some distances have no gradient
+        for one in learner.trained.values():
+            one.add_(0.05 * torch.randn(one.shape, generator=generator))
+    if name == "LEAF" and part in ("deep tokens", "frame"):  # it sees texts alone
+        assert "LEAF trains nothing" in refused(lambda: learner.take(0))
+        return
+    inputs = learner.views(0)
+    loss, _ = learner.loss(0, inputs)
+    loss.backward()
+    square = sum(float(one.grad.square().sum()) for one in learner.trained.values() if one.grad is not None)
+    drop = 3e-4 * float(loss.detach())
+    with torch.no_grad():
+        for one in learner.trained.values():
+            if one.grad is not None:
+                one.sub_(one.grad, alpha=drop / square)
+        less, _ = learner.loss(0, inputs)
+    assert float(loss.detach() - less) == pytest.approx(drop, rel=0.1)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 import killing
-from crossguard import PGD, BitDepth, Domains, Kept, Linf, Scenes, Tiny, ZeroShot, evaluate
+from crossguard import PGD, AdvPT, BitDepth, Context, Domains, Kept, Linf, Scenes, Tiny, ZeroShot, evaluate
 from crossguard.data import Dataset
 from crossguard.defenses.adaptation import DANN
 from crossguard.defenses.finetuning import FTStandard, MMCoA
@@ -80,6 +80,7 @@ def kinds(base: Fresh) -> dict[str, Callable[[Path], object]]:
     return {
         "FTStandard": trained(FTStandard(**STEPS), base),
         "MMCoA": trained(MMCoA(**STEPS, image_attack=STRONG), base),
+        "AdvPT": trained(AdvPT(**STEPS, image_attack=STRONG, trains=Context(tokens=2)), base),
         "DANN": trained(DANN(**STEPS, hidden=8, image_attack=STRONG), base, Domains(Blots(), Blots(count=16, size=24))),
         "eval": asked,
         "attack": attacked,
@@ -128,7 +129,7 @@ def few(seen: list[str]) -> list[int]:
     return sorted({0, len(seen) - 2, len(seen) - 1, *moving})
 
 
-KINDS = ["FTStandard", "MMCoA", "DANN", "eval", "attack", "pictures", "run", "replace"]
+KINDS = ["FTStandard", "MMCoA", "AdvPT", "DANN", "eval", "attack", "pictures", "run", "replace"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("MMCoA", "DANN")])

@@ -24,9 +24,7 @@ from crossguard import (
     Deep,
     Frame,
     HuggingFace,
-    LoRA,
     MMCoA,
-    Towers,
     VisualPrompt,
 )
 from crossguard.attacks.base import ImageVictim
@@ -45,6 +43,7 @@ from crossguard.processes import ALONE
 from crossguard.seeds import keys
 from crossguard.testing import check_recipe
 from fixtures import Blots, save_clip
+from formulas import PARTS
 
 STRONG = PGD(steps=3, step=0.5, best=False, stop=False)
 FEW: dict[str, Any] = {
@@ -65,18 +64,6 @@ EVERY: dict[str, Recipe] = {**RECIPES, "APT perturbed": PERTURBED}
 MMCOA = MMCoA(
     steps=2, batch=8, optimizer=SGD(lr=0.01, momentum=0.0), image_attack=STRONG, budget=Both(Linf(16 / 255), Words(1))
 )
-PARTS = {
-    "towers": Towers(),
-    "last two": Towers(("image", "text"), last=2),
-    "LoRA": LoRA(2),
-    "context": Context(),
-    "contexts": Context(tokens=3, specific=True),
-    "deep tokens": Deep(2),
-    "both sides": Coupled(depth=2),
-    "frame": Frame(4, start=0.1),
-    "class frames": ClassFrames(4),
-    "several": Combined((LoRA(2), Frame(4), Deep(2, depth=1), Context())),
-}
 NAMES = Blots().names
 PROMPTS = [f"a photo of a {name}" for name in NAMES]
 
@@ -330,7 +317,7 @@ def written_out(network: DualEncoder, inputs: Any) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("name", [name for name in PARTS if name != "class frames"])
+@pytest.mark.parametrize("name", PARTS)
 def test_mmcoa_trains_every_part(name: str, base: Checkpoint, tmp_path: Path) -> None:
     recipe = replace(MMCOA, trains=PARTS[name])
     run = started(recipe, base, tmp_path)

@@ -160,6 +160,15 @@ class DualEncoder(nn.Module):
             "VisionTextDualEncoder with a ViT"
         )
 
+    def patches_fitted(self, pixels: Resized, behind: int = 0) -> tuple[Embeddings, PatchTokens]:
+        """The same of pixels at the size that the image tower reads.
+
+        Args:
+            behind: so many of the last tokens are no patches of the image, but were given to the tower.
+        """
+        del behind
+        return self.patches(pixels)
+
     def splice(self, texts: Sequence[str], words: str, lists: Sequence[int] = ()) -> Splice:
         """The texts with learned vectors in place of these words, which are put in front of a text without them.
 

@@ -86,18 +86,22 @@ class TransformersEncoder(DualEncoder):
         return _features(self.model.get_image_features(pixel_values=pixels))
 
     def patches(self, images: Images) -> tuple[Embeddings, PatchTokens]:
+        return self.patches_fitted(self.fitted(images))
+
+    def patches_fitted(self, pixels: Resized, behind: int = 0) -> tuple[Embeddings, PatchTokens]:
         """Of a CLIP, and of a VisionTextDualEncoder with the image tower of a CLIP or a ViT: the tokens of the patches,
         normalized or pooled, and projected, as the class token is."""
         tower, project = getattr(self.model, "vision_model", None), getattr(self.model, "visual_projection", None)
         norm: Any = getattr(tower, "post_layernorm", None)
         pooler: Any = getattr(tower, "pooler", None)
         if project is None or (norm is None and not isinstance(getattr(pooler, "dense", None), nn.Linear)):
-            return super().patches(images)
-        pixels = self.preprocess.normalized(self.fitted(images)).to(self.model.get_parameter(self.first).dtype)
+            return super().patches(pixels)
+        pixels = self.preprocess.normalized(pixels).to(self.model.get_parameter(self.first).dtype)
         output = self.model.get_image_features(pixel_values=pixels)
         config = self.model.config.vision_config
         count = (pixels.shape[2] // config.patch_size) * (pixels.shape[3] // config.patch_size)
-        tokens = output.last_hidden_state[:, -count:]  # in front of them is the class token, and DeiT's other one
+        end = output.last_hidden_state.shape[1] - behind
+        tokens = output.last_hidden_state[:, end - count : end]  # in front is the class token, and DeiT's other one
         if norm is not None:
             return _features(output), project(norm(tokens))
         pooled = pooler(tokens.flatten(0, 1)[:, None])  # it takes the first of each row

@@ -13,6 +13,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
@@ -31,7 +32,7 @@ from crossguard.models.splicing import Splice
 from crossguard.models.towers import ImageTower, blocks
 from crossguard.reading import misfit, read_json
 from crossguard.seeds import derive, normal, uniform
-from crossguard.shapes import Embeddings, Images, Logits, Resized, Seeds, TextEmbeddings
+from crossguard.shapes import Embeddings, Images, Logits, PatchTokens, Resized, Seeds, TextEmbeddings
 from crossguard.words import show
 
 _RECORD, _NUMBERS = "prompts.json", "prompts.safetensors"
@@ -82,6 +83,12 @@ class PromptedEncoder(DualEncoder):
 
     def encode_fitted(self, pixels: Resized) -> Embeddings:
         return self.inner.encode_fitted(pixels)
+
+    def patches(self, images: Images) -> tuple[Embeddings, PatchTokens]:
+        return self.patches_fitted(self.fitted(images))
+
+    def patches_fitted(self, pixels: Resized, behind: int = 0) -> tuple[Embeddings, PatchTokens]:
+        return self.inner.patches_fitted(pixels, behind)
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         return self.inner.encode_text(texts)
@@ -270,6 +277,13 @@ class ClassFramedEncoder(PromptedEncoder):
         seen = seen.clamp(0.0, 1.0) if self.clip else seen
         return self.inner.encode_fitted(seen.flatten(0, 1)).unflatten(0, (len(pixels), -1)).flatten(1)
 
+    def patches_fitted(self, pixels: Resized, behind: int = 0) -> tuple[Embeddings, PatchTokens]:
+        del pixels, behind
+        raise CrossguardError(
+            "this model has learned pixels for each class, and so no patch tokens of an image alone; give a loss "
+            "without them"
+        )
+
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         found, count = self.inner.encode_text(texts), len(self.place.names)
         own = torch.tensor(self.place.lists(texts), device=found.device)
@@ -340,7 +354,12 @@ class TokenEncoder(PromptedEncoder):
         return ("image",)
 
     def encode_fitted(self, pixels: Resized) -> Embeddings:
-        return _with_tokens(self.inner, pixels, self.vectors)
+        with _given(self.inner, self.vectors):
+            return self.inner.encode_fitted(pixels)
+
+    def patches_fitted(self, pixels: Resized, behind: int = 0) -> tuple[Embeddings, PatchTokens]:
+        with _given(self.inner, self.vectors):
+            return self.inner.patches_fitted(pixels, behind + self.vectors.shape[1])
 
 
 # Words of texts
@@ -534,8 +553,17 @@ class CoupledEncoder(PromptedEncoder):
         return ("image", "text")
 
     def encode_fitted(self, pixels: Resized) -> Embeddings:
-        first = self.context @ self.to_image.T + self.to_image_bias
-        return _with_tokens(self.inner, pixels, torch.cat([first[None], self.vectors]))
+        with _given(self.inner, self._of_images()):
+            return self.inner.encode_fitted(pixels)
+
+    def patches_fitted(self, pixels: Resized, behind: int = 0) -> tuple[Embeddings, PatchTokens]:
+        vectors = self._of_images()
+        with _given(self.inner, vectors):
+            return self.inner.patches_fitted(pixels, behind + vectors.shape[1])
+
+    def _of_images(self) -> Tensor:
+        """The tokens of images, of which the first follow from the words."""
+        return torch.cat([(self.context @ self.to_image.T + self.to_image_bias)[None], self.vectors])
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         deeper = self.vectors @ self.to_text.mT + self.to_text_bias[:, None]
@@ -700,10 +728,10 @@ def _check_seeing(network: PromptedEncoder) -> None:
         raise CrossguardError("the image tower of this model reads no more tokens than its own") from error
 
 
-def _with_tokens(inner: DualEncoder, pixels: Resized, vectors: Tensor) -> Embeddings:
+def _given(inner: DualEncoder, vectors: Tensor) -> AbstractContextManager[object]:
+    """Inside, the image tower has these tokens, one list for each layer."""
     tower = ImageTower.of(inner.stock, "this prompt")
-    with tower.given(vectors[:1], vectors[1:] if len(vectors) > 1 else None):
-        return inner.encode_fitted(pixels)
+    return tower.given(vectors[:1], vectors[1:] if len(vectors) > 1 else None)
 
 
 def _cut(inner: DualEncoder, texts: Sequence[str], place: Place, filler: str) -> int:
