@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ from crossguard.errors import CrossguardError
 from crossguard.processes import Processes
 from crossguard.seeds import derive, keys
 from crossguard.shapes import Images, Labels, Seeds
+from crossguard.threads import workers
 from crossguard.words import show
 
 _LOOKED_AT = 1000  # captions that are looked at before the first step
@@ -58,8 +63,8 @@ class Batch:
 
 
 class Feed:
-    """The batches of a training, each a function of (seed, step) alone. While a step is taken, threads read the
-    images of the next one.
+    """The batches of a training, each a function of (seed, step) alone. While a step is taken, threads read the images
+    of the next ones.
 
     Args:
         overs: which texts the losses see, of 'classes' and 'batch'; none, where they see none.
@@ -101,6 +106,7 @@ class Feed:
             _check_labels(recipe, data, self.labels)
         self._ranked = None if recipe.shots is None or self.labels is None else _ranked(recipe, data, self.labels)
         self._orders: dict[int, list[int]] = {}
+        self._shuffling = Lock()  # steps are taken in one thread and read ahead in another
         self._pictures: Generator[Tensor, None, None] | None = None
         self._next = -1  # the step whose images come next out of there
         count = len(self.samples(0))
@@ -186,24 +192,46 @@ class Feed:
 
     def _order(self, epoch: int) -> list[int]:
         """The samples of an epoch, shuffled."""
-        if epoch not in self._orders:
-            samples = self.samples(epoch)
-            order = ("order", epoch, self.name) if self.name else ("order", epoch)
-            generator = torch.Generator().manual_seed(derive(self.recipe.seed, *order))
-            places = torch.randperm(len(samples), generator=generator).tolist()
-            self._orders = {known: rows for known, rows in self._orders.items() if abs(epoch - known) < 4}
-            self._orders[epoch] = [samples[place] for place in places]
-        return self._orders[epoch]
+        with self._shuffling:
+            if epoch not in self._orders:
+                samples = self.samples(epoch)
+                order = ("order", epoch, self.name) if self.name else ("order", epoch)
+                generator = torch.Generator().manual_seed(derive(self.recipe.seed, *order))
+                places = torch.randperm(len(samples), generator=generator).tolist()
+                self._orders = {known: rows for known, rows in self._orders.items() if abs(epoch - known) < 4}
+                self._orders[epoch] = [samples[place] for place in places]
+            return self._orders[epoch]
 
     def _read(self, step: int, count: int) -> Tensor:
-        """The images of this process as they are stored, in one tensor, while those of the next step are read."""
+        """The images of this process in one tensor, while those of the next step are read."""
         if self._pictures is None or step != self._next:
             self.close()
-            rest = (index for later in range(step, self.total) for index in self._share(self.chosen(later)))
-            self._pictures = self.data.stream(rest, 2 * count)
-        pictures = list(islice(self._pictures, count))
+            self._pictures = self._ahead(step, count)
         self._next = step + 1
-        return self._stacked(pictures)
+        return next(self._pictures)
+
+    def _ahead(self, step: int, count: int) -> Generator[Tensor, None, None]:
+        """The images of this step and of those that follow: while one is taken, threads decode those of the next two,
+        and another one puts those of the next into one tensor, on a CPU as floats."""
+        rest = (index for later in range(step, self.total) for index in self._share(self.chosen(later)))
+        with closing(self.data.stream(rest, 2 * count)) as pictures:
+
+            def together() -> Tensor:
+                images = self._stacked(list(islice(pictures, count)))
+                return in_floats(images) if self.device.type == "cpu" else images
+
+            if not workers():
+                while True:
+                    yield together()
+            thread = ThreadPoolExecutor(1, "crossguard")
+            try:
+                coming = deque([thread.submit(together)])
+                for _ in range(step + 1, self.total):
+                    coming.append(thread.submit(together))
+                    yield coming.popleft().result()  # nothing here holds the images of a step that is taken
+                yield coming.popleft().result()
+            finally:
+                thread.shutdown(wait=True, cancel_futures=True)  # it may be at the pictures
 
     def _stacked(self, pictures: Sequence[Tensor]) -> Tensor:
         if len({picture.shape for picture in pictures}) > 1:
