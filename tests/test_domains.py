@@ -121,6 +121,10 @@ def test_digits_are_scikit_learn_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (image[0].double() * 16 / 255 - torch.from_numpy(held.images[5])).abs().max() <= 0.5 * 16 / 255
     assert len(Digits("train")) == 1347 and len(Digits()) == 450 and Digits().id(0) == data.id(1347)
     assert torch.equal(Digits().image(0), data.image(1347)) and Digits(size=28).image(0).shape == (3, 28, 28)
+    framed = Digits(size=20, margin=4).image(0)
+    assert framed.shape == (3, 28, 28) and torch.equal(framed[:, 4:24, 4:24], Digits(size=20).image(0))
+    assert int(framed.sum()) == int(Digits(size=20).image(0).sum())
+    assert "give 0 or more pixels" in refused(lambda: Digits(margin=-1))
     assert "choose one of all, train, test" in refused(lambda: Digits("val"))
     assert "from 1 to" in refused(lambda: Digits(size=0))
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)

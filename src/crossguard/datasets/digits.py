@@ -30,16 +30,21 @@ class Digits(Dataset):
     Args:
         split: `train` (the first 1,347 in scikit-learn's order), `test` (the other 450) or `all`. The split is ours:
             scikit-learn has none.
-        size: Width and height in pixels, resized by Pillow (bicubic); None keeps the 8 x 8.
+        size: Width and height of the digit in pixels, resized by Pillow (bicubic); None keeps the 8 x 8.
+        margin: Black pixels on each side of it. These digits fill their images, and those of MNIST do not:
+            `size=20, margin=4` is what MNIST has.
     """
 
     split: str = "test"
     size: int | None = None
+    margin: int = 0
 
     def __post_init__(self) -> None:
         if self.split not in _SPLITS:
             raise CrossguardError(f"unknown split {self.split!r} of Digits; choose one of {', '.join(_SPLITS)}")
         check_size(self.size)
+        if self.margin < 0:
+            raise CrossguardError(f"Digits(margin={self.margin}) is not possible; give 0 or more pixels")
 
     @cached_property
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +78,7 @@ class Digits(Dataset):
     def image(self, index: int) -> Tensor:
         """The digit in white on black, as uint8, shape (3, h, w): shade s of 16 becomes the rounded 255 s / 16."""
         gray = np.rint(self._read[0][index] * (255.0 / 16.0)).astype(np.uint8)
-        square = np.array(fitted(Image.fromarray(gray), self.size))
+        square = np.pad(np.array(fitted(Image.fromarray(gray), self.size)), self.margin)
         return torch.from_numpy(square)[None].repeat(3, 1, 1)
 
     def labels(self) -> Labels:
