@@ -68,6 +68,7 @@ from crossguard.defenses.terms import in_batch
 from crossguard.device import chosen, exact
 from crossguard.models.base import Checkpoint
 from crossguard.processes import ALONE
+from crossguard.words import given
 
 EPS = 1.0 / 255.0
 
@@ -282,8 +283,12 @@ def released(options: argparse.Namespace) -> None:
 def pixels(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         base = model_of(options.model, Path(place))
-        written(Path(place) / "images", options.images, 224, 224)
-        data = Images(str(Path(place) / "images"), size=224)
+        if options.data:
+            data = given("data", options.data)
+            assert isinstance(data, Dataset)
+        else:
+            written(Path(place) / "images", options.images, 224, 224)
+            data = Images(str(Path(place) / "images"), size=224)
         kind = {"": FTStandard, "FTStandard": FTStandard, "MMCoA": MMCoA}[options.recipe]
         learner = learner_of(kind(steps=10_000, batch=options.batch), base, data, Path(place) / "run")
         feed, waited, took = learner.feeds[""], list[float](), list[float]()
@@ -368,6 +373,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--data", default="", help="of pixels, in place of images that are made for it")
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
