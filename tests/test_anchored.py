@@ -16,10 +16,11 @@ from torch import Tensor
 from crossguard import ClassFrames, Combined, Deep
 from crossguard.attacks.text import Charmer
 from crossguard.budgets import Characters
-from crossguard.defenses.anchored import AGFT, LEAF, TGAZSR, AdvFLYP, RobustHead
+from crossguard.defenses.anchored import AGFT, LEAF, TGAZSR, AdvFLYP, Attention, RobustHead
 from crossguard.defenses.optimizers import SGD
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.step import Inputs
+from crossguard.defenses.terms import CLEAN, START, Need
 from crossguard.models.fresh import Fresh, FreshViT
 from crossguard.models.huggingface import HuggingFace
 from crossguard.testing import check_recipe
@@ -85,6 +86,26 @@ def test_tgazsr_is_the_formula_of_its_paper(clip: HuggingFace, tmp_path: Path, o
         return F.cross_entropy(logits(student, bad), labels) + near.mean()
 
     check_formula(TGAZSR(size=10, over_tokens=over_tokens), formula, clip, clip, tmp_path)
+
+
+def test_the_map_of_the_model_as_it_was_is_made_once_a_step(
+    clip: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = list[Tensor](), Attention._map
+
+    def counted(self: Attention, patches: Tensor, image: Tensor, texts: Tensor) -> Tensor:
+        made.append(patches)
+        return make(self, patches, image, texts)
+
+    monkeypatch.setattr(Attention, "_map", counted)
+    learner = started(TGAZSR(steps=1, batch=8, image_attack=INNER), clip, tmp_path).learner
+    inputs = learner.views(0)
+    learner.loss(0, inputs)
+    assert len(made) == 3  # of the adversarial images, of the clean ones, and of these as it was
+    _, seen = learner.loss(0, inputs)
+    other = seen.replaced({Need("patches", CLEAN, START): seen.patches(CLEAN, START).flip(0)})
+    before, after = (Attention(size=224).each(one) for one in (seen, other))
+    assert len(made) == 3 + 3 + 1 + 2 and not torch.allclose(before, after)  # another view has a map of its own
 
 
 def test_tgazsr_without_patches_is_refused(base: Fresh, tmp_path: Path) -> None:
