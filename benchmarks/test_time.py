@@ -4,7 +4,7 @@
     python benchmarks/test_time.py rtpt --model b32 --images 4 --classes 100 --views 8
     python benchmarks/test_time.py rtpt --model b32 --images 1 --classes 1000 --views 8 --memory
     python benchmarks/test_time.py price                      # defenses that attack back, beside what they are made of
-    python benchmarks/test_time.py audit --images 100 --threads 2
+    python benchmarks/test_time.py audit --images 100 --threads 2 --eps 4
 
 `rtpt` answers the same images by the same views three times: by the loop of the authors' code (one image at a time, its
 views embedded anew in each of four forwards, and all prompts read anew as well), by the word asked about one image at a
@@ -15,9 +15,11 @@ authors' code pads to 77 tokens. With `--memory` a process of its own says by ho
 `price` times one answer of TTC and of SCC, and divides it by the forwards and backwards that were counted in it, each
 at the price of a bare one.
 
-`audit` audits TTC with all its defaults, within 5/255, and divides the CPU seconds by the forwards and backwards that
-were counted in it, each at the price of a bare one. What is above 1 is noise, steps, judging, reports, and gradients of
-gradients (in the smooth stand-in of TTC), which cost more than those that are counted.
+`audit` audits TTC with all its defaults, within 5/255 if not told otherwise, and divides the CPU seconds by the
+forwards and backwards that were counted in it, each at the price of a bare one. What is above 1 is noise, steps,
+judging, reports, and gradients of gradients (in the smooth stand-in of TTC), which cost more than those that are
+counted. Then it asks the same with every adversary about all images (`--whole`); the rungs that both have in common are
+asked once and count for both. That the worst case is the same for every image is asserted.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ from torch import Tensor
 from crossguard import RTPT, SCC, TTC, Linf, Prompts, Scenes, Tiny, ZeroShot
 from crossguard.answer import counting, logits_of
 from crossguard.audit import audit
+from crossguard.experiment import Cell, Watch
 from crossguard.models.base import Checkpoint
 from crossguard.models.views import tpt_views
+from crossguard.report import Report
 from crossguard.seeds import by_position, drawing
 
 
@@ -131,6 +135,20 @@ def rtpt(options: argparse.Namespace) -> None:
         print(f"logits differ by {apart:.1g} at most, those of an image have a standard deviation of {spread:.2g}")
 
 
+class Spent(Watch):
+    """The CPU seconds of each cell of an audit, by its key."""
+
+    def __init__(self) -> None:
+        self.seconds = dict[str, float]()
+        self.start_of = 0.0
+
+    def asks(self, cell: Cell) -> None:
+        self.start_of = time.process_time()
+
+    def answers(self, cell: Cell, report: Report) -> None:
+        self.seconds[cell.key] = time.process_time() - self.start_of
+
+
 def audited(options: argparse.Namespace) -> None:
     data, model = Scenes(), Tiny()
     images = torch.stack([data.image(index).float() / 255.0 for index in range(options.images)])
@@ -153,16 +171,33 @@ def audited(options: argparse.Namespace) -> None:
         return found / options.images
 
     one, both = least(forwards), least(backwards)
-    with tempfile.TemporaryDirectory() as folder, counting() as costs:
-        began, start = time.monotonic(), time.process_time()
-        made = audit(ZeroShot(data), TTC(model), Linf(5 / 255), folder, limit=options.images)
-        seconds, spent = time.monotonic() - began, time.process_time() - start
+    budget, each = Linf(options.eps / 255), Spent()
+    with tempfile.TemporaryDirectory() as folder:
+        with counting() as costs:
+            began, start = time.monotonic(), time.process_time()
+            made = audit(ZeroShot(data), TTC(model), budget, folder, limit=options.images, watch=each)
+            seconds, spent = time.monotonic() - began, time.process_time() - start
+        first = dict(each.seconds)
+        whole = audit(ZeroShot(data), TTC(model), budget, folder, limit=options.images, whole=True, watch=each)
+    for ladder, other in zip(made.ladders, whole.ladders, strict=True):
+        left, all_left = (said.correct & said.standing for said in (ladder.worst, other.worst))
+        assert bool((left == all_left).all()), f"{ladder.name}: the worst case is another"
+        staged = {rung.report.key for rung in ladder.rungs if rung.staged}
+        quick = sum(first[rung.report.key] for rung in ladder.rungs)
+        slow = sum(each.seconds[rung.report.key] for rung in other.rungs)
+        print(
+            f"{ladder.name}: {quick:.0f} CPU seconds, {sum(first[key] for key in staged):.0f} of them of the rungs "
+            f"about what is left; with every rung about all images {slow:.0f}, {slow / quick:.2f} times as many"
+        )
     one, both = min(one, least(forwards)), min(both, least(backwards))  # the machine may have been busy before
     parts = (costs.forwards - costs.backwards) * one + costs.backwards * both
     for ladder in made.ladders:
         for rung in ladder.attacked:
             asked = [sum(counts) / options.images for counts in (rung.outcomes.gradients, rung.outcomes.forwards)]
-            print(f"{ladder.name}, {rung.name}: {asked[0]:.0f} gradients and {asked[1]:.0f} answers an image")
+            print(
+                f"{ladder.name}, {rung.name}: {asked[0]:.0f} gradients and {asked[1]:.0f} answers an image, of "
+                f"{rung.asked()} images, {first[rung.report.key]:.1f} CPU seconds"
+            )
     print(f"a bare forward: {1000 * one:.3g} CPU milliseconds an image, with a backward {1000 * both:.3g}")
     print(
         f"an audit of TTC on {options.images} images: {seconds:.0f} seconds, {spent:.0f} CPU seconds on "
@@ -231,6 +266,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--views", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--eps", type=float, default=5.0, help="of an audit, in 255ths")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead, in a process of its own")
     parser.add_argument("--grown", action="store_true", help=argparse.SUPPRESS)

@@ -297,8 +297,8 @@ def audit(
     The first rungs of a model, which are cheap and what papers report, are asked about all samples; the others, from
     cheap to dear, each about those that all before it left standing, as in AutoAttack (Croce and Hein 2020). A sample
     is left out when the worst case counts it as fallen and not before, and the noise that it meets does not hang on
-    the others, so the worst case is what it is with `whole`. In a retrieval each answer hangs on all samples, and every
-    rung is asked about all.
+    the others, so the worst case is what it is with `whole`, but for how networks round in batches of another size. In
+    a retrieval each answer hangs on all samples, and every rung is asked about all.
 
     Words may be given as text, as `evaluate` takes them.
 
