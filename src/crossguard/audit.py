@@ -209,8 +209,8 @@ class Audit:
                 )
         if any(rung.staged for ladder in self.ladders for rung in ladder.rungs):
             found.append(
-                "A row of fewer samples was asked after all rows of its model, about what they had left standing: what "
-                "is right there is what is left after it and them."
+                "A row of fewer samples was asked after all rows of its model above it, about what these had left "
+                "standing: its share is what is left after all of them."
             )
         found += self._gates()
         if any(rung.report.drawn is not None for rung in self.defense.rungs):
@@ -732,9 +732,9 @@ def _short(name: str) -> str:
 
 def _row(model: str, rung: Rung, part: int) -> str:
     rate, asked = rung.rate(part), str(rung.asked(part)) + f" of {rung.rate(part).n}" * rung.staged
-    broke = rung.broken(part) if rung.report.attacked else ""
+    broke = f" {rung.broken(part)}" * rung.report.attacked
     return (
-        f"| {in_markdown(model)} | {in_markdown(rung.name)} | {in_markdown(rung.knows)} | {asked} | {broke} | {rate} |"
+        f"| {in_markdown(model)} | {in_markdown(rung.name)} | {in_markdown(rung.knows)} | {asked} |{broke} | {rate} |"
     )
 
 
