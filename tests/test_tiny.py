@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from crossguard import PGD, Linf, MaskedLM, Scenes, Substitute, Tiny, TinyViT, Words, ZeroShot, evaluate
+from crossguard import PGD, Linf, MaskedLM, Scenes, Substitute, Tiny, TinyCNN, TinyViT, Words, ZeroShot, evaluate
 from crossguard.cli import app
 from crossguard.models.embedded import WEIGHTS, Shipped
 from crossguard.testing import check_model
 
-SHIPPED: tuple[Shipped, ...] = (Tiny(), TinyViT())
+SHIPPED: tuple[Shipped, ...] = (Tiny(), TinyViT(), TinyCNN())
 each = pytest.mark.parametrize("model", SHIPPED, ids=lambda model: type(model).__name__)
 
 
@@ -24,15 +24,21 @@ each = pytest.mark.parametrize("model", SHIPPED, ids=lambda model: type(model)._
         (Tiny(), "object", "test", 0.95), (Tiny(), "object", "heldout", 0.85),
         (TinyViT(), "color", "test", 0.95), (TinyViT(), "shape", "test", 0.80),
         (TinyViT(), "object", "test", 0.83), (TinyViT(), "object", "heldout", 0.65),
+        (TinyCNN(), "color", "test", 0.95), (TinyCNN(), "shape", "test", 0.90),
+        (TinyCNN(), "object", "test", 0.90), (TinyCNN(), "object", "heldout", 0.80),
     ],
 )  # fmt: skip
 def test_zero_shot_accuracy(model: Shipped, classes: str, split: str, bar: float) -> None:
     assert evaluate(ZeroShot(Scenes(classes, split)), model, limit=240).clean_accuracy >= bar
 
 
-@each
-def test_pgd_takes_it_apart(model: Shipped) -> None:
-    report = evaluate(ZeroShot(Scenes("object")), model, PGD(steps=40, step=0.1), Linf(5 / 255), limit=80)
+@pytest.mark.parametrize(
+    ("model", "eps"),
+    [(Tiny(), 5), (TinyViT(), 5), (TinyCNN(), 8)],
+    ids=lambda given: type(given).__name__ if isinstance(given, Shipped) else str(given),
+)
+def test_pgd_takes_it_apart(model: Shipped, eps: int) -> None:
+    report = evaluate(ZeroShot(Scenes("object")), model, PGD(steps=40, step=0.1), Linf(eps / 255), limit=80)
     assert report.clean_accuracy > 0.85
     assert report.robust_accuracy < 0.1
 
@@ -53,7 +59,7 @@ def test_they_are_small_and_of_different_architectures() -> None:
     sizes = [sum(file.stat().st_size for file in model.folder().iterdir()) for model in SHIPPED]
     assert SHIPPED[0].folder() == WEIGHTS and max(sizes) < 3_500_000 and sum(sizes[1:]) < 6_000_000
     towers = {model.network.model.config.vision_config.model_type for model in SHIPPED}
-    assert towers == {"convnext", "vit"}
+    assert towers == {"convnext", "vit", "efficientnet"}
     assert len({model.content() for model in SHIPPED}) == len(SHIPPED)
 
 

@@ -166,6 +166,7 @@ from .models.detection import CSR as CSR
 from .models.detection import DOC as DOC
 from .models.detection import Gated as Gated
 from .models.embedded import Tiny as Tiny
+from .models.embedded import TinyCNN as TinyCNN
 from .models.embedded import TinyViT as TinyViT
 from .models.ensembles import DBD as DBD
 from .models.ensembles import MAC as MAC

@@ -51,3 +51,13 @@ class TinyViT(Shipped):
     @staticmethod
     def folder() -> Path:
         return _ASSETS / "tiny_vit"
+
+
+@dataclass(frozen=True)
+class TinyCNN(Shipped):
+    """The sibling of `Tiny` with an EfficientNet for an image tower, convolutions and batch norm; see its model card
+    beside the weights."""
+
+    @staticmethod
+    def folder() -> Path:
+        return _ASSETS / "tiny_cnn"
