@@ -91,6 +91,8 @@ def test_what_depends_on_the_batch_or_on_noise_is_asked_anew(base: Fresh, tmp_pa
     anew = [10] + 11 * [5]
     assert lengths(base, tmp_path, lambda images: means(images) + torch.arange(len(images))[:, None]) == anew
     assert lengths(base, tmp_path, lambda images: means(images) + normal(drawn(len(images), "own"), (3,))) == anew
+    shared = lengths(base, tmp_path, lambda images: means(images) + normal(drawn(len(images), "all"), (3,))[:1])
+    assert shared == anew, "noise that is the same for all images of a step"
 
 
 def test_what_is_recalled_is_what_was_said(base: Fresh, tmp_path: Path) -> None:
