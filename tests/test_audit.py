@@ -48,7 +48,7 @@ from crossguard.audit import picture as plotted
 from crossguard.cli import app
 from crossguard.compare import difference, paired
 from crossguard.evaluate import question
-from crossguard.experiment import INDEX, LOCKS, Cell, Experiment, Unanswered, Watch, answered_in, dealt
+from crossguard.experiment import INDEX, LOCKS, Cell, Experiment, Further, Unanswered, Watch, answered_in, dealt
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.kinds import Transform
 from crossguard.models.wrapper import Lent
@@ -322,7 +322,7 @@ def chained() -> Experiment:
     later = {"task": task, "model": toy, "attack": {"pgd": QUICK, "more": PGD(steps=9)}, "budget": budget}
     other = first | {"model": {"far": Toy(7.0)}}
     none = {"surrogate": {"None": None}}
-    return Experiment(first | none, limit=12, more=(other | none,), chains=(later | none,))
+    return Experiment(first | none, limit=12, more=(Further(other | none),), chains=(later | none,))
 
 
 def test_who_comes_later_waits_for_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,13 +372,21 @@ def test_a_file_may_hold_more_grids(grid: Path) -> None:
     text = grid.read_text()
     grid.write_text(f"{text}\n[[more]]\nattack = {{ 'PGD-7' = 'PGD(steps=7)' }}\nmodel = {{ base = \"Tiny()\" }}\n")
     wanted = Experiment.load(grid)
-    assert wanted.grid == before.grid and [set(one["model"]) for one in wanted.more] == [{"base"}]
-    assert wanted.more[0]["budget"] == before.grid["budget"] and wanted.more[0]["task"] == before.grid["task"]
-    added = [cell for cell in wanted.cells() if cell.key not in {cell.key for cell in before.cells()}]
+    assert wanted.grid == before.grid and [set(one.axes["model"]) for one in wanted.more] == [{"base"}]
+    assert all(wanted.more[0].axes[kind] == before.grid[kind] for kind in ("budget", "task"))
+    known = {cell.key: (cell.limit, cell.batch) for cell in before.cells()}
+    added = [cell for cell in wanted.cells() if cell.key not in known]
     assert [cell.label for cell in added] == ["base, PGD-7"] and added[0].words["attack"].steps == 7
+    assert {(added[0].limit, added[0].batch)} == set(known.values()) == {(before.limit, before.batch)}
+    grid.write_text(f"{text}\n[[more]]\nattack = {{ 'PGD-7' = 'PGD(steps=7)' }}\nlimit = 3\nbatch = 2\n")
+    fewer = {cell.key: cell for cell in Experiment.load(grid).cells() if cell.limit != before.limit}
+    assert not set(fewer) & set(known) and {(cell.limit, cell.batch) for cell in fewer.values()} == {(3, 2)}
+    assert {cell.question["limit"] for cell in fewer.values()} == {"3"}
     for more, message in (
         ("[[more]]\nmodel = { base = 'TinyViT()' }", "model 'base' is one word in one grid and another in the next"),
         ("[[more]]\nmodle = 'Tiny()'", "more has an unknown key 'modle'; did you mean 'model'?"),
+        ("[[more]]\nlimit = 0", "more: limit must be a whole number of at least 1, not 0"),
+        ("[[more]]\nseed = 3", "more has an unknown key 'seed'"),
         ("more = 3", "more must be tables [[more]] of axes, not 3"),
         ("[[more]]\nattack = 'PDG()'", "unknown name 'PDG'"),
     ):

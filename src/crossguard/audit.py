@@ -37,7 +37,7 @@ from crossguard.compare import Difference, difference, paired
 from crossguard.data import Dataset
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
-from crossguard.experiment import Experiment, Unanswered, Watch, answered_in, check_folder, files_of
+from crossguard.experiment import Experiment, Further, Unanswered, Watch, answered_in, check_folder, files_of
 from crossguard.goals import Drift, Goal
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
@@ -368,7 +368,7 @@ def audit(
         if crafted:
             grids.append(axes | {"attack": {"transfer": adaptive.attack}, "surrogate": crafted})
     experiment = Experiment(
-        grids[0], seed, limit, batch, source=f"the audit in {out}", more=tuple(grids[1:]), draws=draws,
+        grids[0], seed, limit, batch, source=f"the audit in {out}", more=tuple(map(Further, grids[1:])), draws=draws,
         chains=tuple(chains),
     )  # fmt: skip
     cells = experiment.cells()

@@ -48,6 +48,7 @@ _LONGEST = 100  # signs of such a name
 _KINDS = ("task", "model", "attack", "budget", "surrogate")
 _PLACES = ("device", "dtype")
 _SETTINGS = {"seed": 0, "limit": 1, "batch": 1, "draws": 1}  # whole numbers and the least that they may be
+_OWN = ("limit", "batch")  # of these, what a further grid may say itself
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Cell:
     labels: Mapping[str, set[str]] = field(default_factory=dict)  # for each axis those that lead to this question
     points: list[Point] = field(default_factory=list)  # of lines of a sweep
     after: tuple[str, ...] = ()  # the keys of the cells whose answers say about which samples it is asked
+    limit: int | None = None
+    batch: int = 128
 
     @property
     def key(self) -> str:
@@ -109,6 +112,21 @@ class Watch:
 
 
 @dataclass(frozen=True)
+class Further:
+    """A grid beside the first one of an experiment.
+
+    Args:
+        axes: for each part of a question its words by label.
+        limit: how many samples of each task; as many as of the first grid, if None.
+        batch: samples at once; as in the first grid, if None.
+    """
+
+    axes: Mapping[str, Mapping[str, Any]]
+    limit: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The product of tasks, models, attacks, budgets and surrogates, asked one by one.
 
@@ -137,7 +155,7 @@ class Experiment:
     device: str | None = None
     dtype: str | None = None
     source: str = "the experiment"
-    more: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
+    more: tuple[Further, ...] = ()
     draws: int = 1
     published: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
@@ -151,7 +169,7 @@ class Experiment:
         may give names to words, which the words after it may use; `words` lists Python files of words of one's own,
         beside the file; a table `published` holds [value, source] by the labels of a cell, and a table `claims` words
         such as Above('TeCoA, PGD-10', 'undefended, PGD-10'). Each table `[[more]]` adds the cells of another grid,
-        which has the axes of the first one but for those that it gives itself.
+        which has the axes, limit and batch of the first one but for those that it gives itself.
 
         Args:
             trust: run the code of the files that `words` lists. Without, each of them must have been named by hand
@@ -172,19 +190,16 @@ class Experiment:
                 raise CrossguardError(f"{path}: the key {name!r} is missing; give it a list of words")
         _add_words(path, content.get("words", []), trust)
         _check_names(path, content)
-        settings = {
-            name: at_least(f"{path}: {name}", content[name], least)
-            for name, least in _SETTINGS.items()
-            if name in content
-        }
+        settings = _settings(str(path), content)
         places = {name: _text(path, name, content[name]) for name in _PLACES if name in content}
         sweep = _sweep(path, content.get("sweep"))
         named = _let(path, content.get("let", {}), sweep)
+        listed = _grids(path, content)
         grid, *more = [
-            {kind: _axis(path, kind, one.get(kind, "None"), named, sweep) for kind in _KINDS}
-            for one in _grids(path, content)
+            {kind: _axis(path, kind, one.get(kind, "None"), named, sweep) for kind in _KINDS} for one in listed
         ]
         _check_labels(path, (grid, *more))
+        own = [_settings(f"{path}: more", {name: one[name] for name in _OWN if name in one}) for one in listed[1:]]
         return Experiment(
             grid=grid,
             seed=settings.get("seed", 0),
@@ -194,7 +209,7 @@ class Experiment:
             dtype=places.get("dtype"),
             source=str(path),
             draws=settings.get("draws", 1),
-            more=tuple(more),
+            more=tuple(Further(axes, **sizes) for axes, sizes in zip(more, own, strict=True)),
             published=_published(path, content.get("published", {})),
             claims=_claims(path, content.get("claims", {}), named.each[0]),
             sweep=swept(str(path), sweep),
@@ -211,6 +226,9 @@ class Experiment:
         with choosing(self.device, self.dtype or "float32"):
             yield
 
+    def _grids(self) -> tuple[Further, ...]:
+        return (Further(self.grid), *self.more, *map(Further, self.chains))
+
     def cells(self) -> list[Cell]:
         """Every question once: cells that differ only in what does not matter to them are one (a clean
         evaluation has no budget)."""
@@ -221,14 +239,15 @@ class Experiment:
         from crossguard.evaluate import question
 
         found: dict[str, Cell] = {}
-        grids = (self.grid, *self.more, *self.chains)
-        every = {kind: {label for grid in grids for label in grid[kind]} for kind in _KINDS}
+        grids = self._grids()
+        every = {kind: {label for grid in grids for label in grid.axes[kind]} for kind in _KINDS}
         several = {kind for kind, labels in every.items() if len(labels) > 1}
         apart = set[str]()  # what tells lines of a sweep apart
         if (sweep := self.sweep) is not None:
             apart = {kind for kind, one in every.items() if len({sweep.line(kind, label) for label in one}) > 1}
             apart -= {"attack"}
-        for number, grid in enumerate(grids):
+        for number, further in enumerate(grids):
+            grid, limit = further.axes, self.limit if further.limit is None else further.limit
             attacks = any(attack is not None for attack in grid["attack"].values())
             for labels in itertools.product(*(grid[kind] for kind in _KINDS)):
                 named: dict[str, str] = dict(zip(_KINDS, labels, strict=True))
@@ -243,7 +262,7 @@ class Experiment:
                     after = _before(found.values(), chosen) if number > len(self.more) else ()
                     asked = question(
                         chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-                        self.limit, self.seed, self.draws, after,
+                        limit, self.seed, self.draws, after,
                     )  # fmt: skip
                 except CrossguardError as error:
                     raise CrossguardError(f"{self.source}: in the cell ({label}): {error}") from error
@@ -254,7 +273,10 @@ class Experiment:
                     if chosen["attack"] is not None or kind not in ("budget", "surrogate")
                 }
                 varying = [one for kind, one in told.items() if kind in several and one != "None"]
-                cell = Cell(", ".join(varying) or label, asked, chosen, {kind: set() for kind in _KINDS}, after=after)
+                cell = Cell(
+                    ", ".join(varying) or label, asked, chosen, {kind: set() for kind in _KINDS}, after=after,
+                    limit=limit, batch=further.batch or self.batch,
+                )  # fmt: skip
                 cell = found.setdefault(cell.key, cell)
                 for kind, one in told.items():
                     cell.labels[kind].update({one, "clean"} if kind == "attack" and chosen[kind] is None else {one})
@@ -302,7 +324,7 @@ class Experiment:
     def _index(self, cells: list[Cell]) -> dict[str, Any]:
         """What tables and `crossguard status` need: label -> word, as reports spell it, and what each cell is called
         and waits for."""
-        grids = (self.grid, *self.more, *self.chains)
+        grids = [one.axes for one in self._grids()]
         axes = {
             kind: {label: words.show(word) for grid in grids for label, word in grid[kind].items()}
             for kind in self.grid
@@ -483,7 +505,7 @@ class _Work:
         with listening(self._hear(cell)):
             report = evaluate(
                 chosen["task"], chosen["model"], chosen["attack"], chosen["budget"], chosen["surrogate"],
-                limit=experiment.limit, seed=experiment.seed, batch=experiment.batch, progress=self._progress(cell),
+                limit=cell.limit, seed=experiment.seed, batch=cell.batch, progress=self._progress(cell),
                 processes=False, crafts=crafts, overwrite=True, draws=experiment.draws, out=self.out / cell.file,
                 partial=self.out / f".{cell.key}.part",
                 after=[self.known(self.cells[key]) or key for key in cell.after],
@@ -731,17 +753,25 @@ def _leads(wanted: Sequence[str], labels: Mapping[str, set[str]]) -> bool:
     )
 
 
+def _settings(where: str, content: Mapping[str, Any]) -> dict[str, int]:
+    """The whole numbers among what a table says."""
+    return {
+        name: at_least(f"{where}: {name}", content[name], least) for name, least in _SETTINGS.items() if name in content
+    }
+
+
 def _grids(path: Path, content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The axes of each grid, as the file says them: those of the file, and those of each table `[[more]]`, which has
-    the rest from there."""
+    """What the file says of each grid: of the file's own, and of each table `[[more]]`, which has the rest from
+    there."""
     listed = content.get("more", [])
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise CrossguardError(f"{path}: more must be tables [[more]] of axes, not {shortly(listed)}")
+    known = (*_KINDS, *_OWN)
     for name in (name for one in listed for name in one):
-        if name not in _KINDS:
+        if name not in known:
             raise CrossguardError(
-                f"{path}: more has an unknown key {shortly(name)}{words.nearest(name, _KINDS)} "
-                f"(keys: {', '.join(_KINDS)})"
+                f"{path}: more has an unknown key {shortly(name)}{words.nearest(name, known)} "
+                f"(keys: {', '.join(known)})"
             )
     return [content, *({**content, **one} for one in listed)]
 
