@@ -95,7 +95,7 @@ def test_a_limit_sees_every_class_whatever_the_order(limit: int) -> None:
         counts = data.labels()[chosen].bincount(minlength=10)
         assert counts.min() >= limit // 10 and counts.max() <= -(-limit // 10)
         assert Subset(data, limit).labels().bincount(minlength=10).equal(counts)
-        rest = Subset(data, limit, rest=True)
+        rest = Rest(data, limit)
         left = {data.id(index) for index in range(len(data))} - {data.id(index) for index in chosen}
         assert [rest.id(index) for index in range(len(rest))] == [
             id for id in map(data.id, range(len(data))) if id in left

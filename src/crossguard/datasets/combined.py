@@ -204,19 +204,11 @@ class Over(Dataset):
 
 
 @dataclass(frozen=True)
-class Subset(Over):
-    """`count` samples of a dataset, with the ids that they have there; all of them, if there are no more.
-
-    They are evenly divided among its classes and the same ones whatever the order of the data (`Dataset.chosen`).
-
-    Args:
-        rest: the other samples instead, in their order: to train on what `Subset(data, count)` leaves, where a dataset
-            has no part of its own to test on.
-    """
+class _Part(Over):
+    """Some samples of a dataset, with the ids that they have there."""
 
     data: Dataset
     count: int
-    rest: bool = False
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -229,26 +221,25 @@ class Subset(Over):
 
     @cached_property
     def _indices(self) -> list[int]:
-        chosen = self.data.chosen(self.count)
-        return sorted(set(range(len(self.data))).difference(chosen)) if self.rest else chosen
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Rest(Over):
-    """What `Subset(data, count)`, or an evaluation with that limit, leaves of a dataset: images to validate on that are
-    not those of the number that is reported."""
+class Subset(_Part):
+    """`count` samples of a dataset, with the ids that they have there; all of them, if there are no more.
 
-    data: Dataset
-    count: int
+    They are evenly divided among its classes and the same ones whatever the order of the data (`Dataset.chosen`).
+    """
 
-    def __len__(self) -> int:
-        return len(self._indices)
+    @cached_property
+    def _indices(self) -> list[int]:
+        return self.data.chosen(self.count)
 
-    def place(self, index: int) -> int:
-        return self._indices[index]
 
-    def labels(self) -> Labels:
-        return self.data.labels()[self._indices]
+@dataclass(frozen=True)
+class Rest(_Part):
+    """What `Subset(data, count)`, or an evaluation with that limit, leaves of a dataset, in its order: images to
+    validate on, or to train on where a dataset has no test part, that are not those of the number that is reported."""
 
     @cached_property
     def _indices(self) -> list[int]:
