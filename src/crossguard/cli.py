@@ -745,11 +745,12 @@ def certify_command(
                 stop.args = (bar.stopped(True),)
                 raise
     if leads():
+        told = "\n".join(lines(found, radius))
         files.write(out / PICTURE, picture(found))
-        files.write(out / TEXT, "\n".join(lines(found, radius)) + "\n")
+        files.write(out / TEXT, f"{told}\n")
         asked = sum(one.asked for one in found.values())
         say(f"{asked:,} images went through an image tower now; what was said to noise before was kept")
-        _print("\n".join(lines(found, radius)))
+        _print(told)
         _print()
         _print(f"certified accuracy over the radius as a picture: {out / PICTURE}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,7 @@ class Committee(VisionLanguageModel):
         return _beside([member.encode_text(texts) for member in self.members])
 
     def logits(self, images: Embeddings, texts: TextEmbeddings) -> Logits:
-        widths = self._widths()
-        parts = zip(self.members, images.split(widths, 1), texts.split(widths, 1), strict=True)
+        parts = zip(self.members, images.split(self._widths, 1), texts.split(self._widths, 1), strict=True)
         found = torch.stack([member.logits(image, text) for member, image, text in parts])
         if self.mean == "logits":
             return found.mean(0)
@@ -73,6 +73,7 @@ class Committee(VisionLanguageModel):
     def cut(self, texts: Sequence[str]) -> int:
         return max(member.cut(texts) for member in self.members)
 
+    @cached_property
     def _widths(self) -> list[int]:
         """How many numbers of an embedding are those of each member."""
         with torch.no_grad():

@@ -178,9 +178,7 @@ _SOLVED = 20  # steps of the solver that the stand-in of TotalVariation takes
 def smoothest(images: Images, mask: Tensor, weight: float, steps: int) -> Images:
     """About the minimum over z of |mask * (z - x)|^2 + weight * TV(z) (`TotalVariation`), differentiable."""
     length = 1.0 / math.sqrt(8.0)  # of both kinds of steps: the gradient's norm is at most the root of 8
-    blank = images.detach().mean(
-        (2, 3), keepdim=True
-    )  # where it begins has no gradient, since the minimum has no start
+    blank = images.detach().mean((2, 3), keepdim=True)  # the minimum has no start, so this one has no gradient
     found = ahead = images * mask + (1.0 - mask) * blank
     down, across = torch.zeros_like(images), torch.zeros_like(images)
     for _ in range(steps):
