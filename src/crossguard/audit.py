@@ -8,7 +8,6 @@ model. What each rung is asked for is in Athalye et al. 2018, Carlini et al. 201
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from crossguard.data import Dataset
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Experiment, Further, Unanswered, Watch, answered_in, check_folder, files_of
+from crossguard.figures import clipped, png
 from crossguard.goals import Drift, Goal
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
@@ -58,6 +58,7 @@ _STRAIGHT = ("straight", "average over noise")
 _ORDER = ("blind", "PGD", *_STRAIGHT, "own label", "at the gate", "smooth", "queries", "query")  # cheap before dear
 _WHOLE = ("blind", "PGD", *_STRAIGHT)  # asked about all samples: what papers report, and what other rungs are held to
 _MEASURED = 16  # images that the price is measured on
+_TITLE = 34  # characters of the name of a model in the picture
 
 
 @dataclass(frozen=True)
@@ -676,7 +677,7 @@ def picture(made: Audit) -> bytes:
     for part, axes in enumerate(np.atleast_1d(canvas.subplots(1, len(scores), sharey=True))):
         place, names = 0.0, list[tuple[float, str]]()
         for ladder in made.ladders:
-            names.append((place, _short(ladder.name)))
+            names.append((place, clipped(ladder.name, _TITLE)))
             for name, rate, color in _bars(made, ladder, part):
                 place += 1.0
                 names.append((place, name))
@@ -689,7 +690,7 @@ def picture(made: Audit) -> bytes:
                 axes.text(max(high, 100 * rate.value) + 1.2, place, f"{100 * rate.value:.1f}", va="center", fontsize=8)
             place += 1.6
         axes.set_yticks([at for at, _ in names], [name for _, name in names], fontsize=8, parse_math=False)
-        titles = {_short(ladder.name) for ladder in made.ladders}
+        titles = {clipped(ladder.name, _TITLE) for ladder in made.ladders}
         for label in axes.get_yticklabels():
             if label.get_text() in titles:
                 label.set_fontweight("bold")
@@ -704,9 +705,7 @@ def picture(made: Audit) -> bytes:
     canvas.suptitle(
         f"{question.get('budget', '')}: what is left when the adversary knows", fontsize=10, parse_math=False
     )
-    content = io.BytesIO()
-    canvas.savefig(content, format="png")
-    return content.getvalue()
+    return png(canvas)
 
 
 def _bars(made: Audit, ladder: Ladder, part: int) -> list[tuple[str, Rate | None, str]]:
@@ -724,10 +723,6 @@ def _bars(made: Audit, ladder: Ladder, part: int) -> list[tuple[str, Rate | None
     absent = [(name, None, attacked) for name in ladder.missing]
     label = f"worst case of {ladder.among}" if ladder.missing else "worst case per image"
     return [*found, *absent, (label, ladder.worst.parts[part][2], final)]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 34 else f"{name[:31]}..."
 
 
 def _row(model: str, rung: Rung, part: int) -> str:

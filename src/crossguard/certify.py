@@ -9,7 +9,6 @@ bound 1 - p for the others). The probability is not known, but drawn from, so al
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import time
@@ -31,6 +30,7 @@ from crossguard.data import Dataset, Prompts
 from crossguard.device import precision
 from crossguard.errors import CrossguardError
 from crossguard.evaluate import question
+from crossguard.figures import clipped, png
 from crossguard.limits import at_least, shortly
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.smoothing import Smoothed
@@ -52,6 +52,7 @@ PICTURE, TEXT, DRAWS = "certified.png", "certified.md", "draws"
 RADII = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the table
 
 _READ_AT_ONCE = 4096  # embeddings that are compared with all classes
+_TITLE = 48  # characters of a name in the picture
 _SCHEMA = 1
 
 
@@ -563,7 +564,7 @@ def picture(results: Mapping[str, Certified]) -> bytes:
         at = [*falls, max(one.reach, falls[-1])]
         shares, lows, highs = ([100 * end for end in (*ends, ends[-1])] for ends in _ends(rates))
         axes.fill_between(at, lows, highs, step="post", color=color, alpha=0.15, linewidth=0)
-        axes.step(at, shares, where="post", color=color, linewidth=1.6, label=_short(name))
+        axes.step(at, shares, where="post", color=color, linewidth=1.6, label=clipped(name, _TITLE))
         axes.plot([0.0], [100 * one.clean.value], marker="o", color=color, fillstyle="none", clip_on=False)
         axes.axvline(one.reach, color=color, linewidth=0.8, linestyle=":")
     axes.set_xlim(0, most * 1.04)
@@ -589,17 +590,11 @@ def picture(results: Mapping[str, Certified]) -> bytes:
         text.set_parse_math(False)
     tasks = {shortened(one.question.get("task", "")) for one in results.values()}
     if len(tasks) == 1:
-        canvas.suptitle(_short(tasks.pop()), fontsize=10, parse_math=False)
-    content = io.BytesIO()
-    canvas.savefig(content, format="png")
-    return content.getvalue()
+        canvas.suptitle(clipped(tasks.pop(), _TITLE), fontsize=10, parse_math=False)
+    return png(canvas)
 
 
 def _ends(rates: Sequence[Rate]) -> tuple[list[float], list[float], list[float]]:
     """The values of rates, and the ends of their intervals."""
     intervals = [rate.interval for rate in rates]
     return [rate.value for rate in rates], [low for low, _ in intervals], [high for _, high in intervals]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 48 else f"{name[:45]}..."

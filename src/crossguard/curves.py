@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
+from crossguard.figures import png
 from crossguard.files import write
 from crossguard.reading import read_json
 from crossguard.report import Rate, Report
@@ -113,7 +113,7 @@ def sweep_picture(name: str, panels: Panels) -> bytes:
         axes[0][0].legend(fontsize=8)
     n = next(point.robust.n for panel in panels.values() for one in panel.values() for point in one)
     figure.suptitle(f"n = {n}, 95 % intervals", fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def _over_value(axes: Axes, points: Sequence[Point], color: str, label: str) -> None:
@@ -194,7 +194,7 @@ def training_picture(histories: Mapping[str, History]) -> bytes:
         axes[0][column].set_title(name, fontsize=10)
     axes[0][0].set_ylabel("% of the images of the validation")
     axes[0][0].legend(fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
@@ -208,9 +208,3 @@ def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import tempfile
 import warnings
@@ -24,6 +23,7 @@ from crossguard.data import Dataset, Prompts
 from crossguard.datasets.keeping import keeping, rounded
 from crossguard.datasets.kept import AGAIN, INDEX, REPORT, Kept
 from crossguard.errors import CrossguardError
+from crossguard.figures import png
 from crossguard.limits import shortly
 from crossguard.pages import figure, render
 from crossguard.printing import in_notebook, plain
@@ -526,10 +526,8 @@ def picture(look: Look, samples: Sequence[Sample], shots: Sequence[Shot], doubt:
         for column, (title, image) in enumerate(panels):
             _draw(canvas.add_subplot(grid[number, column]), title, image)
         _write(canvas.add_subplot(grid[number, len(panels)]), block, _TITLE)
-    content = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of signs that the font does not have
-        canvas.savefig(content, format="png")
-    return content.getvalue()
+        return png(canvas)
 
 
 def _said(sample: Sample) -> list[Runs]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Budget, Linf
 from crossguard.data import Dataset, Labelled, Prompts
 from crossguard.errors import CrossguardError
+from crossguard.figures import png
 from crossguard.files import write
 from crossguard.goals import Untargeted
 from crossguard.models.base import DualEncoder, frozen
@@ -127,11 +127,9 @@ def _classes(network: DualEncoder, prompts: Prompts) -> TextEmbeddings:
 
 def draw(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """The accuracies over the steps, as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.0, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(6.0, 3.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for name in history[-1]:
         if name != "step":
@@ -139,6 +137,4 @@ def draw(history: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.set(xlabel="steps", ylabel="%", ylim=(0.0, 100.0))
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write(path, buffer.getvalue())
+    write(path, png(figure))
