@@ -25,6 +25,7 @@ from crossguard import (
     ZeroShot,
     evaluate,
 )
+from crossguard.answer import Costs, counting
 from crossguard.attacks.base import ImageVictim
 from crossguard.data import Prompts
 from crossguard.defenses.feed import Feed
@@ -137,8 +138,17 @@ def test_a_member_may_have_pixels_for_each_class(tmp_path: Path) -> None:
     prompts = Prompts.of(Scenes("color", "train").names, ("a photo of a {}",))
     with torch.no_grad():
         each = [one.classifier(prompts)(IMAGES) for one in (framed, TinyViT())]
-        both = Committee((framed, TinyViT())).classifier(prompts)(IMAGES)
+        with counting() as costs:
+            both = Committee((framed, TinyViT())).classifier(prompts)(IMAGES)
     torch.testing.assert_close(both, torch.stack(each).mean(0))
+    assert costs == Costs(forwards=len(IMAGES) * (len(prompts.names) + 1))
+
+
+def test_an_answer_costs_what_those_of_all_members_cost() -> None:
+    pixels = IMAGES.clone().requires_grad_(True)
+    with counting() as costs:
+        BitDepth(Committee((Committee(BOTH), Tiny()))).classifier(PROMPTS)(pixels).sum().backward()
+    assert costs == Costs(3 * len(IMAGES), 3 * len(IMAGES))
 
 
 def test_what_is_no_committee_is_refused() -> None:

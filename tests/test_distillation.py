@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossguard import Context, Fit, Scenes, Tiny
 from crossguard.budgets import Both, Words
 from crossguard.defenses.distillation import FARE, HPTGPD, PMGAFT
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
@@ -193,6 +194,17 @@ def test_a_teacher_that_does_not_read_is_refused(base: Fresh, tmp_path: Path) ->
     blind = replace(base, tokenizer=str(_other_words(tmp_path / "words")))
     said = refused(lambda: HPTGPD(proxy=blind, steps=1, batch=8).fit(base, Blots(), tmp_path / "x"))
     assert said.startswith("the teacher 'proxy', Fresh(") and "does not read them" in said
+
+
+def test_what_a_teacher_was_taught_by_need_not_know_these_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSGUARD_FITS", str(tmp_path / "fits"))
+    shapes, few = Scenes("shape", count=4), {"steps": 1, "batch": 2, "warmup": 0}
+    part = Context(tokens=1, specific=True)
+    shaped = FTStandard(trains=part, steps=1, batch=2).fit(Tiny(), shapes, tmp_path / "shaped")
+    taught = Fit(HPTGPD(proxy=shaped, **few), Tiny(), shapes)
+    assert started(HPTGPD(proxy=taught, **few), Tiny(), tmp_path / "x", Scenes("color", count=4)).notes == []
 
 
 def _other_words(folder: Path) -> Path:

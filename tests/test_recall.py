@@ -91,6 +91,8 @@ def test_what_depends_on_the_batch_or_on_noise_is_asked_anew(base: Fresh, tmp_pa
     anew = [10] + 11 * [5]
     assert lengths(base, tmp_path, lambda images: means(images) + torch.arange(len(images))[:, None]) == anew
     assert lengths(base, tmp_path, lambda images: means(images) + normal(drawn(len(images), "own"), (3,))) == anew
+    beside = lengths(base, tmp_path, lambda images: means(images) + images.double().sum().float())
+    assert beside == anew, "what hangs on the other images, wherever they are"
     shared = lengths(base, tmp_path, lambda images: means(images) + normal(drawn(len(images), "all"), (3,))[:1])
     assert shared == anew, "noise that is the same for all images of a step"
 

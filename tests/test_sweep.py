@@ -176,6 +176,17 @@ def test_a_run_draws_its_sweep(answered: Path) -> None:
     assert not (answered / "training.png").exists()
 
 
+def test_values_near_each_other_are_told_apart(tmp_path: Path) -> None:
+    text = GRID.replace('"0:8:4"', "[0.1234561, 0.1234562]")
+    text = text.replace('budget = "Linf(eps/255)"', "") + '[budget]\n"near" = "Linf(eps/255)"\n'
+    assert loaded(tmp_path, text).grid["budget"] == {
+        "near, eps=0.1234561": Linf(0.1234561 / 255), "near, eps=0.1234562": Linf(0.1234562 / 255),
+    }  # fmt: skip
+    assert [Sweep("x", (4 / 255, 8 / 255)).spelled(one) for one in (4 / 255, 8 / 255)] == ["0.0156863", "0.0313725"]
+    large = (10**20, 10**20 + 1)
+    assert [Sweep("x", large).spelled(one) for one in large] == [str(one) for one in large]
+
+
 def rate(successes: int) -> Rate:
     return Rate(successes, 10)
 

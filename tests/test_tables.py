@@ -382,6 +382,16 @@ def test_a_file_may_hold_more_grids(grid: Path) -> None:
     fewer = {cell.key: cell for cell in Experiment.load(grid).cells() if cell.limit != before.limit}
     assert not set(fewer) & set(known) and {(cell.limit, cell.batch) for cell in fewer.values()} == {(3, 2)}
     assert {cell.question["limit"] for cell in fewer.values()} == {"3"}
+    grid.write_text(f"{text}\n[[more]]\nlimit = 3\n")
+    twice = Experiment.load(grid)
+    labels = [cell.label for cell in twice.cells()]
+    assert len(set(labels)) == len(labels) == 2 * len(known), "people can tell them apart"
+    several = [cell.label for cell in before.cells()]
+    assert set(labels) == {f"{label}, limit={limit}" for label in several for limit in (before.limit, 3)}
+    cells = twice.cells()
+    assert [twice._named("claims", label, cells) for label in labels] == [(cell.key, "") for cell in cells]
+    with pytest.raises(CrossguardError, match=r"names 2 cells \(.*limit=.*; .*limit=3, \.\.\.\); say which"):
+        twice._named("claims", several[0], cells)
     for more, message in (
         ("[[more]]\nmodel = { base = 'TinyViT()' }", "model 'base' is one word in one grid and another in the next"),
         ("[[more]]\nmodle = 'Tiny()'", "more has an unknown key 'modle'; did you mean 'model'?"),

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from crossguard import Concat, Subset, Unlabelled
 from crossguard.attacks.base import TextAttack, TextVictim
 from crossguard.attacks.gradient import PGD
 from crossguard.budgets import Both, Linf, Words
@@ -36,6 +38,14 @@ class Wrong(TextAttack):
 
     def search(self, victim: TextVictim, clean: list[str], goal: Any, budget: Any, rivals: Any) -> list[str]:
         return [*clean[1:], clean[0]]
+
+
+@dataclass(frozen=True)
+class Captioned(Blots):
+    """The same without classes."""
+
+    def labels(self) -> Tensor:
+        return torch.full((len(self),), -1)
 
 
 INNER, BUDGET = PGD(steps=3, step=0.5), Both(Linf(8 / 255), Words(1))
@@ -124,6 +134,17 @@ def test_what_cannot_be_measured_is_said() -> None:
     for wrong, said in (({"limit": 0}, "limit=0"), ({"batch": 0}, "batch=0"), ({"budget": Words(1)}, "pixels")):
         with pytest.raises(CrossguardError, match=said):
             Validation(HELD_OUT, **wrong)  # type: ignore[arg-type]
+
+
+def test_what_could_not_be_measured_is_said_before_the_first_step(base: Fresh, tmp_path: Path) -> None:
+    for data, says in (
+        (Unlabelled(HELD_OUT), "nobody may look at them"),
+        (Subset(HELD_OUT, 0), "a limit of samples must be a whole number of at least 1, not 0"),
+        (Concat((HELD_OUT, Captioned(2))), "2 of the 42 samples of Concat.* label that is none of its 3 classes .*-1"),
+    ):
+        with pytest.raises(CrossguardError, match=says):
+            replace(RECIPE, validate=Validation(data, INNER, BUDGET)).fit(base, Blots(), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "writing_a_recipe.md").read_text()

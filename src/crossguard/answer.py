@@ -327,11 +327,15 @@ def counting() -> Iterator[Costs]:
             outer.backwards += costs.backwards
 
 
-def counted(embeddings: Embeddings) -> Embeddings:
-    """The embeddings that a tower gave, counted, and counted again when a gradient comes back through them."""
+def counted(embeddings: Embeddings, forwards: int = 1) -> Embeddings:
+    """The embeddings that a tower gave, counted, and counted again when a gradient comes back through them.
+
+    Args:
+        forwards: that each of them took.
+    """
     costs = _counting.get()
     if costs is not None:
-        count = len(embeddings)
+        count = len(embeddings) * forwards
         costs.forwards += count
         if embeddings.requires_grad:
 

@@ -111,8 +111,8 @@ def sweep_picture(name: str, panels: Panels) -> bytes:
         axes[1][0].set_ylabel("% right, clean and under attack")
     if len(lines) > 1:
         axes[0][0].legend(fontsize=8)
-    n = next(point.robust.n for panel in panels.values() for one in panel.values() for point in one)
-    figure.suptitle(f"n = {n}, 95 % intervals", fontsize=9)
+    counts = sorted({point.robust.n for panel in panels.values() for one in panel.values() for point in one})
+    figure.suptitle(f"n = {', '.join(map(str, counts))}, 95 % intervals", fontsize=9)
     return png(figure)
 
 

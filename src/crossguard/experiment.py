@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from crossguard.words import expanded, within
 
 if TYPE_CHECKING:
     from crossguard.claims import Claim
-    from crossguard.models.base import Checkpoint, VisionLanguageModel
+    from crossguard.models.base import VisionLanguageModel
 
 INDEX = "experiment.json"  # beside the answers: which label stands for which word
 LOCKS = ".locks"  # the folder of locks, and of notes of who holds them
@@ -284,7 +284,7 @@ class Experiment:
                     lines = {kind: self.sweep.line(kind, one) for kind, one in named.items()}
                     line = ", ".join(one for kind, one in lines.items() if kind in apart and one != "None")
                     cell.points.append(Point(line, lines["attack"], next(iter(values), None)))
-        return list(found.values())
+        return _told_apart(list(found.values()))
 
     def run(self, out: str | Path, watch: Watch | None = None, shard: tuple[int, int] | None = None) -> list[Report]:
         """Answers every question that has no answer in the folder yet; returns all answers, in the grid's order.
@@ -305,10 +305,11 @@ class Experiment:
         group = joined()
         check_folder(out)
         cells = self.cells()
+        index = self._index(cells)  # which refuses cells that are not there, before anything is written
         files.make_writable(out)
         files.make_writable(out / LOCKS)
         if group.first:
-            files.write(out / INDEX, json.dumps(self._index(cells), indent=2) + "\n")
+            files.write(out / INDEX, json.dumps(index, indent=2) + "\n")
         with _logging(out / "log.txt") as log:
             work = _Work(self, cells, out, watch if watch and group.first else Watch(), log, group)
             work.go(cells if shard is None else dealt(cells, shard, group), shard is None)
@@ -353,9 +354,9 @@ class Experiment:
     def _named(self, where: str, name: str, cells: Sequence[Cell]) -> tuple[str, str]:
         """The key of the cell that has these labels, and the score that is meant where there are several."""
         scores = [f"{direction} R@1" for direction in DIRECTIONS]
-        known = {kind: {one for cell in cells for one in cell.labels[kind]} for kind in _KINDS}
+        known = {one for cell in cells for labels in cell.labels.values() for one in labels}
         try:
-            parts = _labels(name, {one for labels in known.values() for one in labels} | set(scores))
+            parts = _labels(name, known | set(scores))
             score = next((one for one in parts if one in scores), "")
             wanted = [one for one in parts if one != score]
             found = [cell for cell in cells if _leads(wanted, cell.labels)]
@@ -486,7 +487,9 @@ class _Work:
     def _open(self, cell: Cell) -> None:
         """Opens the models, and trains those that are to be trained; what cannot be read is tried once, however many
         cells ask for it."""
-        for model in _checkpoints((cell.words["model"], cell.words["surrogate"])):
+        from crossguard.models.base import asked_of
+
+        for model in asked_of((cell.words["model"], cell.words["surrogate"])):
             if model in self.unreadable:
                 raise self.unreadable[model]
             try:
@@ -590,6 +593,21 @@ def _before(cells: Iterable[Cell], chosen: Mapping[str, Any]) -> tuple[str, ...]
     )
 
 
+def _told_apart(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells; those of other limits that people would call the same have the limit in their label."""
+    called = Counter(cell.label for cell in cells)
+    limits: dict[str, set[int | None]] = {}
+    for cell in cells:
+        limits.setdefault(cell.label, set()).add(cell.limit)
+    found: list[Cell] = []
+    for cell in cells:
+        if called[cell.label] > 1 and len(limits[cell.label]) > 1:
+            own = f"limit={cell.limit}"
+            cell = replace(cell, label=f"{cell.label}, {own}", labels={**cell.labels, "limit": {own}})
+        found.append(cell)
+    return found
+
+
 def check_folder(out: Path) -> None:
     """Raises where answers would be written among the files of a model."""
     for name in ("crossguard.json", "training.safetensors", "config.json", "model.safetensors"):
@@ -613,20 +631,6 @@ def _watched(models: Mapping[str, VisionLanguageModel]) -> dict[str, str]:
         for label, model in models.items()
         if isinstance(model, Fit) and model.recipe.validate is not None
     }
-
-
-def _checkpoints(word: object) -> Iterator[Checkpoint]:
-    """The networks behind model words; what a network was trained from is not looked at."""
-    from crossguard.models.base import Checkpoint
-
-    if isinstance(word, Checkpoint):
-        yield word
-        return
-    parts: Iterable[object] = word if isinstance(word, tuple) else ()
-    if is_dataclass(word):
-        parts = [getattr(word, field.name) for field in fields(word)]
-    for part in parts:
-        yield from _checkpoints(part)
 
 
 def _told(failures: Sequence[tuple[str, str]], cells: int) -> str:

@@ -65,6 +65,13 @@ class Sweep:
         found = (self.points.get(kind, {}).get(label) for kind, label in labels.items())
         return {one[1] for one in found if one is not None}
 
+    def spelled(self, value: Number) -> str:
+        """One of the values, in as few digits as tell all of them apart, and six at least."""
+        for digits in range(6, 18):
+            if len({f"{one:.{digits}g}" for one in self.values}) == len(self.values):
+                return f"{value:.{digits}g}"
+        return str(value)  # whole numbers of more digits than a float has
+
     def mentions(self, text: str, others: Collection[str] = ()) -> bool:
         """Whether a text is a word with the name of the sweep in it, or one of these."""
         try:
@@ -114,7 +121,7 @@ def laid_out(kind: str, label: str | None, text: str, names: Names, sweep: Sweep
     found: dict[str, Any] = {}
     for value, named in zip(sweep.values, names.each, strict=True):
         word = words.read(kind, text, named)
-        own = words.show(word, short=True) if label is None else f"{label}, {sweep.name}={value:.6g}"
+        own = words.show(word, short=True) if label is None else f"{label}, {sweep.name}={sweep.spelled(value)}"
         found[own] = word
         sweep.points.setdefault(kind, {})[own] = (text.strip() if label is None else label, value)
     return found

@@ -21,9 +21,9 @@ class Recall:
     """Asks a teacher about the clean images of a feed, about each image once where that changes no number: where images
     are not augmented, come again in a later epoch, and there is room for what is said of all of them.
 
-    It is tried on the first batch that no answer depends on the place of its image in the batch, to the last bit: a
-    teacher of which that is not so, or that draws noise, is asked anew in each step. It is always asked about as many
-    images as a step has, since batches of other sizes are rounded differently.
+    It is tried on the first batch that no answer depends on the place of its image in the batch, nor on the images
+    beside it, to the last bit: a teacher of which that is not so, or that draws noise, is asked anew in each step. It
+    is always asked about as many images as a step has, since batches of other sizes are rounded differently.
 
     Args:
         feed: where the images come from.
@@ -64,8 +64,10 @@ class Recall:
         """Asks about the whole batch and keeps it."""
         found, drew = self._asked(batch, batch.images, ask)
         if not self._said:
-            turned, _ = self._asked(batch, batch.images.flip(0), ask)
-            alike = all(torch.equal(one, turned[need].flip(0)) for need, one in found.items())
+            turned = batch.images.flip(0)
+            turned[1::2] = 1.0 - turned[1::2]  # so that the others have another place and other images beside them
+            again, _ = self._asked(batch, turned, ask)
+            alike = all(torch.equal(one.flip(0)[::2], again[need][::2]) for need, one in found.items())
             bytes_ = sum(one[:1].nbytes for one in found.values()) * len(self._known)
             if drew or not alike or bytes_ > self.room:
                 self._kept = False

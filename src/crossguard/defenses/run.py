@@ -38,7 +38,7 @@ from crossguard.device import chosen, exact
 from crossguard.errors import CrossguardError
 from crossguard.files import LOCK, LogFile, WriteError, hashed, reason, save_tensors, tidy, write
 from crossguard.limits import whole
-from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel
+from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, asked_of
 from crossguard.models.prompted import ClassFramedEncoder, ContextEncoder, prompts
 from crossguard.opening import opening
 from crossguard.printing import LogFormatter, lasting, say
@@ -46,7 +46,7 @@ from crossguard.processes import Processes
 from crossguard.reading import parse_json, read_json
 from crossguard.telling import heard, tell
 from crossguard.turns import Note, owned
-from crossguard.words import contents, show, within
+from crossguard.words import contents, show
 
 _STATE, _RECORD, _PICTURE = "training.safetensors", "crossguard.json", "validation.png"
 _ALIKE = 64  # captions that are compared with each other before the first step
@@ -220,6 +220,8 @@ class Run:
             CrossguardError: nothing can be learned.
         """
         network = self.learner.network
+        if self.recipe.validate is not None:
+            self.recipe.validate.check()
         strings, classes = self.feed.strings(), self.feed.prompts
         kind, some = ("captions", strings[:_ALIKE]) if classes is None else ("class prompts", self.feed.classes)
         if not _reads(network, some):
@@ -280,7 +282,7 @@ class Run:
     def _check_teacher(self, name: str, teacher: VisionLanguageModel, some: Sequence[str]) -> None:
         """Raises where a teacher cannot be asked about these classes."""
         whose = f"the teacher {name!r}"
-        for word in within(teacher, Checkpoint):
+        for word in asked_of(teacher):
             for part in prompts(word.network):
                 if isinstance(part, ContextEncoder | ClassFramedEncoder) and self.feed.prompts is not None:
                     check_class_lists(self.feed.prompts.names, part.place.names, whose)
@@ -397,7 +399,10 @@ def check_class_lists(mine: Sequence[str], theirs: Sequence[str], whose: str) ->
     if not mine or not theirs or tuple(mine) == tuple(theirs):
         return
     if len(mine) != len(theirs):
-        raise CrossguardError(f"the training is about {len(mine)} classes, and {whose} about {len(theirs)}")
+        raise CrossguardError(
+            f"the training is about {len(mine)} classes, and {whose} about {len(theirs)}; give the same classes in the "
+            "same order"
+        )
     place = next(place for place, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other)
     raise CrossguardError(
         f"class {place} of the training is {mine[place]!r}, and that of {whose} is {theirs[place]!r}; give the same "

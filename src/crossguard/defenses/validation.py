@@ -23,6 +23,7 @@ from crossguard.models.base import DualEncoder, frozen
 from crossguard.processes import Processes
 from crossguard.seeds import keys
 from crossguard.shapes import Images, Mask, TextEmbeddings
+from crossguard.words import show
 
 CLEAN, ROBUST, TEXT = "clean accuracy", "robust accuracy", "text accuracy"
 
@@ -57,6 +58,18 @@ class Validation:
         self.image_attack.spends(self.budget)
         if self.text_attack is not None:
             self.text_attack.spends(self.budget)
+
+    def check(self) -> None:
+        """Raises, before the first step, where nothing could be measured at the end of an epoch."""
+        labels = self.data.labels()[self.data.chosen(self.limit)]
+        classes = len(self.data.prompts().names)
+        wrong = (labels < 0) | (labels >= classes)
+        if bool(wrong.any()):
+            raise CrossguardError(
+                f"{int(wrong.sum())} of the {len(labels)} samples of {show(self.data, short=True)}, on which accuracy "
+                f"is to be measured, have a label that is none of its {classes} classes (such as "
+                f"{int(labels[wrong][0])}); leave them out"
+            )
 
     def measure(self, network: DualEncoder, device: torch.device, seed: int, group: Processes) -> dict[str, float]:
         """The accuracies of a network, each from 0 to 1; each batch is asked about by one of the processes.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -178,6 +178,11 @@ class DualEncoder(nn.Module):
         del texts, words, lists
         raise CrossguardError(f"a {type(self).__name__} cannot read learned tokens; give a CLIP or SigLIP model")
 
+    @property
+    def forwards(self) -> int:
+        """How many forwards of the image tower the embedding of an image takes."""
+        return 1
+
     def cut(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the network reads; their ends are not seen."""
         del texts
@@ -241,6 +246,11 @@ class VisionLanguageModel(Word, ABC):
     def device(self) -> torch.device:
         """Where the network lives."""
 
+    @property
+    def forwards(self) -> int:
+        """How many forwards of an image tower the embedding of an image takes, defenses not counted."""
+        return 1
+
     def cut(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the model reads; their ends are not seen."""
         del texts
@@ -265,7 +275,7 @@ class VisionLanguageModel(Word, ABC):
 
         def hard(images: Images) -> Said:
             with held.inside():
-                return Said(counted(self.encode_image(images)), reading)
+                return Said(counted(self.encode_image(images), self.forwards), reading)
 
         def reading_inside(embeddings: Embeddings) -> Logits:
             assert read is not None
@@ -355,6 +365,10 @@ class Checkpoint(VisionLanguageModel, Opens):
             return read()
         return held.remembered((self, tuple(texts)), read)
 
+    @property
+    def forwards(self) -> int:
+        return self.network.forwards
+
     def cut(self, texts: Sequence[str]) -> int:
         return self.network.cut(texts)
 
@@ -374,6 +388,19 @@ def checkpoint(model: VisionLanguageModel, who: str) -> Checkpoint:
             "the like, and put a defense around the result"
         )
     return model
+
+
+def asked_of(word: object) -> Iterator[Checkpoint]:
+    """The models with a network of their own that a word asks. What such a model was trained from, or by, is no part of
+    what it is now, and is not looked at."""
+    if isinstance(word, Checkpoint):
+        yield word
+        return
+    parts: Iterable[object] = word if isinstance(word, tuple) else ()
+    if is_dataclass(word):
+        parts = [getattr(word, field.name) for field in fields(word)]
+    for part in parts:
+        yield from asked_of(part)
 
 
 _together: ContextVar[bool] = ContextVar("crossguard_together", default=False)

@@ -70,6 +70,10 @@ class Committee(VisionLanguageModel):
     def device(self) -> torch.device:
         return self.members[0].device
 
+    @property
+    def forwards(self) -> int:
+        return sum(member.forwards for member in self.members)
+
     def cut(self, texts: Sequence[str]) -> int:
         return max(member.cut(texts) for member in self.members)
 

@@ -96,6 +96,10 @@ class PromptedEncoder(DualEncoder):
     def splice(self, texts: Sequence[str], words: str, lists: Sequence[int] = ()) -> Splice:
         return self.inner.splice(texts, words, lists)
 
+    @property
+    def forwards(self) -> int:
+        return self.inner.forwards
+
     def cut(self, texts: Sequence[str]) -> int:
         return self.inner.cut(texts)
 
@@ -268,6 +272,10 @@ class ClassFramedEncoder(PromptedEncoder):
 
     def moves(self) -> tuple[str, ...]:
         return ("image",)
+
+    @property
+    def forwards(self) -> int:
+        return len(self.place.names) * self.inner.forwards
 
     def encode_image(self, images: Images) -> Embeddings:
         return self.encode_fitted(self.fitted(images))

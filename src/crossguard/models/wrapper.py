@@ -73,6 +73,10 @@ class Wrapper(VisionLanguageModel):
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         return self.base.encode_text(texts)
 
+    @property
+    def forwards(self) -> int:
+        return self.base.forwards
+
     def cut(self, texts: Sequence[str]) -> int:
         return self.base.cut(texts)
 
