@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossguard import Context, Fit, Scenes, Tiny
+from crossguard import SCC, BitDepth, Context, Fit, GaussianNoise, Scenes, Smoothed, Tiny
 from crossguard.budgets import Both, Words
 from crossguard.defenses.distillation import FARE, HPTGPD, PMGAFT
 from crossguard.defenses.finetuning import Contrastive, FTStandard, MMCoA, TeCoA
@@ -23,6 +23,7 @@ from crossguard.defenses.plan import EMA, Adversary, Augment, Stage
 from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.terms import Need, Seen, Term
 from crossguard.errors import CrossguardError
+from crossguard.models.base import VisionLanguageModel
 from crossguard.models.fresh import Fresh
 from crossguard.models.huggingface import HuggingFace
 from crossguard.testing import check_recipe
@@ -194,6 +195,17 @@ def test_a_teacher_that_does_not_read_is_refused(base: Fresh, tmp_path: Path) ->
     blind = replace(base, tokenizer=str(_other_words(tmp_path / "words")))
     said = refused(lambda: HPTGPD(proxy=blind, steps=1, batch=8).fit(base, Blots(), tmp_path / "x"))
     assert said.startswith("the teacher 'proxy', Fresh(") and "does not read them" in said
+
+
+def test_a_defended_teacher_that_answers_by_more_than_embeddings_is_noted(base: Fresh, tmp_path: Path) -> None:
+    def notes(proxy: VisionLanguageModel) -> list[str]:
+        return started(HPTGPD(proxy=proxy, steps=1, batch=8, warmup=0), base, tmp_path).notes
+
+    assert notes(BitDepth(base, 3)) == notes(GaussianNoise(base)) == []
+    (note,) = notes(Smoothed(base, 0.1, 3))
+    assert "'proxy', Smoothed(" in note and "answers by more than its embeddings, as by a vote" in note
+    said = refused(lambda: notes(SCC(base)))
+    assert said.startswith("the teacher 'proxy', SCC(") and "is asked for embeddings without classes: SCC" in said
 
 
 def test_what_a_teacher_was_taught_by_need_not_know_these_classes(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import crossguard
 import open_clips
-from crossguard import PGD, SGD, Linf, Live, OpenCLIP, RobustEncoder, TeCoA, ZeroShot, evaluate, records
+from crossguard import PGD, SGD, Interpolated, Linf, Live, OpenCLIP, RobustEncoder, TeCoA, ZeroShot, evaluate, records
 from crossguard.errors import CrossguardError
 from crossguard.models.huggingface import HuggingFace
 from crossguard.models.openclip import OpenCLIPEncoder, preprocessing
@@ -540,3 +540,13 @@ def test_the_record_that_is_written_is_the_one_that_was_read(tmp_path: Path) -> 
     record = records.read(str(tmp_path / "a"), "")
     assert record.text is not None and replace(record, text=None).content().keys() == {"model_cfg", "preprocess_cfg"}
     assert record.content()["model_cfg"] == KINDS["BiomedCLIP"].model
+
+
+def test_nothing_lies_between_models_that_prepare_images_otherwise(tmp_path: Path) -> None:
+    usual, other = Kind(model()), Kind(model(), {"mean": 0.5, "std": 0.5})
+    a, b, c = (tmp_path / name for name in "abc")
+    for seed, (folder, kind) in enumerate(((a, usual), (b, usual), (c, other))):
+        write(folder, kind, seed)
+    Interpolated(OpenCLIP(str(a)), OpenCLIP(str(b))).load()
+    with pytest.raises(CrossguardError, match="tokenizers or image processors differ"):
+        Interpolated(OpenCLIP(str(a)), OpenCLIP(str(c))).load()

@@ -103,7 +103,8 @@ class HPTGPD(Recipe):
     image_attack=PGD(steps=5, step=0.5, best=False, stop=False), budget=Linf(2/255))` are its settings.
 
     Args:
-        proxy: the teacher, any model that reads the same class prompts; it never changes.
+        proxy: the teacher, any model that reads the same class prompts; it never changes. Of a defended one the
+            embeddings are asked for, and where its answers are not those of its embeddings, that is said.
         anchor: who teaches in stage 1: 'proxy', or 'start' for the model as it was.
         forward: KL(teacher || student) instead.
         reduce: 'mean' or 'sum' over the batch.

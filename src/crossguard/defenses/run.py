@@ -40,10 +40,12 @@ from crossguard.files import LOCK, LogFile, WriteError, hashed, reason, save_ten
 from crossguard.limits import whole
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, asked_of
 from crossguard.models.prompted import ClassFramedEncoder, ContextEncoder, prompts
+from crossguard.models.wrapper import Wrapper
 from crossguard.opening import opening
 from crossguard.printing import LogFormatter, lasting, say
 from crossguard.processes import Processes
 from crossguard.reading import parse_json, read_json
+from crossguard.seeds import drawing, keys
 from crossguard.telling import heard, tell
 from crossguard.turns import Note, owned
 from crossguard.words import contents, show
@@ -250,6 +252,8 @@ class Run:
         for name, teacher in self.learner.teachers.items():
             if isinstance(teacher, VisionLanguageModel):
                 self._check_teacher(name, teacher, some)
+            if isinstance(teacher, Wrapper):
+                notes += self._unheard(name, teacher)
         if not self.learner.counts():
             raise CrossguardError(
                 f"{type(self.recipe).__name__} would learn nothing: by its threshold, none of the images of "
@@ -291,6 +295,37 @@ class Run:
                 f"{whose}, {show(teacher, short=True)}, has one embedding for all of these texts, such as {some[0]!r} "
                 f"and {some[-1]!r}: it does not read them; give another teacher"
             )
+
+    def _unheard(self, name: str, teacher: Wrapper) -> list[str]:
+        """Of a defended teacher, that its answers are not those of its embeddings, which are all that is asked for.
+
+        Raises:
+            CrossguardError: It gives no embedding without classes.
+        """
+        whose, feed = f"the teacher {name!r}, {show(teacher, short=True)},", self.feed
+        first = feed.samples(0)[:1]
+        images, noise = feed.pictures(first), keys((feed.data.id(index) for index in first), self.recipe.seed)
+        with torch.no_grad():
+            try:
+                with drawing(noise):
+                    teacher.encode_image(images)
+            except CrossguardError as error:
+                raise CrossguardError(f"{whose} is asked for embeddings without classes: {error}") from error
+            asked = [need for stage in self.learner.stages for need in stage.everything if need.who == name]
+            if feed.prompts is None or all(need.tower != TEXT for need in asked):
+                return []
+            answer = teacher.answer(feed.prompts)
+            assert answer.texts is not None
+            with drawing(noise):
+                said = answer.hard(images)
+                told = teacher.logits(said.embeddings, answer.texts)
+                if torch.allclose(said.logits, told, rtol=1e-3, atol=1e-2):
+                    return []
+        return [
+            f"{whose} answers by more than its embeddings, as by a vote or changed logits, and a training asks for the "
+            "embeddings alone, so it teaches something else than it answers; give a defense that changes pixels or "
+            "embeddings, or the model inside of it"
+        ]
 
     # State on disk
 

@@ -10,6 +10,7 @@ import torch
 from crossguard.errors import CrossguardError
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel, checkpoint
 from crossguard.models.huggingface import TransformersEncoder
+from crossguard.models.openclip import OpenCLIPEncoder
 from crossguard.models.prompted import PromptedEncoder
 from crossguard.words import show
 
@@ -68,7 +69,9 @@ def _read_alike(one: DualEncoder, other: DualEncoder) -> bool:
     """Whether both towers are given the same numbers of the same texts and images."""
     if isinstance(one, PromptedEncoder) and isinstance(other, PromptedEncoder):
         return one.settings == other.settings and _read_alike(one.inner, other.inner)
-    if not isinstance(one, TransformersEncoder) or not isinstance(other, TransformersEncoder):
+    if not isinstance(one, TransformersEncoder | OpenCLIPEncoder):
+        return True
+    if not isinstance(other, TransformersEncoder | OpenCLIPEncoder):
         return True
     same = all(torch.equal(*pair) for pair in zip(one.tokens(_PROBES), other.tokens(_PROBES), strict=True))
     return same and one.preprocess == other.preprocess
