@@ -36,7 +36,7 @@ def quick(attack: ImageAttack) -> ImageAttack:
     """The same attack, or the attacks that it stands for, with as few steps as the contract allows."""
     if isinstance(attack, AutoAttack):
         return Worst(tuple(quick(part) for part in attack.parts(Linf(8 / 255)) if PixelBudget in part.norms))
-    few = {"steps": 12, "queries": 100, "samples": 2, "searches": 3}
+    few = {"steps": 12, "queries": 100, "samples": 2, "searches": 3, "count": 2, "targets": 2}
     changes = {}
     for field in dataclasses.fields(attack):
         value = getattr(attack, field.name)

@@ -31,6 +31,7 @@ from crossguard import (
     ZeroShot,
     evaluate,
     turns,
+    words,
 )
 from crossguard.attacks.base import ImageAttack
 from crossguard.data import Dataset
@@ -502,59 +503,66 @@ def test_a_damaged_kept_image_is_one_sentence(tmp_path: Path) -> None:
         evaluate(TASK, Tiny(), ATTACK, BUDGET, keep=tmp_path, keep_as="jpeg")
 
 
-def test_two_processes_share_an_evaluation_and_end_in_the_same_report(tmp_path: Path) -> None:
-    out, keep = tmp_path / "report.json", tmp_path / "kept"
-    words = ["--task", "ZeroShot(Scenes('color', count=41))", "--model", "Tiny()", "--attack", "PGD(steps=3)",
-             "--budget", "Linf(5/255)", "--batch", "16"]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m",
-               "crossguard", "eval", *words, "--out", str(out), "--keep", str(keep)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("clean accuracy") == 1
-    shared = Report.load(out)
-    alone = evaluate(ZeroShot(Scenes("color", count=41)), Tiny(), ATTACK, BUDGET, keep=tmp_path / "alone")
-    same(alone, shared)
-    assert [sample["id"] for sample in json.loads((keep / "kept.json").read_text())["samples"]] == list(
-        alone.outcomes.id
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "kept", "report.json"]
-
-
-SHARED = """
+CASES = {
+    "pairs": ("Retrieval(Scenes('relation'))", "CoAttack(PGD(steps=1))", 140),
+    "names": ("ZeroShot(Scenes('color'))", "Independent(PGD(steps=1), Substitute())", 20),
+}
+SHARED = f"""
 import sys
-from crossguard import PGD, Both, CoAttack, Independent, Linf, Retrieval, Scenes, Substitute, Tiny, Words, ZeroShot
-from crossguard import evaluate
+from crossguard import Both, Linf, Tiny, Words, evaluate, words
+from crossguard.cli import main
 from crossguard.processes import joined
 
+folder = sys.argv[1]
+try:
+    main(["eval", "--task", "ZeroShot(Scenes('color', count=41))", "--model", "Tiny()", "--attack", "PGD(steps=3)",
+          "--budget", "Linf(5/255)", "--batch", "16", "--out", folder + "/report.json", "--keep", folder + "/kept"])
+except SystemExit as end:
+    assert not end.code
 group = joined()
-cases = {
-    "pairs": (Retrieval(Scenes("relation")), CoAttack(PGD(steps=1)), 140),
-    "names": (ZeroShot(Scenes("color")), Independent(PGD(steps=1), Substitute()), 20),
-}
-for name, (task, attack, limit) in cases.items():
-    asked = dict(task=task, model=Tiny(), attack=attack, budget=Both(Linf(5 / 255), Words(1)), limit=limit)
-    evaluate(**asked, out=f"{sys.argv[1]}/two-{name}.json")
-    if group.first:
-        evaluate(**asked, out=f"{sys.argv[1]}/one-{name}.json", processes=False)
+for name, (task, attack, limit) in {CASES}.items():
+    task, attack = map(words.build, (task, attack))
+    evaluate(task, Tiny(), attack, Both(Linf(5 / 255), Words(1)), limit=limit, out=folder + "/two-" + name + ".json")
 try:
     group.each([1, 0], lambda item: 1 // item)
 except Exception as error:
-    with open(f"{sys.argv[1]}/error-{group.rank}", "w") as file:  # what two processes print is mixed
-        file.write(f"{type(error).__name__} {error}")
+    with open(folder + "/error-" + str(group.rank), "w") as file:  # what two processes print is mixed
+        file.write(type(error).__name__ + " " + str(error))
 """
 
 
-def test_what_happens_once_is_shared_and_the_failure_of_one_is_told_to_all(tmp_path: Path) -> None:
-    (tmp_path / "shared.py").write_text(SHARED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               str(tmp_path / "shared.py"), str(tmp_path)]  # fmt: skip
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What two processes wrote, which `torchrun` started once for all that they do together, and what they printed."""
+    folder = tmp_path_factory.mktemp("shared")
+    code, out = folder / "shared.py", folder / "out"
+    code.write_text(SHARED)
+    out.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(code), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    first, second = ((tmp_path / f"error-{rank}").read_text() for rank in range(2))
+    return out, done.stdout
+
+
+def test_two_processes_share_an_evaluation_and_end_in_the_same_report(tmp_path: Path, shared: tuple[Path, str]) -> None:
+    folder, said = shared
+    assert said.count("clean accuracy") == 1
+    alone = evaluate(ZeroShot(Scenes("color", count=41)), Tiny(), ATTACK, BUDGET, keep=tmp_path)
+    same(alone, Report.load(folder / "report.json"))
+    samples = json.loads((folder / "kept" / "kept.json").read_text())["samples"]
+    assert [sample["id"] for sample in samples] == list(alone.outcomes.id)
+    left = {"kept", "report.json", *(f"two-{name}.json" for name in CASES), "error-0", "error-1"}
+    assert {path.name for path in folder.iterdir()} == left
+
+
+def test_what_happens_once_is_shared_and_the_failure_of_one_is_told_to_all(shared: tuple[Path, str]) -> None:
+    folder, _ = shared
+    first, second = ((folder / f"error-{rank}").read_text() for rank in range(2))
     assert first == "CrossguardError process 1 of 2 failed: integer division or modulo by zero"
     assert second.startswith("ZeroDivisionError")
-    for name in ("pairs", "names"):
-        two, one = (Report.load(tmp_path / f"{count}-{name}.json") for count in ("two", "one"))
+    for name, (task, attack, limit) in CASES.items():
+        two = Report.load(folder / f"two-{name}.json")
+        one = evaluate(words.build(task), Tiny(), words.build(attack), Both(BUDGET, Words(1)), limit=limit)
         assert one.question == two.question and one.notes == two.notes and one.texts == two.texts
         for column in set(one.outcomes.columns) - {"clean_margin", "adversarial_margin", "size"}:
             assert np.array_equal(one.outcomes.columns[column], two.outcomes.columns[column]), (name, column)
