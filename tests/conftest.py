@@ -19,7 +19,7 @@ from typing import Any
 import jaxtyping
 import pytest
 
-FIRST, EVERY = 8, 64  # so many calls of a function are checked in each test, and of those that follow each so-manieth
+FIRST, EVERY = 32, 32  # so many calls of a function are checked in each test, and of those that follow each so-manieth
 
 _check = jaxtyping.jaxtyped
 _tests = 0  # that have begun
