@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -221,7 +222,11 @@ class _Part(Over):
 
     @cached_property
     def _indices(self) -> list[int]:
-        raise NotImplementedError
+        return self._picked()
+
+    @abstractmethod
+    def _picked(self) -> list[int]:
+        """The places of these samples in the dataset."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +236,7 @@ class Subset(_Part):
     They are evenly divided among its classes and the same ones whatever the order of the data (`Dataset.chosen`).
     """
 
-    @cached_property
-    def _indices(self) -> list[int]:
+    def _picked(self) -> list[int]:
         return self.data.chosen(self.count)
 
 
@@ -241,8 +245,7 @@ class Rest(_Part):
     """What `Subset(data, count)`, or an evaluation with that limit, leaves of a dataset, in its order: images to
     validate on, or to train on where a dataset has no test part, that are not those of the number that is reported."""
 
-    @cached_property
-    def _indices(self) -> list[int]:
+    def _picked(self) -> list[int]:
         taken = self.data.chosen(self.count) if self.count else ()
         left = sorted(set(range(len(self.data))).difference(taken))
         if not left:
