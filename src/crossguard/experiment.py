@@ -595,13 +595,12 @@ def _before(cells: Iterable[Cell], chosen: Mapping[str, Any]) -> tuple[str, ...]
 
 def _told_apart(cells: Sequence[Cell]) -> list[Cell]:
     """The cells; those of other limits that people would call the same have the limit in their label."""
-    called = Counter(cell.label for cell in cells)
     limits: dict[str, set[int | None]] = {}
     for cell in cells:
         limits.setdefault(cell.label, set()).add(cell.limit)
     found: list[Cell] = []
     for cell in cells:
-        if called[cell.label] > 1 and len(limits[cell.label]) > 1:
+        if len(limits[cell.label]) > 1:
             own = f"limit={cell.limit}"
             cell = replace(cell, label=f"{cell.label}, {own}", labels={**cell.labels, "limit": {own}})
         found.append(cell)
