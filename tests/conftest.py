@@ -2,6 +2,9 @@
 
 With CROSSGUARD_STRICT=1 (as in CI) a package that is missing fails its tests, which otherwise skip.
 
+Networks live on the CPU, whose answers are the same to the bit each time, also in what a test starts; `test_gpu.py`
+chooses the GPU.
+
 jaxtyping checks the shapes of what goes in and out of every function of the package. A check takes far longer than most
 calls, and the thousandth call of a loop says nothing that the first did not: in each test, the first calls of a
 function are checked, and a sample of those that follow.
@@ -20,6 +23,8 @@ import jaxtyping
 import pytest
 
 FIRST, EVERY = 32, 32  # so many calls of a function are checked in each test, and of those that follow each so-manieth
+
+os.environ["CROSSGUARD_DEVICE"] = "cpu"
 
 _check = jaxtyping.jaxtyped
 _tests = 0  # that have begun

@@ -39,4 +39,4 @@ def package() -> Any:
         try:
             return importlib.import_module("open_clip")
         except ImportError:  # also where nothing may be missing: an index may have no torchvision to put beside it
-            pytest.skip("the package open_clip_torch is not installed")
+            pytest.skip("the package open_clip_torch is not installed", allow_module_level=True)

@@ -28,7 +28,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", device.VARIABLE):
         monkeypatch.delenv(name, raising=False)
     return current
 
@@ -45,6 +45,30 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(
     with pytest.raises(CrossguardError, match="all processes on one GPU"):
         device.choose("cuda:1")
     assert device.choose("cpu").device == torch.device("cpu")
+
+
+def test_the_environment_names_the_device_where_nothing_else_does(
+    four_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSGUARD_DEVICE", "cpu")
+    assert device.best() == device.chosen().device == device.choose().device == torch.device("cpu")
+    assert device.choose("cuda").device == torch.device("cuda", 0) and device.choose("cuda:3").device.index == 3
+    monkeypatch.setenv("CROSSGUARD_DEVICE", "cuda:2")
+    assert device.choose().device == torch.device("cuda", 2)
+    monkeypatch.setenv("CROSSGUARD_DEVICE", "gpu")
+    with pytest.raises(CrossguardError, match="there is no device 'gpu'"):
+        device.choose()
+    monkeypatch.setenv("CROSSGUARD_DEVICE", "")
+    assert device.best() == torch.device("cuda", 0)
+
+
+def test_more_processes_than_gpus_share_them(four_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not device.shared()
+    for world, shared in ((4, False), (6, True)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+        assert device.shared() is shared
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert device.best() == torch.device("cuda", 1)
 
 
 def test_what_is_chosen_is_said(four_gpus: list[torch.device]) -> None:

@@ -13,9 +13,11 @@ from crossguard import (
     FAB,
     L2,
     PGD,
+    TTC,
     AutoAttack,
     CarliniWagner,
     DeepFool,
+    Gated,
     GaussianNoise,
     ImageAttack,
     ImageVictim,
@@ -23,7 +25,9 @@ from crossguard import (
     RayS,
     Scenes,
     Square,
+    TeCoA,
     Tiny,
+    TinyCNN,
     Untargeted,
     ZeroShot,
     device,
@@ -31,7 +35,7 @@ from crossguard import (
 )
 from crossguard.goals import margin
 from crossguard.seeds import by_position, drawing, drawn, normal, uniform
-from crossguard.testing import LinearVictim
+from crossguard.testing import LinearVictim, check_model, check_recipe, check_wrapper
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytestmark = needs_gpu
@@ -109,3 +113,10 @@ def test_random_models_answer_alike_in_every_batch_on_a_gpu() -> None:
     whole = answer(images)
     alone = [ImageVictim(model.encode_image).drawing_from(seeds[i : i + 1])(images[i : i + 1]) for i in range(4)]
     assert whole.device.type == "cuda" and torch.allclose(whole, torch.cat(alone), atol=1e-3)
+
+
+def test_the_contracts_are_kept_on_a_gpu_too() -> None:
+    check_model(TinyCNN())
+    check_wrapper(TTC(Tiny()))
+    check_wrapper(Gated(GaussianNoise(Tiny())))
+    check_recipe(TeCoA())

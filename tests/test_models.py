@@ -63,8 +63,9 @@ def word(folders: dict[str, Path], family: str) -> HuggingFace:
 
 def processed(folder: Path, images: Tensor) -> Tensor:
     """What the family's own processor makes of 8-bit images."""
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    assert type(processor).__name__.endswith("Pil")  # the reference must be Pillow's
+    # The reference must be Pillow's, also where there is a torchvision.
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    assert type(processor).__name__.endswith("Pil")
     made = [processor(Image.fromarray(image.permute(1, 2, 0).numpy()), return_tensors="np") for image in images]
     return torch.from_numpy(np.concatenate([one["pixel_values"] for one in made]))
 

@@ -175,7 +175,10 @@ _KeepOrNot = Annotated[
 _KeepAs = Annotated[str, typer.Option(help="How to keep images: safetensors (exact) or png (8 bits).")]
 _Device = Annotated[
     str | None,
-    typer.Option(help="Where networks live: cpu, cuda, cuda:1; the first GPU, if not given and there is one."),
+    typer.Option(
+        help="Where networks live: cpu, cuda, cuda:1; if not given, what CROSSGUARD_DEVICE says, else the first GPU, "
+        "if there is one."
+    ),
 ]
 _Dtype = Annotated[str | None, typer.Option(help="The precision of networks: float32 (the default) or bfloat16.")]
 _Own = Annotated[

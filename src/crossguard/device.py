@@ -13,6 +13,7 @@ import torch
 
 from crossguard.errors import CrossguardError
 
+VARIABLE = "CROSSGUARD_DEVICE"  # the environment variable that names the device where nothing else does
 LOOK = 8  # an accelerator is waited for after 1, 2, 4 and 8 steps, and then after every 8th
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,10 +31,16 @@ _chosen: Choice | None = None
 
 
 def best() -> torch.device:
-    """The device of this process: its own GPU under `torchrun`, else the first one, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    """The device of this process: the one that CROSSGUARD_DEVICE names, else its own GPU under `torchrun`, else the
+    first one, or the CPU where there is none.
+
+    Raises:
+        CrossguardError: there is no such device here.
+    """
+    named = os.environ.get(VARIABLE)
+    if named:
+        return _found(named)
+    return _gpu() if torch.cuda.is_available() else torch.device("cpu")
 
 
 def chosen() -> Choice:
@@ -45,8 +52,8 @@ def choose(device: str | None = None, dtype: str = "float32", tf32: bool = False
     """From now on networks are opened on this device and in this precision.
 
     Args:
-        device: such as 'cpu', 'cuda' or 'cuda:1'; the best there is, if not given. Under `torchrun` each process has a
-            GPU of its own, and 'cuda' is that one.
+        device: such as 'cpu', 'cuda' or 'cuda:1'; if not given, what CROSSGUARD_DEVICE says, or the best there is.
+            Under `torchrun` each process has a GPU of its own, and 'cuda' is that one.
         dtype: of the weights and of the work of the towers: 'float32' or 'bfloat16'. Embeddings and logits are float32
             in both. Float16 is not offered, since the gradients of attacks underflow in it.
         tf32: let a GPU shorten the numbers that it multiplies to 10 bits behind the point, which is faster.
@@ -72,6 +79,11 @@ def choosing(device: str | None = None, dtype: str = "float32", tf32: bool = Fal
         yield choose(device, dtype, tf32)
     finally:
         _chosen = before
+
+
+def shared() -> bool:
+    """Whether several processes that `torchrun` started on this machine have one GPU between them."""
+    return torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
 
 
 def precision() -> str:
@@ -154,12 +166,17 @@ def _found(name: str) -> torch.device:
     if device.type != "cuda" or not torch.cuda.is_available():
         raise CrossguardError(f"the device {name!r} cannot be used here; give 'cpu'{_gpus()}")
     if device.index is None:
-        return best()
+        return _gpu()
     if device.index >= torch.cuda.device_count():
         raise CrossguardError(f"there is no device {name!r}; give 'cpu'{_gpus()}")
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise CrossguardError(f"{name!r} would put all processes on one GPU; give 'cuda', so that each has its own")
     return device
+
+
+def _gpu() -> torch.device:
+    """The GPU of this process. Where there are more processes than GPUs, several have the same one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _gpus() -> str:

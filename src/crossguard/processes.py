@@ -146,12 +146,13 @@ def joined() -> Processes:
     import torch
     from accelerate import PartialState
 
-    from crossguard.device import chosen
+    from crossguard.device import chosen, shared
 
     if not torch.distributed.is_initialized():
         atexit.register(_left)
     # They meet at the end of long work, and whose part takes longer comes later.
-    PartialState(cpu=chosen().device.type == "cpu", timeout=timedelta(days=7))
+    # NCCL, which GPUs speak, refuses two processes of one GPU; Gloo carries tensors of a GPU too.
+    PartialState(cpu=chosen().device.type == "cpu" or shared(), timeout=timedelta(days=7))
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 

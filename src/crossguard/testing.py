@@ -32,6 +32,7 @@ from crossguard.defenses.recipe import Recipe
 from crossguard.defenses.run import Run, asked, written
 from crossguard.defenses.step import Learner
 from crossguard.defenses.terms import TEXT
+from crossguard.device import choosing, exact
 from crossguard.errors import CrossguardError
 from crossguard.goals import Drift, Untargeted, margin
 from crossguard.models.base import Checkpoint, DualEncoder, VisionLanguageModel
@@ -62,6 +63,7 @@ def check_attack(attack: Attack, text_budgets: Sequence[Words | Characters] = (W
             _check_text_attack(attack, words_or_characters)
 
 
+@exact()
 def check_model(model: VisionLanguageModel, size: int = 32) -> None:
     """The contract of a model or wrapper: pixels in [0, 1] in, finite embeddings out, a gradient to the pixels, a
     batch that equals its singles, and a classifier with one logit per class.
@@ -71,7 +73,7 @@ def check_model(model: VisionLanguageModel, size: int = 32) -> None:
     """
     if {type(part).__name__ for part in words.within(model, VisionLanguageModel)} <= set(words.names()):
         assert words.build(words.show(model)) == model, f"{model} does not survive being written and read"
-    images, seeds = _pictures(3, size), torch.arange(3) + 100
+    images, seeds = _pictures(3, size).to(model.device), torch.arange(3) + 100
     prompts = Prompts.of(("circle", "square", "star"), ("a photo of a {}", "a picture of a {}"))
 
     answer = model.answer(prompts)
@@ -92,16 +94,17 @@ def check_model(model: VisionLanguageModel, size: int = 32) -> None:
     assert torch.allclose(embeddings, singles, rtol=1e-3, atol=1e-4), "a batch of images does not equal its singles"
     single_texts = torch.cat([model.encode_text([text]) for text in prompts.flat])
     assert torch.allclose(texts, single_texts, rtol=1e-3, atol=1e-4), "a batch of texts does not equal its singles"
-    other = answer.encode(_pictures(1, size + 8))
+    other = answer.encode(_pictures(1, size + 8).to(model.device))
     assert other.shape == (1, embeddings.shape[1]), "an image of another size has embeddings of another shape"
     with drawing(seeds):
         logits = answer(images)
     assert logits.shape == (3, 3), f"the classifier of 3 classes gave {tuple(logits.shape)} for 3 images"
-    victim = ImageVictim(answer, Queries.none(3), seeds)
+    victim = ImageVictim(answer, Queries.none(3, model.device), seeds)
     gradient, _, _ = victim.ascend(images, Untargeted(logits.argmax(1).detach()))
     assert bool(gradient.flatten(1).any(1).all()), "the gradient with respect to the pixels is zero"
 
 
+@exact()
 def check_wrapper(wrapper: Wrapper, size: int = 32) -> None:
     """The contract of a defense around a model: that of a model, what it declares, and what attacks need to know of it.
 
@@ -109,7 +112,7 @@ def check_wrapper(wrapper: Wrapper, size: int = 32) -> None:
     has a gradient; and a gate says in the same draw what the defense has done.
     """
     check_model(wrapper, size)
-    images, seeds = _pictures(3, size), torch.arange(3) + 100
+    images, seeds = _pictures(3, size).to(wrapper.device), torch.arange(3) + 100
     prompts = Prompts.of(("circle", "square", "star"), ("a photo of a {}",))
     asked = list[Tensor]()
 
@@ -160,7 +163,8 @@ def check_recipe(
 ) -> None:
     """The contract of a recipe, tried in trainings of two steps a stage: each stage's loss falls along its gradient,
     nothing changes but what is trained, the same seed gives the same weights, also after a kill, the result answers as
-    the trained network did, and data that cannot be trained on is refused in a sentence.
+    the trained network did, and data that cannot be trained on is refused in a sentence. All of it on the CPU: a GPU
+    sums in an order of its own each time, so that the last bits of its weights are not the same again.
 
     Args:
         base: what is trained; the shipped model, if None.
@@ -172,7 +176,7 @@ def check_recipe(
     if type(recipe).__name__ in words.names():
         assert words.build(words.show(recipe)) == recipe, f"{recipe} does not survive being written and read"
     short = replace(recipe, epochs=1.0, steps=2, batch=4, warmup=0, save_every=10**6)
-    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()), choosing("cpu"):
         root = Path(folder)
         learner = _check_steps(short, base, data, root / "steps")
         word = short.fit(base, data, root / "whole", processes=False)
@@ -440,4 +444,5 @@ def _one_of_two(rank: int, port: int, recipe: Recipe, base: Checkpoint, data: Da
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ.update(world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    recipe.fit(base, data, folder)
+    with choosing("cpu"):
+        recipe.fit(base, data, folder)
