@@ -53,7 +53,7 @@ def test_a_signature_in_full():
     assert (found.name, found.kind) == ("WordShare", "budget")
     assert found.summary.startswith("At most this share of the words of a string may be replaced")
     assert found.parameters == (Parameter("share", "float", "0.4", True),)
-    assert [one.text for one in find("Both").parameters] == ["pixels", "words"]
+    assert [(one.name, one.default) for one in find("Both").parameters] == [("pixels", None), ("words", None)]
 
 
 def test_what_fields_inherit_stands_with_the_class_that_brought_them():

@@ -127,6 +127,18 @@ def test_what_is_named_by_let_runs_too_and_two_words_have_the_same_value(tmp_pat
     ]  # fmt: skip
 
 
+def test_two_words_of_one_name_are_refused(tmp_path: Path) -> None:
+    grid = """
+        task = "ZeroShot(Scenes('object'))"
+        model = {"coarse, n=3" = "Tiny()", coarse = "BitDepth(Tiny(), bits=n)"}
+        [sweep]
+        n = [2, 3]
+        """
+    with pytest.raises(CrossguardError, match="model: two words are called 'coarse, n=3'"):
+        loaded(tmp_path, grid)
+    assert len(loaded(tmp_path, grid.replace('"coarse, n=3"', "other")).grid["model"]) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

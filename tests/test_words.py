@@ -178,6 +178,7 @@ WRONG = [
     ("Linf(epss=1)", "no field 'epss'; did you mean 'eps'? (fields: eps)"),
     ("CrossEntropy(zzz=1)", "has no field 'zzz'; it has none at all"),
     ("Linf()", "Linf needs eps: Linf(eps)"),
+    ("HPTGPD(epochs=2)", "HPTGPD needs proxy: HPTGPD(proxy, ...)"),
     ("Linf('a')", "eps must be a number, and 'a' was given"),
     ("Words(1.5)", "count must be a whole number, and 1.5 was given"),
     ("Words(True)", "count must be a whole number, and True was given"),

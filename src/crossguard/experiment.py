@@ -891,7 +891,10 @@ def _axis(path: Path, kind: str, value: object, known: Names, sweep: Sweep | Non
         except CrossguardError as error:
             raise CrossguardError(f"{path}: {kind}: {error}") from error
         for name, word in found.items():
-            axis.setdefault(name, word)
+            if axis.setdefault(name, word) != word:
+                raise CrossguardError(
+                    f"{path}: {kind}: two words are called {shortly(name)}; name one of them otherwise"
+                )
     return axis
 
 

@@ -39,10 +39,6 @@ class Parameter(NamedTuple):
     default: str | None  # None: it has to be given
     positional: bool
 
-    @property
-    def text(self) -> str:
-        return self.name if self.default is None else f"{self.name}={self.default}"
-
 
 class Signature(NamedTuple):
     """What there is to read about a word.
@@ -178,7 +174,7 @@ def _check(node: ast.AST, known: Collection[str], depth: int) -> None:
             _check(child, known, depth + 1)
         missing = [one.name for one in signature.parameters if one.default is None and one.name not in given]
         if missing:
-            raise words.needs(name, missing, [one.text for one in signature.parameters])
+            raise words.needs(name, missing, {one.name: one.default is None for one in signature.parameters})
 
 
 _BRANCHED = ("VisionLanguageModel", "Trainable", "Recipe")  # what stands between these and a word is no kind of its own

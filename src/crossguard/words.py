@@ -565,7 +565,7 @@ _OPERATORS: dict[type, Callable[[float, float], float]] = {
 def _make(kind: type, takes: tuple[Field, ...], given: dict[str, Any]) -> Any:
     missing = [field.name for field in takes if field.default is REQUIRED and field.name not in given]
     if missing:
-        raise needs(kind.__name__, missing, [_argument_text(field) for field in takes])
+        raise needs(kind.__name__, missing, {field.name: field.default is REQUIRED for field in takes})
     fitting = {field.name: fitted(kind, field, given[field.name]) for field in takes if field.name in given}
     try:
         return kind(**fitting)
@@ -810,19 +810,22 @@ def _check_number(value: Any) -> Any:
     return value
 
 
-def needs(name: str, missing: Sequence[str], takes: Sequence[str]) -> WordError:
-    """What is wrong with a word that lacks some of its fields."""
-    return WordError(f"{name} needs {', '.join(missing)}: {name}({', '.join(takes)})")
+def needs(name: str, missing: Sequence[str], takes: Mapping[str, bool]) -> WordError:
+    """What is wrong with a word that lacks some of its fields.
+
+    Args:
+        takes: the fields of the word, and whether it cannot do without them.
+    """
+    must = [field for field, required in takes.items() if required]
+    return WordError(
+        f"{name} needs {', '.join(missing)}: {name}({', '.join(must)}{', ...' * (len(must) < len(takes))})"
+    )
 
 
 def _no_field(name: str, wrong: str, listed: Sequence[str]) -> str:
     if not listed:
         return f"{name} has no field {shortly(wrong)}; it has none at all"
     return f"{name} has no field {shortly(wrong)}{nearest(wrong, listed)} (fields: {', '.join(listed)})"
-
-
-def _argument_text(field: Field) -> str:
-    return field.name if field.default is REQUIRED else f"{field.name}={_show(field.default, True, 0)}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
