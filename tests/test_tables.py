@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crossguard import Above, CrossguardError, Experiment
+from crossguard import Above, CrossguardError, Experiment, curves
 from crossguard.compare import Average, apart, difference
 from crossguard.pivot import AXES, Cell, Layout, Published, Table, mark
 from crossguard.report import Rate, Report, Texts
@@ -543,3 +543,39 @@ def test_what_the_adversary_knows_stands_where_it_holds(tmp_path: Path) -> None:
     )
     assert mixed.tables()[0].header["knowledge"] == "differs: white box / gray box"
     assert [label for label, _ in mixed.tables()[0].rows] == ["M()", "N()"]
+
+
+# Pictures
+
+
+def test_a_picture_has_a_dot_for_each_number_of_each_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(
+        tmp_path,
+        of(12, model="A()", **PGD, **SMALL),
+        of(5, model="A()", **FAB, **SMALL),
+        of(9, model="$B$()", **PGD, **SMALL),
+        of(3, model="A()", task="Other()", **PGD, **SMALL),
+    )
+    figures: list[Any] = []
+    monkeypatch.setattr(curves, "png", lambda figure: figures.append(figure) or b"")
+    curves.table_picture(Answers.load(tmp_path).tables())
+    drawn = list[list[tuple[str, float]]]()
+    for axes in figures[0].axes:
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        dots = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
+        drawn.append(sorted((names[round(y)], x) for x, y in dots))
+        assert all(len(line.get_xydata()) == 2 for line in axes.lines if line.get_marker() != "o"), "intervals"
+    assert sorted(drawn, key=len) == [
+        [("A()", 15.0), ("A()", 100.0)],
+        [("$B$()", 45.0), ("$B$()", 100.0), ("A()", 25.0), ("A()", 60.0), ("A()", 100.0)],
+    ]
+    assert len(figures[0].legends[0].get_texts()) == 3
+
+
+def test_a_table_is_drawn_beside_what_is_printed(grid: Path, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    call("run", "grid.toml", "--out", "runs/out")
+    plain = call("table", "runs/out").stdout
+    assert call("table", "runs/out", "--picture", str(tmp_path / "made.png")).stdout == plain
+    assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
+    assert "give a name that ends in .png" in error("table", "runs/out", "--picture", str(tmp_path / "made.svg"))
+    assert not (tmp_path / "made.svg").exists()

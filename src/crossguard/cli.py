@@ -556,6 +556,9 @@ def table(
     bold: Annotated[
         bool, typer.Option("--bold", help="Mark the best model, where it is above each other one by more than chance.")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the tables too: a dot for each number.")
+    ] = None,
     own_words: _Own = None,
 ) -> None:
     """Print the reports of a folder as tables, one for all that is in neither rows nor columns."""
@@ -571,7 +574,9 @@ def table(
     given = {"rows": taken, "columns": columns}
     axes = {name: tuple(one.strip() for one in text.split(",")) for name, text in given.items() if text is not None}
     layout = Layout(**axes, mean=mean, digits=digits, intervals=intervals, bold=bold)
-    _print_table(folder, form, worst, crossed, layout)
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise CrossguardError(f"pictures are PNG files, and --picture {picture} is none; give a name that ends in .png")
+    _print_table(folder, form, worst, crossed, layout, picture)
 
 
 @app.command("status")
@@ -954,7 +959,12 @@ def _print_samples(
 
 
 def _print_table(
-    folder: Path, form: str | None, worst: bool, crossed: bool = False, layout: Layout | None = None
+    folder: Path,
+    form: str | None,
+    worst: bool,
+    crossed: bool = False,
+    layout: Layout | None = None,
+    picture: Path | None = None,
 ) -> None:
     from crossguard.table import FORMATS, Answers, pretty, render
 
@@ -963,6 +973,10 @@ def _print_table(
     answers = Answers.load(folder)
     answers = answers.pooled() if worst else answers
     answers = dataclasses.replace(answers, crossed=crossed)
+    if picture is not None:
+        from crossguard import curves, files
+
+        files.write(picture, curves.table_picture(answers.tables(layout)))
     if form is None and sys.stdout.isatty():
         Console(markup=False, highlight=False).print(pretty(answers, layout))
     else:

@@ -1,15 +1,18 @@
-"""Pictures of an experiment: what a number that runs through values does, and what trainings saw of themselves."""
+"""Pictures of an experiment: its tables, what a number that runs through values does, what trainings saw of
+themselves."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
-from crossguard.figures import png
+from crossguard.figures import clipped, png
 from crossguard.files import write
+from crossguard.pivot import Table
 from crossguard.reading import read_json
 from crossguard.report import Rate, Report
 from crossguard.table import Answers
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SWEEP, TRAINING = "sweep.png", "training.png"
+
+_NAME, _CAPTION = 48, 95  # signs of a name in a picture, and of a line of a table's caption
 
 _COLORS = ("#4472a8", "#b00020", "#6b9e57", "#8a5fa8", "#c98a1b", "#3a8f8f", "#5b6673", "#d06a9c")
 
@@ -197,12 +202,50 @@ def training_picture(histories: Mapping[str, History]) -> bytes:
     return png(figure)
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
+def table_picture(tables: Sequence[Table]) -> bytes:
+    """A panel for each table, in which each row has a dot for each of its numbers, with its interval."""
+    columns = list(dict.fromkeys(column for table in tables for column in table.columns))
+    colors = {column: _COLORS[place % len(_COLORS)] for place, column in enumerate(columns)}
+    heights = [(0.09 * len(table.columns) + 0.13) * len(table.rows) + 0.9 for table in tables]  # in inches
+    figure = _figure(8.4, sum(heights) + 0.2 * (1 + len(columns) // 2))
+    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    shown: dict[str, Any] = {}
+    for axes, table in zip(panels, tables, strict=True):
+        spread = 0.7 / len(table.columns)
+        for row, (_, cells) in enumerate(table.rows):
+            if row % 2:
+                axes.axhspan(row - 0.5, row + 0.5, color="#f2f4f7", linewidth=0)
+            for place, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
+                if cell.rate is None:
+                    continue
+                y, (low, high) = row + spread * (place - (len(table.columns) - 1) / 2), cell.rate.interval
+                axes.plot([100 * low, 100 * high], [y, y], color=colors[column], linewidth=1.0, alpha=0.6)
+                (shown[column],) = axes.plot([100 * cell.rate.value], [y], "o", color=colors[column], markersize=4)
+        names = [clipped(label, _NAME) for label, _ in table.rows]
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+        axes.tick_params("y", length=0)
+        axes.set(xlim=(-1.0, 101.0), ylim=(len(names) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_title("\n".join(textwrap.wrap(table.caption, _CAPTION)), fontsize=8, loc="left", parse_math=False)
+    panels[-1].set_xlabel(f"%, {tables[-1].legend}" if tables[-1].layout.intervals else "%", fontsize=8)
+    figure.legend(
+        shown.values(), [clipped(column, _NAME) for column in shown], loc="outside upper left", ncols=2, fontsize=8,
+        frameon=False,
+    )  # fmt: skip
+    return png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise CrossguardError("a picture needs matplotlib ('pip install matplotlib')") from error
-    figure = Figure((3.6 * columns + 0.6, 3.2 * rows + 0.4), dpi=110, facecolor="white", layout="constrained")
+    return Figure((width, height), dpi=110, facecolor="white", layout="constrained")
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
+    figure = _figure(3.6 * columns + 0.6, 3.2 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
     for one in axes.flat:
         one.grid(alpha=0.3)
