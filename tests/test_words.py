@@ -118,10 +118,10 @@ def test_every_word_is_exported_under_its_name_with_fields_that_can_be_written()
                 assert build(show(field.default)) == field.default, f"{kind.__name__}.{field.name}"
 
 
-@given(st.one_of(st.integers(0, 65280).map(lambda k: k / 2 / 255), st.floats(allow_nan=False, allow_infinity=False)))
+@given(st.one_of(st.integers(0, 65280).map(lambda k: k / 8 / 255), st.floats(allow_nan=False, allow_infinity=False)))
 def test_floats_survive_exactly(value: float):
-    again = build(show(value))
-    assert again == value and isinstance(again, float)
+    for again in (build(show(value)), build(show(value, short=True))):
+        assert again == value and isinstance(again, float)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,12 @@ def test_floats_survive_exactly(value: float):
     ],
 )
 def test_floats_are_written_as_pixel_levels_where_that_is_exact(value: float, text: str):
-    assert show(value) == text
+    assert show(value) == show(value, short=True) == text
+
+
+def test_for_people_a_quarter_of_a_level_is_one_too():
+    assert show(Linf(0.25 / 255)) == "Linf(eps=0.000980392156862745)"
+    assert show(Linf(0.25 / 255), short=True) == "Linf(0.25/255)" and show(0.125, short=True) == "0.125"
 
 
 def test_show_spells_every_field_out_and_short_leaves_defaults_out():

@@ -178,7 +178,8 @@ def show(word: object, *, short: bool = False) -> str:
     are not at their default (for people), and a number that is all that the word holds: `Words(1)`.
     `build(show(word)) == word`.
 
-    A float is written as `k/255` where that is exact and shorter than its decimals.
+    A float is written as `k/255` where that is exact and shorter than its decimals, for k in halves, and `short` also
+    in eighths.
     """
     text = _show(word, short, 0)
     if len(text) > LONGEST_SHOWN:
@@ -750,7 +751,7 @@ def _show(value: object, short: bool, depth: int) -> str:
     if isinstance(value, int):
         return repr(_check_number(int(value)))
     if isinstance(value, float):
-        return show_float(float(value))
+        return show_float(float(value), 8 if short else 2)
     if isinstance(value, tuple):
         inside = [_show(item, short, depth + 1) for item in value]
         return f"({inside[0]},)" if len(inside) == 1 else f"({', '.join(inside)})"
@@ -773,12 +774,17 @@ def _show(value: object, short: bool, depth: int) -> str:
     return f"{kind.__name__}({', '.join(parts)})"
 
 
-def show_float(value: float) -> str:
+def show_float(value: float, parts: int = 2) -> str:
+    """A float as a word spells it.
+
+    Args:
+        parts: of a level of 255 that may be counted. In full texts, which reports are known by, halves.
+    """
     plain = repr(_check_number(value + 0.0))  # -0.0 equals 0.0 and must have the same text
     if abs(value) <= 255:
-        levels = round(value * 510) / 2
+        levels = round(value * 255 * parts) / parts
         if levels / 255 == value:
-            return min(f"{levels:g}/255", plain, key=len)
+            return min(f"{levels:.9g}/255", plain, key=len)
     return plain
 
 
