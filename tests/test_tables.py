@@ -570,6 +570,8 @@ def test_a_picture_has_a_dot_for_each_number_of_each_table(tmp_path: Path, monke
         [("$B$()", 45.0), ("$B$()", 100.0), ("A()", 25.0), ("A()", 60.0), ("A()", 100.0)],
     ]
     assert len(figures[0].legends[0].get_texts()) == 3
+    with pytest.raises(CrossguardError, match="2500 rows in 500 tables are too many"):
+        curves.table_picture([Table({}, (("PGD",),), (("A()", (Cell(Rate(1, 2)),)),) * 5)] * 500)
 
 
 def test_a_table_is_drawn_beside_what_is_printed(grid: Path, asked: list[dict[str, Any]], tmp_path: Path) -> None:

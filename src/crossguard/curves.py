@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SWEEP, TRAINING = "sweep.png", "training.png"
 
 _NAME, _CAPTION = 48, 95  # signs of a name in a picture, and of a line of a table's caption
+_TALLEST = 500.0  # inches of a picture; matplotlib draws 2**16 dots at most
 
 _COLORS = ("#4472a8", "#b00020", "#6b9e57", "#8a5fa8", "#c98a1b", "#3a8f8f", "#5b6673", "#d06a9c")
 
@@ -203,10 +204,19 @@ def training_picture(histories: Mapping[str, History]) -> bytes:
 
 
 def table_picture(tables: Sequence[Table]) -> bytes:
-    """A panel for each table, in which each row has a dot for each of its numbers, with its interval."""
+    """A panel for each table, in which each row has a dot for each of its numbers, with its interval.
+
+    Raises:
+        CrossguardError: there are more rows than fit into one picture.
+    """
     columns = list(dict.fromkeys(column for table in tables for column in table.columns))
     colors = {column: _COLORS[place % len(_COLORS)] for place, column in enumerate(columns)}
     heights = [(0.09 * len(table.columns) + 0.13) * len(table.rows) + 0.9 for table in tables]  # in inches
+    if sum(heights) > _TALLEST:
+        raise CrossguardError(
+            f"{sum(len(table.rows) for table in tables)} rows in {len(tables)} tables are too many for one picture; "
+            "make the rows of something else (--rows), or draw parts of the reports"
+        )
     figure = _figure(8.4, sum(heights) + 0.2 * (1 + len(columns) // 2))
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
     shown: dict[str, Any] = {}
