@@ -37,9 +37,11 @@ def best() -> torch.device:
     Raises:
         CrossguardError: there is no such device here.
     """
-    named = os.environ.get(VARIABLE)
-    if named:
-        return _found(named)
+    if named := os.environ.get(VARIABLE):
+        try:
+            return _found(named)
+        except CrossguardError as error:
+            raise CrossguardError(f"{VARIABLE}: {error}") from error
     return _gpu() if torch.cuda.is_available() else torch.device("cpu")
 
 
