@@ -56,7 +56,7 @@ def test_the_environment_names_the_device_where_nothing_else_does(
     monkeypatch.setenv("CROSSGUARD_DEVICE", "cuda:2")
     assert device.choose().device == torch.device("cuda", 2)
     monkeypatch.setenv("CROSSGUARD_DEVICE", "gpu")
-    with pytest.raises(CrossguardError, match="^CROSSGUARD_DEVICE: there is no device 'gpu'"):
+    with pytest.raises(CrossguardError, match=r"^CROSSGUARD_DEVICE: there is no device 'gpu'"):
         device.choose()
     monkeypatch.setenv("CROSSGUARD_DEVICE", "")
     assert device.best() == torch.device("cuda", 0)
