@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ import pytest
 import torch
 
 BESIDE = Path(sys.prefix) / "open_clip"
+
+
+class _Beside:
+    """Finds packages in that folder after all others. It is not on `sys.path`, since processes that a test starts are
+    given that, and would take the torchvision there for a whole one."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(BESIDE)], target) if path is None else None
+
 
 _declared: list[torch.library.Library] = []  # what is declared ends with its library
 
@@ -33,7 +45,7 @@ def package() -> Any:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
-        sys.path.append(str(BESIDE))
+        sys.meta_path.append(_Beside)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
