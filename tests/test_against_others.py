@@ -173,12 +173,15 @@ def judge(contests: list[dict[str, tuple[int, int]]], images: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("budget", [Linf(0.05), pytest.param(L2(0.5), marks=pytest.mark.slow)], ids=str)
-def test_as_strong_as_autoattack_on_a_small_network(budget: PixelBudget) -> None:
+@pytest.mark.parametrize(
+    ("budget", "seeds"), [(Linf(0.05), 2), pytest.param(L2(0.5), 8, marks=pytest.mark.slow)], ids=str
+)
+def test_as_strong_as_autoattack_on_a_small_network(budget: PixelBudget, seeds: int) -> None:
+    """Within L2 single starts differ by three images of 128 on either side, so more of them are counted."""
     net, (images, labels) = convnet(size=10), templates(128, size=10)
-    contests = [contest(net, images, labels, budget, Size(15, 3, 80), seed) for seed in range(2)]
+    contests = [contest(net, images, labels, budget, Size(15, 3, 80), seed) for seed in range(seeds)]
     assert 3 <= min(counts["all"][0] for counts in contests) <= 125, "the comparison needs both kinds"
-    judge(contests, 2 * len(images))
+    judge(contests, seeds * len(images))
 
 
 @pytest.mark.slow
