@@ -37,7 +37,7 @@ from crossguard.data import Dataset
 from crossguard.diagnose import diagnose
 from crossguard.errors import CrossguardError
 from crossguard.experiment import Experiment, Further, Unanswered, Watch, answered_in, check_folder, files_of
-from crossguard.figures import clipped, png
+from crossguard.figures import blank, clipped, png
 from crossguard.goals import Drift, Goal
 from crossguard.limits import at_least
 from crossguard.models.base import VisionLanguageModel
@@ -669,11 +669,9 @@ def _idle(ladder: Ladder) -> Iterator[str]:
 
 def picture(made: Audit) -> bytes:
     """A bar for each rung, as PNG: the share of samples that stand, with its interval."""
-    from matplotlib.figure import Figure
-
     scores = [score for score, _, _ in made.defense.clean.parts]
     height = 1.0 + 0.34 * sum(1 + len(_bars(made, ladder, 0)) for ladder in made.ladders)
-    canvas = Figure((8.0 * len(scores) + 1.0, height), dpi=110, facecolor="white", layout="constrained")
+    canvas = blank(8.0 * len(scores) + 1.0, height)
     for part, axes in enumerate(np.atleast_1d(canvas.subplots(1, len(scores), sharey=True))):
         place, names = 0.0, list[tuple[float, str]]()
         for ladder in made.ladders:

@@ -30,7 +30,7 @@ from crossguard.data import Dataset, Prompts
 from crossguard.device import precision
 from crossguard.errors import CrossguardError
 from crossguard.evaluate import question
-from crossguard.figures import clipped, png
+from crossguard.figures import blank, clipped, png
 from crossguard.limits import at_least, shortly
 from crossguard.models.base import VisionLanguageModel
 from crossguard.models.smoothing import Smoothed
@@ -554,9 +554,7 @@ def _reached(results: Mapping[str, Certified]) -> tuple[float, ...]:
 def picture(results: Mapping[str, Certified]) -> bytes:
     """Certified accuracy over the L2 radius, as PNG: a curve for each model, with its interval, that ends where its
     draws reach no further."""
-    from matplotlib.figure import Figure
-
-    canvas = Figure((7.6, 4.6), dpi=110, facecolor="white", layout="constrained")
+    canvas = blank(7.6, 4.6)
     axes = canvas.subplots()
     most = max((one.reach for one in results.values()), default=0.0) or 1.0
     for number, (name, one) in enumerate(results.items()):

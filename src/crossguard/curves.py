@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from crossguard.errors import CrossguardError
 from crossguard.experiment import INDEX
-from crossguard.figures import clipped, png
+from crossguard.figures import blank, clipped, png
 from crossguard.files import write
 from crossguard.pivot import Table
 from crossguard.reading import read_json
@@ -217,7 +217,7 @@ def table_picture(tables: Sequence[Table]) -> bytes:
             f"{sum(len(table.rows) for table in tables)} rows in {len(tables)} tables are too many for one picture; "
             "make the rows of something else (--rows), or draw parts of the reports"
         )
-    figure = _figure(8.4, sum(heights) + 0.2 * (1 + len(columns) // 2))
+    figure = blank(8.4, sum(heights) + 0.2 * (1 + len(columns) // 2))
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
     shown: dict[str, Any] = {}
     for axes, table in zip(panels, tables, strict=True):
@@ -246,16 +246,8 @@ def table_picture(tables: Sequence[Table]) -> bytes:
     return png(figure)
 
 
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CrossguardError("a picture needs matplotlib ('pip install matplotlib')") from error
-    return Figure((width, height), dpi=110, facecolor="white", layout="constrained")
-
-
 def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
-    figure = _figure(3.6 * columns + 0.6, 3.2 * rows + 0.4)
+    figure = blank(3.6 * columns + 0.6, 3.2 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
     for one in axes.flat:
         one.grid(alpha=0.3)
